@@ -1,0 +1,25 @@
+"""mnemic: persistent memory for any Hugging Face transformer, measured with its controls."""
+
+from mnemic.attach import Attachment, attach, attached, from_pretrained, memory_cache
+from mnemic.host.cache import MemoryCache
+from mnemic.memories import CONFIGS, EMTConfig, Memory, MemoryConfig
+from mnemic.session import Session
+from mnemic.state import State, StateError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CONFIGS",
+    "Attachment",
+    "EMTConfig",
+    "Memory",
+    "MemoryCache",
+    "MemoryConfig",
+    "Session",
+    "State",
+    "StateError",
+    "attach",
+    "attached",
+    "from_pretrained",
+    "memory_cache",
+]

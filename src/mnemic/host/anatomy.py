@@ -1,0 +1,106 @@
+"""Finding the parts of a Hugging Face model that a memory needs, or refusing the model by name."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+COMPUTED_ROTARY_LIMIT = 2**17
+"""Rotary angles are computed in float32: past this position neighbours are no longer told apart to 0.01 rad."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model.
+
+    `positions` is how many positions the host has (None where positions are relative to the keys at hand, ALiBi);
+    `takes_positions` whether its forward accepts `position_ids`; `causal` is False for encoders.
+    """
+
+    trunk: nn.Module
+    blocks: nn.ModuleList
+    width: int
+    causal: bool
+    positions: int | None
+    takes_positions: bool
+
+
+def examine(model: nn.Module) -> Anatomy:
+    """Finds the trunk (the stack without its head) and its blocks; raises `ValueError` for a family not served."""
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise ValueError(f"{name} is not a Hugging Face transformer; attach to a PreTrainedModel")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder, which mnemic does not serve yet; use a decoder or an encoder")
+    trunk: nn.Module = model.get_decoder()  # pyright: ignore[reportCallIssue]
+    text = trunk.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    lists = [
+        module
+        for module in trunk.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == text.num_hidden_layers
+        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
+    ]
+    if len(lists) != 1:
+        raise ValueError(f"{name} has {len(lists)} stacks of {text.num_hidden_layers} blocks where mnemic expects one")
+    attention = [m for block in lists[0] for m in block.modules() if "Attention" in type(m).__name__]
+    if len({id(block) for block in lists[0] for m in block.modules() if m in attention}) < len(lists[0]):
+        raise ValueError(f"{name} has blocks without attention, whose recurrent cache mnemic does not serve yet")
+    takes_positions = "position_ids" in inspect.signature(inspect.unwrap(type(trunk).forward)).parameters
+    if any("Rotary" in type(module).__name__ for module in trunk.modules()):
+        positions = COMPUTED_ROTARY_LIMIT
+    else:
+        positions = text.max_position_embeddings if takes_positions else None
+    return Anatomy(
+        trunk=trunk,
+        blocks=lists[0],
+        width=text.hidden_size,
+        causal=all(getattr(module, "is_causal", True) for module in attention),
+        positions=positions,
+        takes_positions=takes_positions,
+    )
+
+
+def trained_positions(model: nn.Module) -> int | None:
+    """The length the base was trained for, from its config; None when the config names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash that tells one base model from another: its class, parameter names, shapes and a sample of values.
+
+    Values enter in bfloat16, 32 from each parameter, so a model loaded in float32 and in bfloat16 is the same base,
+    and a memory or an adapter attached to it changes nothing. Parameters offloaded to `meta` enter by name and shape.
+    """
+    digest = hashlib.sha256(type(unwrapped(model)).__name__.encode())
+    for name, parameter in sorted(base_parameters(model).items()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        if parameter.device.type != "meta":
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 32)][:32].to(torch.bfloat16).view(torch.uint8)
+            digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model under a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue, reportReturnType]
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's own parameters under their own names: without the memory's, without adapters'."""
+    return {
+        name.replace(".base_layer", ""): parameter
+        for name, parameter in unwrapped(model).named_parameters()
+        if f"{MEMORY_NAME}." not in name and "lora_" not in name
+    }
+
+
+MEMORY_NAME = "mnemic"
+"""The attribute of the trunk under which an attached memory lives."""

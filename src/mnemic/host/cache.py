@@ -1,0 +1,277 @@
+"""The cache that carries a memory: one extra layer at the end of any Hugging Face cache, and a cache with a window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer
+
+from mnemic.stream import Stream
+
+
+class MemoryLayer(DummyLayer):
+    """Holds the `Stream` of a batch where `generate` reorders, repeats and selects what a cache holds.
+
+    It stores no keys: masks, sizes and early initialisation skip it.
+    """
+
+    # A rollback is exact for tokens of the last call alone (`crop`), which is what assisted decoding needs, no more.
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream: Stream | None = None
+        self.replay: Callable[[int], Stream] | None = None
+
+    def _map(self, function: Callable[[Stream], Stream]) -> None:
+        if self.stream is not None:
+            self.stream = function(self.stream)
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " beams"]) -> None:
+        """Rows follow their beams."""
+        self._map(lambda stream: stream.select(beam_idx.tolist()))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        self._map(lambda stream: stream.repeat(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Rows by index or by a boolean mask."""
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._map(lambda stream: stream.select(rows.tolist()))
+
+    def reset(self) -> None:
+        """The streams are forgotten."""
+        self.stream = self.replay = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens of the last call by writing that call again without them."""
+        count = abs(tokens_to_remove)
+        if count and self.stream is not None:
+            if self.replay is None:
+                raise ValueError("a memory can take back tokens of its last call only, and there was none")
+            self.stream = self.replay(count)
+
+
+def memory_layer(cache: Cache, depth: int) -> MemoryLayer:
+    """The memory's layer of any cache, appended on first use."""
+    for layer in reversed(cache.layers):
+        if isinstance(layer, MemoryLayer):
+            return layer
+    if cache.layer_class_to_replicate is not None:
+        # a cache that grows on demand must not grow past the memory's layer
+        cache.layers += [cache.layer_class_to_replicate() for _ in range(depth - len(cache.layers))]  # pyright: ignore[reportAttributeAccessIssue]
+    layer = MemoryLayer()
+    cache.layers.append(layer)  # pyright: ignore[reportArgumentType]
+    return layer
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which of the base's keys each row may still see, and where its next token stands. Immutable.
+
+    The window moves a segment at a time: when a row's segment ends, its oldest keys go until one more segment fits in
+    `size` tokens, so a row sees between `size - segment_length` and `size` tokens. A row with no keys left starts
+    again at position 0, and so does one whose positions would run out (`limit`). `size=None` keeps everything.
+
+    `valid [b, kept]` marks, of the keys that are physically there, those of real tokens inside the row's window.
+    """
+
+    size: int | None
+    segment_length: int
+    limit: int | None
+    valid: Bool[Tensor, "b kept"]
+    context: tuple[int, ...]
+    running: tuple[int, ...]
+    position: tuple[int, ...]
+
+    @staticmethod
+    def new(size: int | None, segment_length: int, limit: int | None, batch: int, device: torch.device) -> Window:
+        """The window of `batch` streams at their beginning."""
+        zeros = (0,) * batch
+        return Window(size, segment_length, limit, torch.zeros(batch, 0, dtype=torch.bool, device=device), *[zeros] * 3)
+
+    @property
+    def kept(self) -> int:
+        """Keys physically there."""
+        return self.valid.shape[1]
+
+    def arrange(self, keep_bt: Bool[Tensor, "b t"] | None, time: int) -> tuple[Tensor | None, Int[Tensor, "b t"]]:
+        """The attention mask `[b, kept + t]` (None where nothing is masked) and the positions of a call's tokens."""
+        device = self.valid.device
+        start = torch.tensor(self.position, device=device)[:, None]
+        if keep_bt is None and all(count == self.kept for count in self.context):
+            mask, position = None, start + torch.arange(time, device=device)
+        else:
+            keep = torch.ones(len(self.context), time, dtype=torch.bool, device=device) if keep_bt is None else keep_bt
+            mask = torch.cat([self.valid, keep], 1).long()
+            position = (start + keep.long().cumsum(1) - 1).clamp_min(0)
+        if self.size is None and self.limit is not None and (top := int(position.max())) >= self.limit:
+            raise ValueError(
+                f"position {top} is beyond the model's {self.limit}; give the session or cache a window= of at most that"
+            )
+        return mask, position
+
+    def advance(self, keep_bt: Bool[Tensor, "b t"] | None, time: int) -> Window:
+        """The window after a call's tokens, nothing evicted yet."""
+        batch = len(self.context)
+        keep = torch.ones(batch, time, dtype=torch.bool, device=self.valid.device) if keep_bt is None else keep_bt
+        added = [time] * batch if keep_bt is None else keep_bt.sum(1).tolist()
+        context, running, position = (
+            tuple(value + new for value, new in zip(values, added, strict=True))
+            for values in (self.context, self.running, self.position)
+        )
+        valid = torch.cat([self.valid, keep], 1)
+        return replace(self, valid=valid, context=context, running=running, position=position)
+
+    def close_segment(self, rows: Sequence[int]) -> Window:
+        """`rows` end their segment: the oldest keys leave so that another segment fits."""
+        context, running, position = list(self.context), list(self.running), list(self.position)
+        for row in rows:
+            running[row] = 0
+            if self.size is None:
+                continue
+            context[row] = min(context[row], self.size - self.segment_length)
+            if self.limit is not None and position[row] + self.segment_length > self.limit:
+                context[row] = 0
+            if context[row] == 0:
+                position[row] = 0
+        drop = torch.tensor([old - new for old, new in zip(self.context, context, strict=True)], device=self.valid.device)
+        valid = self.valid & (self.valid.long().cumsum(1) > drop[:, None]) if any(drop.tolist()) else self.valid
+        return replace(self, valid=valid, context=tuple(context), running=tuple(running), position=tuple(position))
+
+    def select(self, rows: Sequence[int]) -> Window:
+        """Rows by index, repeats allowed."""
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.valid.device)
+        ledgers = [tuple(values[row] for row in rows) for values in (self.context, self.running, self.position)]
+        return replace(
+            self, valid=self.valid[index], **dict(zip(("context", "running", "position"), ledgers, strict=True))
+        )
+
+
+class MemoryCache(DynamicCache):
+    """A stream's whole past: the memory, and the base's keys and values of the last `window` tokens.
+
+    Calls pass only new tokens, as does `model.generate(new_ids, past_key_values=cache)`: the history lives here, and so
+    do its padding and positions. To callers the cache therefore reports length 0; inside the model's forward it
+    reports the keys it holds.
+    """
+
+    def __init__(self, size: int | None, segment_length: int, limit: int | None, depth: int) -> None:
+        super().__init__()
+        self.settings = (size, segment_length, limit)
+        self.depth = depth
+        self.window: Window | None = None
+        self.inside = False
+        memory_layer(self, depth)
+
+    @property
+    def memory(self) -> MemoryLayer:
+        """The layer that carries the memory's stream."""
+        return memory_layer(self, self.depth)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Keys held, to the model; 0 to callers, for whom every token they pass is new."""
+        return super().get_seq_length(layer_idx) if self.inside else 0
+
+    def open(self, batch: int, device: torch.device) -> Window:
+        """The window, made on first use; raises `ValueError` if the batch size changed."""
+        if self.window is None:
+            self.window = Window.new(*self.settings, batch, device)
+        return self.window
+
+    def close_segment(self, rows: Sequence[int]) -> None:
+        """`rows` end their segment: keys that left the window are dropped."""
+        if self.window is None or not rows:
+            return
+        window = self.window.close_segment(rows)
+        target = max(window.context)
+        if target < window.kept:
+            ragged = any(count != target for count in window.context) or not bool(window.valid[:, -target:].all())
+            if target == 0:
+                valid, shorten = window.valid[:, :0], None
+            elif not ragged:
+                valid, shorten = window.valid[:, -target:], lambda tensor: tensor[:, :, -target:]
+            else:
+                # every row packed to the right: stable order, so its own keys keep theirs
+                order = torch.argsort(window.valid.long(), dim=1, stable=True)[:, -target:]
+                valid = window.valid.gather(1, order)
+
+                def shorten(tensor: Tensor) -> Tensor:
+                    return tensor.gather(2, order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+            for layer in self.layers:
+                if isinstance(layer, DynamicLayer) and layer.is_initialized:
+                    if shorten is None:
+                        layer.reset()
+                    else:
+                        layer.keys, layer.values = shorten(layer.keys), shorten(layer.values)  # pyright: ignore[reportArgumentType]
+            window = replace(window, valid=valid)
+        self.window = window
+
+    def map_keys(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Applies `function` to all keys and values held."""
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+                layer.keys, layer.values = function(layer.keys), function(layer.values)  # pyright: ignore[reportArgumentType]
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " beams"]) -> None:
+        """Rows follow their beams."""
+        super().reorder_cache(beam_idx)
+        self._select_window(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        if self.window is not None:
+            self._select_window([row for row in range(len(self.window.context)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Rows by index."""
+        super().batch_select_indices(indices)
+        self._select_window(indices.tolist())
+
+    def _select_window(self, rows: Sequence[int]) -> None:
+        if self.window is not None:
+            self.window = self.window.select(rows)
+
+    def reset(self) -> None:
+        """Everything is forgotten."""
+        super().reset()
+        self.window = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: keys that left the window cannot come back."""
+        if tokens_to_remove:
+            raise ValueError("a MemoryCache cannot take tokens back (assisted decoding); generate with the plain cache")
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts everything back as it is now. Tensors are shared, none is copied."""
+        keys = [
+            (layer, layer.keys, layer.values, layer.is_initialized)
+            for layer in self.layers
+            if isinstance(layer, DynamicLayer)
+        ]
+        window, memory = self.window, self.memory
+        stream, replay = memory.stream, memory.replay
+
+        def restore() -> None:
+            for layer, key, value, initialized in keys:
+                layer.keys, layer.values, layer.is_initialized = key, value, initialized
+            self.window, memory.stream, memory.replay, self.inside = window, stream, replay, False
+
+        return restore
+
+    def fork(self) -> MemoryCache:
+        """An independent copy: what one reads from here on, the other does not."""
+        copy = MemoryCache(*self.settings, self.depth)
+        copy.window, copy.memory.stream = self.window, self.memory.stream
+        for mine, theirs in zip(self.layers, copy.layers, strict=True):
+            if isinstance(mine, DynamicLayer) and mine.is_initialized:
+                theirs.lazy_initialization(mine.keys, mine.values)  # pyright: ignore
+                theirs.keys, theirs.values = mine.keys, mine.values  # pyright: ignore[reportAttributeAccessIssue]
+        return copy

@@ -1,0 +1,437 @@
+"""The hooks: what happens to one call of the trunk on its way through a model with a memory.
+
+Before the trunk runs, the call is bound to its cache and cut at segment ends. At the write layer the new tokens join
+the running segment and full segments are written; at each read layer tokens read the slots of their segment's start.
+After the trunk, and only if nothing failed, the new stream is stored in the cache.
+
+Where some layer reads below the write layer, or the cache has a window, a segment can only run once the one before it
+is written: the trunk is then called once a segment, and its outputs are joined, so the caller sees one call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils.generic import ModelOutput
+
+from mnemic.host.anatomy import MEMORY_NAME, Anatomy
+from mnemic.host.cache import MemoryCache, MemoryLayer, memory_layer
+from mnemic.memories.base import Memory
+from mnemic.state import State
+from mnemic.stream import Piece, Stream, check_finite, cut
+
+
+@dataclass
+class Call:
+    """One pass of the trunk. `states[i]` is the memory as it stands for the tokens of `pieces[i]`."""
+
+    restore: Callable[[], None] = lambda: None
+    cache: Cache | None = None
+    layer: MemoryLayer | None = None
+    before: Stream | None = None
+    stream: Stream | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    keep: Tensor | None = None
+    states: list[State] = field(default_factory=list)
+    earlier: list[Any] = field(default_factory=list)
+    private_cache: bool = False
+    checkpointing: bool = False
+    time: int = 0
+
+
+_threads = threading.local()
+
+
+class Router(nn.Module):
+    """Lives on the trunk as `mnemic`; owns the memory's parameters. Hooks are bound methods of submodules, so copying
+    or pickling a model keeps each copy's hooks with its own memory.
+    """
+
+    def __init__(self, memory: Memory, segment_length: int, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.memory = memory
+        self.segment_length = segment_length
+        self.depth, self.width, self.causal = len(anatomy.blocks), anatomy.width, anatomy.causal
+        self.positions, self.takes_positions = anatomy.positions, anatomy.takes_positions
+        self.enabled = True
+        layers = sorted({*memory.read_layers, memory.write_layer})
+        self.taps = nn.ModuleDict({str(layer): Tap(layer, self) for layer in layers})
+
+    def install(self, anatomy: Anatomy) -> None:
+        """Registers the hooks."""
+        handles = [
+            anatomy.trunk.register_forward_pre_hook(self.before, with_kwargs=True),
+            anatomy.trunk.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        ]
+        for layer, tap in self.taps.items():
+            handles.append(anatomy.blocks[int(layer)].register_forward_hook(tap.after, with_kwargs=True, prepend=True))
+        object.__setattr__(self, "handles", handles)
+        setattr(anatomy.trunk, MEMORY_NAME, self)
+
+    def remove(self, anatomy: Anatomy) -> None:
+        """Takes the hooks away again. They are found by their owner, so this works on copies of a model too."""
+        for module in (anatomy.trunk, *anatomy.blocks):
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key, hook in list(hooks.items()):
+                    if getattr(hook, "__self__", None) in (self, *self.taps.values()):
+                        del hooks[key]
+                        for marks in (
+                            module._forward_hooks_with_kwargs,
+                            module._forward_hooks_always_called,
+                            module._forward_pre_hooks_with_kwargs,
+                        ):
+                            marks.pop(key, None)
+        delattr(anatomy.trunk, MEMORY_NAME)
+
+    # --- one call ----------------------------------------------------------------------------------------------------
+
+    @property
+    def calls(self) -> list[Call]:
+        """This thread's running calls, innermost last."""
+        table: dict[int, list[Call]] = _threads.__dict__.setdefault("calls", {})
+        return table.setdefault(id(self), [])
+
+    @torch.compiler.disable
+    def before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        """The trunk's pre-hook: binds the call, runs all segments but the last, prepares the last."""
+        call = Call()
+        self.calls.append(call)
+        arguments = _bind(trunk, args, kwargs)
+        self._open(call, trunk, arguments)
+        if len(call.pieces) > 1 and self._segment_by_segment(call):
+            if call.cache is None:
+                call.cache = arguments["past_key_values"] = DynamicCache(config=trunk.config)  # pyright: ignore
+                arguments["use_cache"] = call.private_cache = True
+            seen = call.cache.get_seq_length()
+            for piece in call.pieces[:-1]:
+                call.earlier.append(trunk(**_slice(arguments, piece, int(seen), call.time)))
+            arguments = _slice(arguments, call.pieces[-1], int(seen), call.time)
+            self._open(call, trunk, arguments)
+        if isinstance(call.cache, MemoryCache):
+            self._arrange(call, trunk, arguments)
+        return (), arguments
+
+    @torch.compiler.disable
+    def after(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """The trunk's hook: stores the new stream, moves the window, joins outputs. Undoes everything on an error."""
+        call = self.calls.pop()
+        if output is None:
+            call.restore()
+            return None
+        if call.layer is not None and call.stream is not None:
+            call.layer.stream = call.stream
+        if isinstance(call.cache, MemoryCache):
+            call.cache.inside = False
+            window = call.cache.window
+            assert window is not None
+            ended = cut(window.running, call.time, self.segment_length, call.keep)[-1].ended
+            call.cache.window = window.advance(call.keep, call.time)
+            call.cache.close_segment(ended)
+        if call.earlier:
+            output = _join([*call.earlier, output])
+        if call.private_cache:
+            output["past_key_values"] = None
+        return output
+
+    def _open(self, call: Call, trunk: nn.Module, arguments: dict[str, Any]) -> None:
+        """Fills in what one pass needs to know: cache, padding, packing, stream, pieces."""
+        inputs = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments.get("inputs_embeds")
+        if inputs is None or inputs.shape[0] == 0 or inputs.shape[1] == 0:
+            shape = None if inputs is None else list(inputs.shape[:2])
+            raise ValueError(f"the input is empty (shape {shape}); pass at least one row and one token")
+        batch, call.time = inputs.shape[:2]
+        call.keep = call.stream = call.before = None
+        call.pieces, call.states = [], []
+        cache = arguments.get("past_key_values")
+        if not self.causal:
+            self._open_encoder(call, trunk, arguments, inputs)
+            return
+        call.checkpointing = trunk.training and any(getattr(m, "gradient_checkpointing", False) for m in trunk.modules())
+        wanted = arguments.get("use_cache")
+        wanted = getattr(trunk.config, "use_cache", False) if wanted is None else wanted  # pyright: ignore
+        packed = _starts(arguments, call.time) if cache is None else None
+        if cache is None and wanted and not call.checkpointing and packed is None and self.enabled:
+            cache = arguments["past_key_values"] = DynamicCache(config=trunk.config)  # pyright: ignore
+        call.cache = cache if isinstance(cache, Cache) else None
+        if isinstance(cache, MemoryCache):
+            if not call.earlier:
+                call.restore = cache.snapshot()
+            window = cache.open(batch, inputs.device)
+            _check_batch(len(window.context), batch)
+            if call.checkpointing and window.kept:
+                raise ValueError(
+                    "gradient checkpointing drops the base's keys between calls; feed whole segments with "
+                    f"window=segment_length ({self.segment_length}), or turn checkpointing off"
+                )
+        elif not self.enabled:
+            return
+        call.keep = _kept(arguments.get("attention_mask"), call.time, call.cache)
+        if call.keep is not None and bool(call.keep.all()):
+            call.keep = None
+        cuts: set[int] = set()
+        if isinstance(cache, MemoryCache) and cache.window is not None:
+            cuts = {piece.stop for piece in cut(cache.window.running, call.time, self.segment_length, call.keep)}
+        if not self.enabled:
+            call.pieces = _refine([Piece(0, call.time)], cuts)
+            return
+        call.layer = memory_layer(call.cache, self.depth) if call.cache is not None else None
+        self._bring_stream(call, trunk, batch)
+        assert call.stream is not None
+        call.pieces = _refine(cut(call.stream.counts, call.time, self.segment_length, call.keep, packed), cuts)
+        call.states = [call.stream.state]
+
+    def _open_encoder(self, call: Call, trunk: nn.Module, arguments: dict[str, Any], inputs: Tensor) -> None:
+        """An encoder sees both ways, so one call is one segment; its stream is carried by `carrying`."""
+        if not self.enabled:
+            return
+        batch, time = inputs.shape[:2]
+        call.layer = getattr(_threads, "carried", None)
+        if call.layer is not None and time > self.segment_length:
+            raise ValueError(
+                f"a call of {time} tokens is longer than the segment of {self.segment_length}; an encoder reads one "
+                "segment a call: use Session.read, which cuts the text"
+            )
+        mask = arguments.get("attention_mask")
+        call.keep = mask.bool() if mask is not None and mask.ndim == 2 else None
+        self._bring_stream(call, trunk, batch)
+        assert call.stream is not None
+        call.pieces = [Piece(0, time, (), tuple(range(batch)))]
+        call.states = [call.stream.state]
+
+    def _bring_stream(self, call: Call, trunk: nn.Module, batch: int) -> None:
+        """The stream that the cache carries, checked, or a new one."""
+        stream = call.layer.stream if call.layer is not None else None
+        if stream is None:
+            stream = Stream.new(self.memory, batch, self._like(trunk))
+        _check_batch(stream.batch, batch)
+        if stream.waiting.device != self.device:
+            raise ValueError(
+                f"the cache's stream is on {stream.waiting.device}, the memory on {self.device}; move the model first, "
+                "then make or load the session"
+            )
+        if stream.waiting.shape[-1] != self.width:
+            raise ValueError(f"the cache's stream is of width {stream.waiting.shape[-1]}, this model's is {self.width}")
+        call.before = call.stream = stream
+
+    def _segment_by_segment(self, call: Call) -> bool:
+        if not self.enabled or isinstance(call.cache, MemoryCache):
+            return True
+        if not self.memory.writes_see_reads:
+            return False
+        if any(piece.fresh for piece in call.pieces):
+            raise ValueError(
+                "packed documents need every read at or above the write layer (here reads "
+                f"{list(self.memory.read_layers)}, write {self.memory.write_layer}); pass one document a row"
+            )
+        if call.checkpointing:
+            raise ValueError(
+                "gradient checkpointing drops the base's keys, which reads below the write layer need from segment to "
+                "segment; feed whole segments through a MemoryCache with window=segment_length, or turn it off"
+            )
+        return True
+
+    def _arrange(self, call: Call, trunk: nn.Module, arguments: dict[str, Any]) -> None:
+        """Gives the base its window: mask and positions of what is physically there."""
+        cache = call.cache
+        assert isinstance(cache, MemoryCache)
+        assert cache.window is not None
+        mask, positions = cache.window.arrange(call.keep, call.time)
+        arguments["attention_mask"] = mask
+        arguments["use_cache"] = True
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        cache.inside = True
+
+    def _like(self, trunk: nn.Module) -> Tensor:
+        """An empty tensor with the width and dtype of the hidden states, on the memory's device."""
+        return torch.empty(0, self.width, dtype=trunk.dtype, device=self.device)  # pyright: ignore
+
+    # --- at a block --------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def at_block(self, layer: int, hidden_btd: Tensor) -> Tensor:
+        """What block `layer` puts out, after the memory wrote and read there."""
+        if not self.enabled or not self.calls:
+            return hidden_btd
+        call = self.calls[-1]
+        if layer == self.memory.write_layer:
+            self._write(call, layer, hidden_btd)
+        if layer not in self.memory.read_layers:
+            return hidden_btd
+        local_btd = hidden_btd.to(self.device)  # a model spread over devices keeps its memory on one
+        parts = [
+            self.memory.read(layer, local_btd[:, piece.start : piece.stop], state)
+            for piece, state in zip(call.pieces, call.states, strict=True)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(hidden_btd.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory lives."""
+        return next(self.memory.parameters()).device
+
+    def _write(self, call: Call, layer: int, hidden_btd: Tensor) -> None:
+        keep, stream = call.keep, call.stream
+        assert stream is not None
+        check_finite(hidden_btd, keep, layer)
+        hidden_btd = hidden_btd.to(self.device)
+        keep = None if keep is None else keep.to(self.device)
+        if keep is not None:
+            hidden_btd = hidden_btd.masked_fill(~keep[..., None], 0)
+        call.stream, call.states = self._advance(stream, hidden_btd, keep, call.pieces)
+        if call.layer is not None and not torch.is_grad_enabled():
+            before, hidden = call.before, hidden_btd
+            assert before is not None
+
+            def replay(count: int) -> Stream:
+                time = hidden.shape[1] - count
+                if time < 0:
+                    raise ValueError(f"cannot take back {count} tokens: the last call had {hidden.shape[1]}")
+                kept = None if keep is None else keep[:, :time]
+                pieces = cut(before.counts, time, self.segment_length, kept) if time else []
+                return self._advance(before, hidden[:, :time], kept, pieces)[0]
+
+            call.layer.replay = replay
+
+    def _advance(
+        self, stream: Stream, hidden_btd: Tensor, keep: Tensor | None, pieces: list[Piece]
+    ) -> tuple[Stream, list[State]]:
+        """The stream after these tokens, and the state each piece reads."""
+        states = []
+        for piece in pieces:
+            if piece.fresh:
+                stream = stream.reset(self.memory, piece.fresh)
+            states.append(stream.state)
+            part = slice(piece.start, piece.stop)
+            stream = stream.append(hidden_btd[:, part], None if keep is None else keep[:, part])
+            stream = stream.commit(self.memory, piece.ended)
+        return stream, states
+
+
+class Tap(nn.Module):
+    """The hook of one block."""
+
+    def __init__(self, layer: int, router: Router) -> None:
+        super().__init__()
+        self.layer = layer
+        object.__setattr__(self, "router", router)  # not a submodule: the router owns the tap
+
+    router: Router
+
+    def after(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """The block's hook; blocks return a tensor or a tuple that begins with one."""
+        if isinstance(output, tuple):
+            return (self.router.at_block(self.layer, output[0]), *output[1:])
+        return self.router.at_block(self.layer, output)
+
+
+@contextlib.contextmanager
+def carrying(layer: MemoryLayer) -> Iterator[None]:
+    """Within it, calls of encoders in this thread read and write the stream of `layer` (they have no cache to ride)."""
+    outer = getattr(_threads, "carried", None)
+    _threads.carried = layer
+    try:
+        yield
+    finally:
+        _threads.carried = outer
+
+
+# --- what a call was given -------------------------------------------------------------------------------------------
+
+
+def _bind(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(inspect.unwrap(type(trunk).forward)).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _check_batch(carried: int, given: int) -> None:
+    if carried != given:
+        raise ValueError(
+            f"the cache carries {carried} stream(s) and the call brings {given} row(s); use one cache a batch, or "
+            "cache.batch_repeat_interleave / cache.batch_select_indices to change it"
+        )
+
+
+def _starts(arguments: dict[str, Any], time: int) -> Tensor | None:
+    """Where documents begin in packed rows `[b, t]`: positions that do not go on; None for rows that are not packed."""
+    positions = arguments.get("position_ids")
+    if positions is None or arguments.get("attention_mask") is not None or time == 1:
+        return None
+    jumps = positions.diff(dim=-1) != 1
+    if not bool(jumps.any()):
+        return None
+    batch = (arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]).shape[0]
+    return torch.cat([torch.ones_like(jumps[:, :1]), jumps], 1).expand(batch, -1)
+
+
+def _kept(mask: Any, time: int, cache: Cache | None) -> Tensor | None:
+    """Which of the call's tokens are real `[b, t]`, from the attention mask in any of the forms a trunk is given."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next((m for m in mask.values() if m is not None), None))
+    if mask is None or not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask[:, -time:].bool()
+    # 4-D, from a static cache: a token is real when it may attend to itself
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    index = torch.arange(time, device=mask.device)
+    allowed = mask if mask.dtype == torch.bool else mask >= 0
+    return allowed[:, 0, index, index + seen]
+
+
+def _refine(pieces: list[Piece], cuts: set[int]) -> list[Piece]:
+    """The same pieces, cut at `cuts` too."""
+    refined = []
+    for piece in pieces:
+        inner = [piece.start, *sorted(c for c in cuts if piece.start < c < piece.stop), piece.stop]
+        for start, stop in zip(inner, inner[1:], strict=False):
+            fresh = piece.fresh if start == piece.start else ()
+            refined.append(Piece(start, stop, fresh, piece.ended if stop == piece.stop else ()))
+    return refined
+
+
+def _slice(arguments: dict[str, Any], piece: Piece, seen: int, time: int) -> dict[str, Any]:
+    """The arguments of a call for some of its tokens."""
+    part = slice(piece.start, piece.stop)
+    sliced = dict(arguments)
+    for name in ("input_ids", "inputs_embeds", "token_type_ids"):
+        if arguments.get(name) is not None:
+            sliced[name] = arguments[name][:, part]
+    if (positions := arguments.get("position_ids")) is not None:
+        sliced["position_ids"] = positions[..., part]
+
+    def masked(mask: Any) -> Any:
+        if not isinstance(mask, Tensor):
+            return mask
+        if mask.ndim == 2:
+            return mask[:, : mask.shape[1] - time + piece.stop]
+        keys = seen + piece.stop if mask.shape[-1] == seen + time else mask.shape[-1]
+        return mask[:, :, part, :keys]
+
+    mask = arguments.get("attention_mask")
+    sliced["attention_mask"] = {k: masked(m) for k, m in mask.items()} if isinstance(mask, dict) else masked(mask)
+    return sliced
+
+
+def _join(outputs: list[Any]) -> Any:
+    """The outputs of a call's pieces as the output of one call."""
+    last = outputs[-1]
+    if not isinstance(last, ModelOutput):
+        return (torch.cat([output[0] for output in outputs], 1), *last[1:])
+    if last.get("attentions") is not None:
+        raise ValueError(
+            "attention weights cannot be joined across segments; call without output_attentions, or a segment a call"
+        )
+    last["last_hidden_state"] = torch.cat([output["last_hidden_state"] for output in outputs], 1)
+    if last.get("hidden_states") is not None:
+        layers = zip(*(output["hidden_states"] for output in outputs), strict=True)
+        last["hidden_states"] = tuple(torch.cat(layer, 1) for layer in layers)
+    return last

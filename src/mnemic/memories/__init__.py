@@ -1,0 +1,6 @@
+"""The mechanisms, one file each; importing this package registers them all."""
+
+from mnemic.memories.base import CONFIGS, Card, Memory, MemoryConfig
+from mnemic.memories.emt import EMT, EMTConfig
+
+__all__ = ["CONFIGS", "EMT", "Card", "EMTConfig", "Memory", "MemoryConfig"]

@@ -1,0 +1,131 @@
+"""What a mechanism is: a config that names it, and a module with two methods, `read` and `write`, over explicit state.
+
+The core does the rest: it cuts every stream into segments, keeps the tokens of an unfinished segment waiting, carries
+the state in the cache, and places the hooks. A mechanism knows nothing of Hugging Face.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mnemic.state import State
+
+CONFIGS: dict[str, type[MemoryConfig]] = {}
+"""Every mechanism by its kind; a subclass of `MemoryConfig` that names a `kind` enters by being defined."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `mnemic list` and the documentation say of a mechanism."""
+
+    title: str
+    seam: str
+    trains: str
+    bytes_law: str
+    paper: str
+    citation: str
+
+
+@dataclass
+class MemoryConfig(ABC):
+    """Settings of a mechanism; `segment_length` is the number of a row's real tokens between two writes."""
+
+    kind: ClassVar[str]
+    card: ClassVar[Card]
+
+    segment_length: int = 512
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            CONFIGS[cls.kind] = cls
+
+    def __post_init__(self) -> None:
+        if self.segment_length < 1:
+            raise ValueError(f"segment_length is {self.segment_length}; a segment needs at least 1 token")
+
+    @abstractmethod
+    def build(self, width: int, depth: int) -> Memory:
+        """The module for a host with hidden states of `width` and `depth` blocks; raises `ValueError` if it cannot."""
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls) -> list[MemoryConfig]:
+        """Small settings, one of each form, for the matrix of invariants (segments of 8, hosts of width 64)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with the kind, as written to `memory_config.json`."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> MemoryConfig:
+        """The inverse of `to_dict`; raises `ValueError` naming unknown kinds and settings."""
+        values = dict(values)
+        kind = values.pop("kind", None)
+        if kind not in CONFIGS:
+            raise ValueError(f"unknown memory kind {kind!r}; known: {', '.join(sorted(CONFIGS))}")
+        known = {field.name for field in dataclasses.fields(CONFIGS[kind])}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{CONFIGS[kind].__name__} has no setting {', '.join(unknown)}; known: {sorted(known)}")
+        return CONFIGS[kind](**values)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed."""
+        return dataclasses.replace(self, **changes)
+
+
+class Memory(nn.Module, ABC):
+    """A recurrent layer over segments of hidden states, with its state outside itself.
+
+    `read` is called at every layer of `read_layers`, on tokens of one segment, with the state as it stood at that
+    segment's start. `write` is called once at a segment's end with the hidden states that `write_layer` put out
+    (before any read at that same layer), and returns the next state. Both are pure: nothing is kept on the module.
+    """
+
+    read_layers: tuple[int, ...]
+    write_layer: int
+    reach: int | None = None
+    """How many segments back a write can still be read; None for no bound."""
+
+    @abstractmethod
+    def init_state(self, batch: int, device: torch.device | None = None) -> State:
+        """The state of `batch` new streams, float32, first dimension `batch`."""
+
+    @abstractmethod
+    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """Hidden states of `layer` with what the memory adds; same shape and dtype."""
+
+    @abstractmethod
+    def write(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> State:
+        """The state after a segment; tokens where `keep_bt` is False are padding and leave no trace."""
+
+    @abstractmethod
+    def naive(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> tuple[Float[Tensor, "b t d"], State]:
+        """`read` at the first read layer, then `write`, as plain loops over the paper's equations: the test's oracle."""
+
+    @property
+    def writes_see_reads(self) -> bool:
+        """True when some layer reads below where the memory writes, so segments can only run one after another."""
+        return min(self.read_layers) < self.write_layer
+
+    def parameter_dtype(self) -> torch.dtype:
+        """The dtype the memory computes in; its state is float32 whatever this is."""
+        return next(self.parameters()).dtype
+
+
+def resolve_layer(index: int, depth: int, name: str) -> int:
+    """A block index in `0 .. depth - 1`, negative ones counted from the end; raises `ValueError` out of range."""
+    if not -depth <= index < depth:
+        raise ValueError(f"{name} is {index}, but the model has {depth} blocks; use {-depth} .. {depth - 1}")
+    return index % depth

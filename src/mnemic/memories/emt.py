@@ -1,0 +1,266 @@
+"""EMT, Enhanced Memory Transformer: persistent slots, a GRU controller that writes, attention that reads.
+
+Source: the EMT whitepaper (section 3). It names the parts and their numbers but gives no equations; these are ours.
+
+A memory has S slots M_s of width m, learned at the start of a stream, d the host's width, h_t the hidden state of
+token t of a segment of T tokens.
+
+Write, once per segment (`write="segment"`): slot s looks for what concerns it and decides how much to take,
+
+    a_s = softmax_t( q(M_s) . k(h_t) / sqrt(m) )                    which tokens
+    c_s = sum_t a_st v(h_t)                                         what to store
+    g_s = sigmoid( w . [c_s ; M_s] + b ),  b = -1 at first          whether to store it
+    M_s <- (1 - g_s) M_s + g_s GRU(c_s, M_s)                        how to blend
+
+Write, once per token (`write="token"`), the recurrence of the author's script without its threshold:
+
+    z_s   = W_i h_t . M_s - 0.1 age_s - 0.2 usage_s,  w = softmax_s( -z_s )       W_i h_t and M_s of norm 1
+    n_s   = GRU(W_v h_t, M_s)
+    M_s   <- normalise( (1 - eta w_s) M_s + eta w_s n_s )                         eta: update rate
+    usage <- 0.99 (usage + w),   age <- 0.98 age + 1
+
+so a token goes to the slots that resemble it least and were used most; age is the same for all slots and cancels in
+the softmax. Both are the author's; the documentation says what they cost.
+
+Read, at every read layer, from the slots as they stood when the segment began:
+
+    e  = h + W_o MHA(h, M);   e <- e + FF(e);   h' = h + feedback (e - h)
+
+and after the last block, where the result is the output, h' <- h + final_blend (h' - h).
+
+What is trained: everything here, nothing of the host. What is forgotten: what the gate overwrites; there is no decay.
+W_o and the last matrix of FF start at zero, so an untrained memory changes nothing; `zero_shot=True` starts them at
+random as the whitepaper's zero-shot mode does (nothing is remembered that way: see `docs/mechanisms/emt.md`).
+State: `stack * slots * dim * 4` bytes a stream, 64 KiB by default; the token write adds 8 bytes a slot.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layer
+from mnemic.memories.emt_naive import emt_naive
+from mnemic.state import State
+
+# Shapes: b batch, t time, s slots, d host width, m memory width (`dim`), k stacked memories.
+
+AGE_WEIGHT, USAGE_WEIGHT, AGE_DECAY, USAGE_DECAY = 0.1, 0.2, 0.98, 0.99
+
+
+@dataclass
+class EMTConfig(MemoryConfig):
+    """Settings of an Enhanced Memory Transformer; layers are block indices, negative ones counted from the end.
+
+    `read_layers` and `write_layer` default to the middle of the stack, so that later blocks can use what was read.
+    `update_rate` is the token write's eta; `gate_bias` the segment write's b. `stack` puts several complete memories
+    one after another at the same places. `segment_length` is counted in tokens.
+    """
+
+    kind: ClassVar[str] = "emt"
+    card: ClassVar[Card] = Card(
+        title="Enhanced Memory Transformer",
+        seam="after block",
+        trains="slots, controller, readers",
+        bytes_law="stack x slots x dim x 4",
+        paper="EMT whitepaper, section 3",
+        citation="@misc{emt, title = {Enhanced Memory Transformers}, note = {whitepaper}}",
+    )
+
+    slots: int = 64
+    dim: int = 256
+    heads: int = 4
+    read_layers: list[int] | None = None
+    write_layer: int | None = None
+    write: Literal["segment", "token"] = "segment"
+    feedback: float = 0.7
+    final_blend: float = 0.6
+    update_rate: float = 0.5
+    gate_bias: float = -1.0
+    stack: int = 1
+    zero_shot: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("slots", "dim", "heads", "stack"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
+        if self.write not in ("segment", "token"):
+            raise ValueError(f"write is {self.write!r}; use 'segment' or 'token'")
+        for name in ("feedback", "final_blend", "update_rate"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in (0, 1]")
+        if self.read_layers is not None and not self.read_layers:
+            raise ValueError("read_layers is empty; name at least one block, or leave it out for the middle one")
+
+    @classmethod
+    def whitepaper(cls, **changes: Any) -> EMTConfig:
+        """The whitepaper's own setting: two memories after the last block, written per token, used without training."""
+        setting: dict[str, Any] = {"stack": 2, "read_layers": [-1], "write_layer": -1, "write": "token"}
+        return cls(**{**setting, "zero_shot": True, **changes})
+
+    @classmethod
+    def tiny(cls) -> list[MemoryConfig]:
+        """One of each form: the default, reads below the write, the token write, a stack after the last block."""
+        small: dict[str, Any] = {"segment_length": 8, "slots": 4, "dim": 16, "heads": 2}
+        return [
+            cls(**small),
+            cls(**small, read_layers=[0, 1], write_layer=1),
+            cls(**small, write="token"),
+            cls(**small, stack=2, read_layers=[0, -1], write_layer=0),
+        ]
+
+    def build(self, width: int, depth: int) -> EMT:
+        """The module; raises `ValueError` naming a layer that the host does not have."""
+        return EMT(self, width, depth)
+
+
+class EMT(Memory):
+    """The module: `stack` memories, each with slots, a controller, and a reader for every read layer."""
+
+    def __init__(self, config: EMTConfig, width: int, depth: int) -> None:
+        super().__init__()
+        middle = (depth - 1) // 2
+        self.config = config
+        self.write_layer = resolve_layer(
+            middle if config.write_layer is None else config.write_layer, depth, "write_layer"
+        )
+        layers = [self.write_layer] if config.read_layers is None else config.read_layers
+        self.read_layers = tuple(sorted({resolve_layer(layer, depth, "read_layers") for layer in layers}))
+        self.output_layer = depth - 1
+        self.slots = nn.Parameter(torch.randn(config.stack, config.slots, config.dim) * 0.5)
+        writer = SegmentWriter if config.write == "segment" else TokenWriter
+        self.writers = nn.ModuleList(writer(config, width) for _ in range(config.stack))
+        self.readers = nn.ModuleDict(
+            {str(layer): nn.ModuleList(Reader(config, width) for _ in range(config.stack)) for layer in self.read_layers}
+        )
+
+    def init_state(self, batch: int, device: torch.device | None = None) -> State:
+        """`slots [b, k, s, m]`, and for the token write `usage` and `age` `[b, k, s]`, all float32."""
+        slots = self.slots.float().to(device)
+        if self.config.write == "segment":
+            return {"slots": slots.expand(batch, -1, -1, -1)}
+        slots = F.normalize(slots, dim=-1).expand(batch, -1, -1, -1)
+        zeros = torch.zeros(slots.shape[:-1], device=slots.device)
+        return {"slots": slots, "usage": zeros, "age": zeros}
+
+    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """h' for one read layer; the slots are those of the segment's start."""
+        dtype = self.parameter_dtype()
+        read_btd = hidden_btd.to(dtype)
+        for reader, slots_bsm in zip(self.readers[str(layer)], state["slots"].to(dtype).unbind(1), strict=True):  # pyright: ignore[reportArgumentType]
+            read_btd = reader(read_btd, slots_bsm)
+        if layer == self.output_layer:
+            read_btd = hidden_btd + self.config.final_blend * (read_btd - hidden_btd)
+        return read_btd.to(hidden_btd.dtype)
+
+    def write(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> State:
+        """The slots after one segment."""
+        dtype = self.parameter_dtype()
+        hidden_btd = hidden_btd.to(dtype)
+        rows = [{name: tensor[:, k].to(dtype) for name, tensor in state.items()} for k in range(self.config.stack)]
+        written = [writer(hidden_btd, row, keep_bt) for writer, row in zip(self.writers, rows, strict=True)]
+        return {name: torch.stack([row[name] for row in written], 1).float() for name in state}
+
+    def naive(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> tuple[Float[Tensor, "b t d"], State]:
+        """The equations above, one row, slot, head and token at a time."""
+        return emt_naive(self, hidden_btd, state, keep_bt)
+
+
+class Reader(nn.Module):
+    """Multi-head attention of the tokens over the slots, then a feed-forward: `[b, t, d], [b, s, m] -> [b, t, d]`."""
+
+    def __init__(self, config: EMTConfig, width: int) -> None:
+        super().__init__()
+        self.heads, self.feedback = config.heads, config.feedback
+        self.norm_hidden, self.norm_slots = nn.LayerNorm(width), nn.LayerNorm(config.dim)
+        self.query, self.output = nn.Linear(width, config.dim), nn.Linear(config.dim, width)
+        self.key, self.value = nn.Linear(config.dim, config.dim), nn.Linear(config.dim, config.dim)
+        self.norm_feed, self.expand = nn.LayerNorm(width), nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+        if not config.zero_shot:
+            for linear in (self.output, self.contract):
+                nn.init.zeros_(linear.weight)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden_btd: Tensor, slots_bsm: Tensor) -> Tensor:
+        slots_bsm = self.norm_slots(slots_bsm)
+        query, key, value = (
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projected in (self.query(self.norm_hidden(hidden_btd)), self.key(slots_bsm), self.value(slots_bsm))
+        )
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
+        enhanced = hidden_btd + self.output(attended)
+        enhanced = enhanced + self.contract(F.gelu(self.expand(self.norm_feed(enhanced))))
+        return hidden_btd + self.feedback * (enhanced - hidden_btd)
+
+
+class SegmentWriter(nn.Module):
+    """Slots attend over a segment's tokens and blend in what they found: `[b, t, d] -> slots [b, s, m]`."""
+
+    def __init__(self, config: EMTConfig, width: int) -> None:
+        super().__init__()
+        self.norm_hidden, self.norm_slots = nn.LayerNorm(width), nn.LayerNorm(config.dim)
+        self.key, self.value = nn.Linear(width, config.dim), nn.Linear(width, config.dim)
+        self.query = nn.Linear(config.dim, config.dim)
+        self.gate = nn.Linear(2 * config.dim, 1)
+        self.gru = nn.GRUCell(config.dim, config.dim)
+        nn.init.constant_(self.gate.bias, config.gate_bias)
+
+    def forward(self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> State:
+        slots_bsm = state["slots"]
+        hidden_btd = self.norm_hidden(hidden_btd)
+        query_bsm = self.query(self.norm_slots(slots_bsm))
+        score_bst = query_bsm @ self.key(hidden_btd).transpose(1, 2) / math.sqrt(slots_bsm.shape[-1])
+        if keep_bt is not None:
+            score_bst = score_bst.masked_fill(~keep_bt[:, None], torch.finfo(score_bst.dtype).min)
+        content_bsm = score_bst.softmax(-1) @ self.value(hidden_btd)
+        gate_bs1 = torch.sigmoid(self.gate(torch.cat([content_bsm, slots_bsm], -1)))
+        candidate_bsm = self.gru(content_bsm.flatten(0, 1), slots_bsm.flatten(0, 1)).view_as(slots_bsm)
+        return {"slots": (1 - gate_bs1) * slots_bsm + gate_bs1 * candidate_bsm}
+
+
+class TokenWriter(nn.Module):
+    """Every token is written to the slots that are most available: `[b, t, d] -> slots, usage, age`."""
+
+    def __init__(self, config: EMTConfig, width: int) -> None:
+        super().__init__()
+        self.rate = config.update_rate
+        self.address, self.value = nn.Linear(width, config.dim), nn.Linear(width, config.dim)
+        self.gru = nn.GRUCell(config.dim, config.dim)
+
+    def forward(self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> State:
+        slots, usage, age = state["slots"], state["usage"], state["age"]
+        address_btm = F.normalize(self.address(hidden_btd), dim=-1)
+        # the input's share of the GRU does not depend on the slots: one product for the whole segment
+        gates_btg = F.linear(self.value(hidden_btd), self.gru.weight_ih, self.gru.bias_ih)
+        for t in range(hidden_btd.shape[1]):
+            similarity = (slots @ address_btm[:, t, :, None]).squeeze(-1)
+            weight = torch.softmax(AGE_WEIGHT * age + USAGE_WEIGHT * usage - similarity, -1)
+            reset_in, update_in, new_in = gates_btg[:, t, None].chunk(3, -1)
+            reset, update, new = F.linear(slots, self.gru.weight_hh, self.gru.bias_hh).chunk(3, -1)
+            new = torch.tanh(new_in + torch.sigmoid(reset_in + reset) * new)
+            candidate = torch.lerp(new, slots, torch.sigmoid(update_in + update))
+            written = F.normalize(torch.lerp(slots, candidate, self.rate * weight[..., None]), dim=-1)
+            after = (written, USAGE_DECAY * (usage + weight), AGE_DECAY * age + 1)
+            if keep_bt is not None:
+                keep = keep_bt[:, t, None]
+                after = (
+                    torch.where(keep[..., None], written, slots),
+                    torch.where(keep, after[1], usage),
+                    torch.where(keep, after[2], age),
+                )
+            slots, usage, age = after
+        return {"slots": slots, "usage": usage, "age": age}

@@ -1,0 +1,87 @@
+"""The equations of `emt.py` in plain loops: one row, one slot, one head and one token at a time.
+
+Slow on purpose. The tests compare it with the fast path, forward and gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnemic.state import State
+
+if TYPE_CHECKING:
+    from mnemic.memories.emt import EMT
+
+
+def emt_naive(memory: EMT, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> tuple[Tensor, State]:
+    """Reads every token of one segment at the first read layer, then writes the segment; shapes as in `Memory`."""
+    layer = memory.read_layers[0]
+    write = _write_segment if memory.config.write == "segment" else _write_tokens
+    outputs, rows = [], []
+    for b in range(hidden_btd.shape[0]):
+        kept = [t for t in range(hidden_btd.shape[1]) if keep_bt is None or keep_bt[b, t]]
+        outputs.append(torch.stack([_read(memory, layer, token, state["slots"][b]) for token in hidden_btd[b]]))
+        stacked = []
+        for k, writer in enumerate(memory.writers):
+            row = {name: list(tensor[b, k]) for name, tensor in state.items()}
+            stacked.append(write(writer, [hidden_btd[b, t] for t in kept], row))
+        rows.append({name: torch.stack([torch.stack(row[name]) for row in stacked]) for name in state})
+    return torch.stack(outputs), {name: torch.stack([row[name] for row in rows]) for name in state}
+
+
+def _read(memory: EMT, layer: int, token_d: Tensor, slots_ksm: Tensor) -> Tensor:
+    read_d = token_d
+    for reader, slots_sm in zip(memory.readers[str(layer)], slots_ksm, strict=True):  # pyright: ignore[reportArgumentType]
+        read_d = _read_one(reader, read_d, slots_sm)
+    if layer == memory.output_layer:
+        blend = memory.config.final_blend
+        read_d = blend * read_d + (1 - blend) * token_d
+    return read_d
+
+
+def _read_one(reader: Any, token_d: Tensor, slots_sm: Tensor) -> Tensor:
+    slots = [reader.norm_slots(slot) for slot in slots_sm]
+    size = slots_sm.shape[-1] // reader.heads
+    query = reader.query(reader.norm_hidden(token_d))
+    heads = []
+    for head in range(reader.heads):
+        part = slice(head * size, (head + 1) * size)
+        scores = [torch.dot(query[part], reader.key(slot)[part]) / math.sqrt(size) for slot in slots]
+        weights = torch.stack(scores).softmax(0)
+        heads.append(sum((w * reader.value(slot)[part] for w, slot in zip(weights, slots, strict=True)), query.new_zeros(size)))
+    enhanced = token_d + reader.output(torch.cat(heads))
+    enhanced = enhanced + reader.contract(F.gelu(reader.expand(reader.norm_feed(enhanced))))
+    return token_d + reader.feedback * (enhanced - token_d)
+
+
+def _write_segment(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    tokens = [writer.norm_hidden(token) for token in tokens]
+    after = []
+    for slot in row["slots"]:
+        query = writer.query(writer.norm_slots(slot))
+        weights = torch.stack([torch.dot(query, writer.key(token)) / math.sqrt(len(slot)) for token in tokens]).softmax(0)
+        content = sum((w * writer.value(token) for w, token in zip(weights, tokens, strict=True)), torch.zeros_like(slot))
+        gate = torch.sigmoid(writer.gate(torch.cat([content, slot])))
+        after.append((1 - gate) * slot + gate * writer.gru(content[None], slot[None])[0])
+    return {"slots": after}
+
+
+def _write_tokens(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    slots, usage, age = row["slots"], row["usage"], row["age"]
+    for token in tokens:
+        address, value = F.normalize(writer.address(token), dim=0), writer.value(token)
+        score = [torch.dot(address, m) - 0.1 * a - 0.2 * u for m, a, u in zip(slots, age, usage, strict=True)]
+        weights = torch.softmax(-torch.stack(score), 0)
+        candidates = [writer.gru(value[None], slot[None])[0] for slot in slots]
+        slots = [
+            F.normalize((1 - writer.rate * w) * slot + writer.rate * w * candidate, dim=0)
+            for w, slot, candidate in zip(weights, slots, candidates, strict=True)
+        ]
+        usage = [0.99 * (u + w) for u, w in zip(usage, weights, strict=True)]
+        age = [0.98 * a + 1 for a in age]
+    return {"slots": slots, "usage": usage, "age": age}

@@ -1,0 +1,178 @@
+"""Where each row of a batch stands in its stream: the memory's state, the tokens that wait, and what was counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mnemic.memories.base import Memory
+from mnemic.state import State, StateError, append_rows, concatenate, detach, nbytes, repeat, select
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `start <= t < stop` of a call, inside one segment of every row.
+
+    `fresh` are the rows whose document begins at `start`, `ended` those whose segment is full at `stop`.
+    """
+
+    start: int
+    stop: int
+    fresh: tuple[int, ...] = ()
+    ended: tuple[int, ...] = ()
+
+
+def cut(
+    waiting: Sequence[int],
+    time: int,
+    segment_length: int,
+    keep_bt: Bool[Tensor, "b t"] | None = None,
+    fresh_bt: Bool[Tensor, "b t"] | None = None,
+) -> list[Piece]:
+    """Cuts a call of `time` tokens wherever some row's segment ends or its document begins.
+
+    `waiting[b]` tokens of row b's running segment came in earlier calls; only tokens with `keep_bt` count.
+    """
+    keep = np.ones((len(waiting), time), bool) if keep_bt is None else keep_bt.cpu().numpy()
+    fresh = np.zeros((len(waiting), time), bool) if fresh_bt is None else fresh_bt.cpu().numpy()
+    ended: dict[int, list[int]] = {}
+    begun: dict[int, list[int]] = {}
+    for row, count in enumerate(waiting):
+        starts = np.flatnonzero(fresh[row])
+        for start in starts:
+            begun.setdefault(int(start), []).append(row)
+        for run, positions in enumerate(np.split(np.arange(time), starts)):
+            real = positions[keep[row, positions]]
+            offset = count if run == 0 else 0
+            for end in real[segment_length - offset - 1 :: segment_length]:
+                ended.setdefault(int(end) + 1, []).append(row)
+    cuts = sorted({0, time, *ended, *begun})
+    return [
+        Piece(start, stop, tuple(begun.get(start, ())), tuple(ended.get(stop, ())))
+        for start, stop in zip(cuts, cuts[1:], strict=False)
+    ]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The carried part of a batch of streams. Immutable: every step returns a new one, so nothing is ever half-done.
+
+    `state` is the memory's own; `waiting [b, p, d]` holds the hidden states of tokens that do not fill a segment yet,
+    `counts[b]` of them in row b; `written[b]` counts segments, `seen[b]` real tokens.
+    """
+
+    state: State
+    waiting: Float[Tensor, "b p d"]
+    counts: tuple[int, ...]
+    written: tuple[int, ...]
+    seen: tuple[int, ...]
+
+    @staticmethod
+    def new(memory: Memory, batch: int, like: Tensor) -> Stream:
+        """`batch` streams at their beginning, on the device and in the dtype of the hidden states `like [., ., d]`."""
+        zeros = (0,) * batch
+        waiting = like.new_zeros(batch, 0, like.shape[-1])
+        return Stream(memory.init_state(batch, like.device), waiting, zeros, zeros, zeros)
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return len(self.counts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes carried for all rows: the memory's state and the tokens that wait."""
+        return nbytes(self.tensors())
+
+    def tensors(self) -> State:
+        """Every carried tensor by name, the state's under `state.`."""
+        return {"waiting": self.waiting, **{f"state.{name}": tensor for name, tensor in self.state.items()}}
+
+    def with_tensors(self, tensors: State) -> Stream:
+        """The same stream over other tensors of the same names."""
+        state = {name: tensors[f"state.{name}"] for name in self.state}
+        return replace(self, state=state, waiting=tensors["waiting"])
+
+    def append(self, hidden_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | None) -> Stream:
+        """Tokens join the running segment; it must not overflow, which `cut` sees to."""
+        waiting, counts = append_rows(self.waiting, list(self.counts), hidden_btd, keep_bt)
+        added = [after - before for after, before in zip(counts, self.counts, strict=True)]
+        seen = tuple(total + new for total, new in zip(self.seen, added, strict=True))
+        return replace(self, waiting=waiting, counts=tuple(counts), seen=seen)
+
+    def commit(self, memory: Memory, rows: Sequence[int]) -> Stream:
+        """Writes the running segment of `rows`, full or not; rows with nothing waiting stay as they are."""
+        rows = [row for row in rows if self.counts[row]]
+        if not rows:
+            return self
+        lengths = [self.counts[row] for row in rows]
+        everyone = len(rows) == self.batch
+        index = torch.tensor(rows, device=self.waiting.device)
+        hidden = (self.waiting if everyone else self.waiting[index])[:, : max(lengths)]
+        state = self.state if everyone else select(self.state, index)
+        keep = None
+        if min(lengths) < max(lengths):
+            keep = torch.arange(max(lengths), device=index.device) < torch.tensor(lengths, device=index.device)[:, None]
+        after = memory.write(hidden, state, keep)
+        if not everyone:
+            after = {name: tensor.index_copy(0, index, after[name]) for name, tensor in self.state.items()}
+        counts = tuple(0 if row in rows else count for row, count in enumerate(self.counts))
+        written = tuple(count + (row in rows) for row, count in enumerate(self.written))
+        return replace(self, state=after, waiting=self.waiting[:, : max(counts)], counts=counts, written=written)
+
+    def reset(self, memory: Memory, rows: Sequence[int]) -> Stream:
+        """`rows` begin again: initial state, nothing waiting, nothing counted."""
+        first = memory.init_state(self.batch, self.waiting.device)
+        index = torch.tensor(list(rows), device=self.waiting.device)
+        state = {name: tensor.index_copy(0, index, first[name][index]) for name, tensor in self.state.items()}
+        counts, written, seen = (
+            tuple(0 if row in rows else value for row, value in enumerate(values))
+            for values in (self.counts, self.written, self.seen)
+        )
+        return Stream(state, self.waiting[:, : max(counts)], counts, written, seen)
+
+    def select(self, rows: Sequence[int]) -> Stream:
+        """Rows by index, repeats allowed."""
+        index = torch.tensor(list(rows), dtype=torch.long)
+        ledgers = (tuple(values[row] for row in rows) for values in (self.counts, self.written, self.seen))
+        return Stream(select(self.state, index), self.waiting[index.to(self.waiting.device)], *ledgers)
+
+    def repeat(self, times: int) -> Stream:
+        """Every row `times` times in place."""
+        ledgers = (
+            tuple(value for value in values for _ in range(times)) for values in (self.counts, self.written, self.seen)
+        )
+        return Stream(repeat(self.state, times), self.waiting.repeat_interleave(times, 0), *ledgers)
+
+    def detach(self) -> Stream:
+        """The same stream outside any gradient: where truncated backpropagation is cut."""
+        return self.with_tensors(detach(self.tensors()))
+
+    @staticmethod
+    def concatenate(streams: Sequence[Stream]) -> Stream:
+        """Several batches of streams as one."""
+        widest = max(stream.waiting.shape[1] for stream in streams)
+        waiting = [torch.nn.functional.pad(s.waiting, (0, 0, 0, widest - s.waiting.shape[1])) for s in streams]
+        ledgers = (
+            tuple(value for stream in streams for value in getattr(stream, name))
+            for name in ("counts", "written", "seen")
+        )
+        return Stream(concatenate([stream.state for stream in streams]), torch.cat(waiting), *ledgers)
+
+
+def check_finite(hidden_btd: Tensor, keep_bt: Tensor | None, layer: int) -> None:
+    """Raises `StateError` when a real token's hidden state is NaN or infinite, before anything is written."""
+    bad = ~torch.isfinite(hidden_btd).all(-1)
+    if keep_bt is not None:
+        bad = bad & keep_bt
+    if bad.any():
+        row, time = bad.nonzero()[0].tolist()
+        raise StateError(
+            f"the hidden states after block {layer} are NaN or infinite (first at row {row}, token {time} of the call); "
+            "nothing was written: check the input and the base's dtype (float16 overflows where bfloat16 does not)"
+        )
