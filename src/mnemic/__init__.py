@@ -5,12 +5,14 @@ from mnemic.host.cache import MemoryCache
 from mnemic.memories import CONFIGS, EMTConfig, Memory, MemoryConfig
 from mnemic.session import Session
 from mnemic.state import State, StateError
+from mnemic.training import Batch, read_segments, train, unroll
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CONFIGS",
     "Attachment",
+    "Batch",
     "EMTConfig",
     "Memory",
     "MemoryCache",
@@ -22,4 +24,7 @@ __all__ = [
     "attached",
     "from_pretrained",
     "memory_cache",
+    "read_segments",
+    "train",
+    "unroll",
 ]

@@ -125,6 +125,15 @@ class Stream:
         written = tuple(count + (row in rows) for row, count in enumerate(self.written))
         return replace(self, state=after, waiting=self.waiting[:, : max(counts)], counts=counts, written=written)
 
+    def after(self, state: State, segments: int, segment_length: int) -> Stream:
+        """The stream when `segments` whole segments were written to every row elsewhere, giving `state`."""
+        return replace(
+            self,
+            state=state,
+            written=tuple(count + segments for count in self.written),
+            seen=tuple(count + segments * segment_length for count in self.seen),
+        )
+
     def reset(self, memory: Memory, rows: Sequence[int]) -> Stream:
         """`rows` begin again: initial state, nothing waiting, nothing counted."""
         first = memory.init_state(self.batch, self.waiting.device)

@@ -25,6 +25,7 @@ class Anatomy:
     trunk: nn.Module
     blocks: nn.ModuleList
     width: int
+    dtype: torch.dtype
     causal: bool
     positions: int | None
     takes_positions: bool
@@ -61,6 +62,7 @@ def examine(model: nn.Module) -> Anatomy:
         trunk=trunk,
         blocks=lists[0],
         width=text.hidden_size,
+        dtype=trunk.dtype,  # pyright: ignore[reportArgumentType]
         causal=all(getattr(module, "is_causal", True) for module in attention),
         positions=positions,
         takes_positions=takes_positions,

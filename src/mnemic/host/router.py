@@ -14,7 +14,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,14 @@ class Call:
 _threads = threading.local()
 
 
+class _RecordedError(Exception):
+    """Leaves the trunk at the write layer with what was wanted there."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
 class Router(nn.Module):
     """Lives on the trunk as `mnemic`; owns the memory's parameters. Hooks are bound methods of submodules, so copying
     or pickling a model keeps each copy's hooks with its own memory.
@@ -61,6 +69,7 @@ class Router(nn.Module):
         self.segment_length = segment_length
         self.depth, self.width, self.causal = len(anatomy.blocks), anatomy.width, anatomy.causal
         self.positions, self.takes_positions = anatomy.positions, anatomy.takes_positions
+        self.dtype = anatomy.dtype
         self.enabled = True
         layers = sorted({*memory.read_layers, memory.write_layer})
         self.taps = nn.ModuleDict({str(layer): Tap(layer, self) for layer in layers})
@@ -105,6 +114,8 @@ class Router(nn.Module):
         call = Call()
         self.calls.append(call)
         arguments = _bind(trunk, args, kwargs)
+        if getattr(_threads, "recording", None) is self:
+            return (), arguments
         self._open(call, trunk, arguments)
         if len(call.pieces) > 1 and self._segment_by_segment(call):
             if call.cache is None:
@@ -152,7 +163,7 @@ class Router(nn.Module):
         call.pieces, call.states = [], []
         cache = arguments.get("past_key_values")
         if not self.causal:
-            self._open_encoder(call, trunk, arguments, inputs)
+            self._open_encoder(call, arguments, inputs)
             return
         call.checkpointing = trunk.training and any(getattr(m, "gradient_checkpointing", False) for m in trunk.modules())
         wanted = arguments.get("use_cache")
@@ -183,12 +194,12 @@ class Router(nn.Module):
             call.pieces = _refine([Piece(0, call.time)], cuts)
             return
         call.layer = memory_layer(call.cache, self.depth) if call.cache is not None else None
-        self._bring_stream(call, trunk, batch)
+        self._bring_stream(call, batch)
         assert call.stream is not None
         call.pieces = _refine(cut(call.stream.counts, call.time, self.segment_length, call.keep, packed), cuts)
         call.states = [call.stream.state]
 
-    def _open_encoder(self, call: Call, trunk: nn.Module, arguments: dict[str, Any], inputs: Tensor) -> None:
+    def _open_encoder(self, call: Call, arguments: dict[str, Any], inputs: Tensor) -> None:
         """An encoder sees both ways, so one call is one segment; its stream is carried by `carrying`."""
         if not self.enabled:
             return
@@ -201,16 +212,16 @@ class Router(nn.Module):
             )
         mask = arguments.get("attention_mask")
         call.keep = mask.bool() if mask is not None and mask.ndim == 2 else None
-        self._bring_stream(call, trunk, batch)
+        self._bring_stream(call, batch)
         assert call.stream is not None
         call.pieces = [Piece(0, time, (), tuple(range(batch)))]
         call.states = [call.stream.state]
 
-    def _bring_stream(self, call: Call, trunk: nn.Module, batch: int) -> None:
+    def _bring_stream(self, call: Call, batch: int) -> None:
         """The stream that the cache carries, checked, or a new one."""
         stream = call.layer.stream if call.layer is not None else None
         if stream is None:
-            stream = Stream.new(self.memory, batch, self._like(trunk))
+            stream = self.new_stream(batch)
         _check_batch(stream.batch, batch)
         if stream.waiting.device != self.device:
             raise ValueError(
@@ -250,15 +261,30 @@ class Router(nn.Module):
             arguments["position_ids"] = positions
         cache.inside = True
 
-    def _like(self, trunk: nn.Module) -> Tensor:
-        """An empty tensor with the width and dtype of the hidden states, on the memory's device."""
-        return torch.empty(0, self.width, dtype=trunk.dtype, device=self.device)  # pyright: ignore
+    def new_stream(self, batch: int, state: State | None = None) -> Stream:
+        """`batch` streams at their beginning, or at a segment's end with `state`."""
+        like = torch.empty(0, self.width, dtype=self.dtype, device=self.device)
+        stream = Stream.new(self.memory, batch, like)
+        return stream if state is None else replace(stream, state=state)
+
+    def record(self, trunk: nn.Module, input_ids: Tensor) -> Tensor:
+        """The write layer's hidden states `[b, t, d]` for rows that the base sees on their own; later blocks do not run."""
+        _threads.recording = self
+        try:
+            trunk(input_ids=input_ids, use_cache=False)
+        except _RecordedError as recorded:
+            return recorded.hidden
+        finally:
+            _threads.recording = None
+        raise RuntimeError(f"block {self.memory.write_layer} did not run")
 
     # --- at a block --------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def at_block(self, layer: int, hidden_btd: Tensor) -> Tensor:
         """What block `layer` puts out, after the memory wrote and read there."""
+        if getattr(_threads, "recording", None) is self and layer == self.memory.write_layer:
+            raise _RecordedError(hidden_btd)
         if not self.enabled or not self.calls:
             return hidden_btd
         call = self.calls[-1]

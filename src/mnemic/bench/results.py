@@ -1,0 +1,111 @@
+"""The records that benchmarks write: one JSON file a run, complete enough to be read without the code."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+
+
+@dataclass
+class Score:
+    """One mechanism on one task at one length. `controls`, `floors` and `ceiling` are in the unit of `score`.
+
+    `outcomes` holds what the score is computed from, one character an example and control: `1` right, `0` wrong.
+    """
+
+    length: int
+    tokens: int
+    examples: int
+    score: float
+    controls: dict[str, float]
+    floors: dict[str, float]
+    ceiling: float | None
+    details: dict[str, float] = field(default_factory=dict)
+    outcomes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """One run: what was run, how, on what, and what came of it. Times in seconds, sizes in bytes."""
+
+    task: str
+    mechanism: str
+    host: str
+    seed: int
+    config: dict[str, Any]
+    scores: list[Score] = field(default_factory=list)
+    measures: dict[str, Any] = field(default_factory=dict)
+    state_bytes: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    written: str = ""
+
+    def save(self, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+        """Writes `<task>-<mechanism>-seed<seed>.json` (or `name`) with the environment filled in; returns its path."""
+        self.command = self.command or "mnemic " + " ".join(sys.argv[1:])
+        self.versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+        self.machine = machine()
+        self.commit = commit()
+        self.written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        path = Path(folder) / (name or f"{self.task}-{self.mechanism}-seed{self.seed}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        os.replace(temporary, path)
+        return path
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Record:
+        """The record in a file."""
+        values = json.loads(Path(path).read_text())
+        values["scores"] = [Score(**score) for score in values["scores"]]
+        return Record(**values)
+
+
+def records(folder: str | os.PathLike[str], task: str | None = None) -> list[Record]:
+    """All records in a folder, of one task if named, by file name."""
+    found = [Record.load(path) for path in sorted(Path(folder).glob("*.json"))]
+    return [record for record in found if task is None or record.task == task]
+
+
+def machine() -> dict[str, Any]:
+    """The class of machine, without its name: processor, cores, threads used, memory, accelerator."""
+    memory = None
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    return {
+        "processor": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": memory,
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source tree, marked when files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(["git", "status", "--porcelain", "."], cwd=root, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")

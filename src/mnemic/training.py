@@ -1,0 +1,331 @@
+"""Segment-wise unrolling with truncated backpropagation through time, and a small trainer for memories.
+
+Two ways through the same segments give the same numbers:
+
+- *one after another*: each segment is a call of the model, as in use;
+- *all at once*, where it is exact: the base keeps no keys between segments (window = segment), its weights are frozen
+  and the memory writes below or where it reads. Then what is written does not depend on what was read, so the base's
+  lower blocks run over all segments as one batch, the writes follow as a short recurrence, and only segments with
+  labels run through the upper blocks, again as one batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mnemic.attach import memory_cache, router_of
+from mnemic.host.anatomy import base_parameters, examine
+from mnemic.host.cache import MemoryCache
+from mnemic.host.router import Router
+from mnemic.state import StateError, read_file, write_file
+from mnemic.stream import Stream, check_finite
+
+IGNORED = -100
+"""The label of tokens without a loss, as everywhere in Hugging Face."""
+
+TOKENS_AT_ONCE = 65_536
+"""How many tokens the batched lower blocks take at once: bounds the memory of `read_segments`."""
+
+
+@dataclass
+class Unrolled:
+    """What came of a batch of streams: mean `loss` over labelled tokens, their logits `[n, v]`, targets `[n]` and the
+    row each belongs to `[n]`, ordered by row, then by position. The stream as it stands after the last token.
+    """
+
+    loss: Float[Tensor, ""]
+    logits: Float[Tensor, "n v"]
+    targets: Int[Tensor, " n"]
+    rows: Int[Tensor, " n"]
+    stream: Stream
+
+    @property
+    def correct(self) -> Bool[Tensor, " n"]:
+        """Whether each labelled token was the most probable one."""
+        return self.logits.argmax(-1) == self.targets
+
+
+def unroll(
+    model: nn.Module,
+    input_ids: Int[Tensor, "b t"],
+    labels: Int[Tensor, "b t"],
+    *,
+    window: int | None = None,
+    bptt_segments: int | None = None,
+    stream: Stream | None = None,
+    parallel: bool | None = None,
+) -> Unrolled:
+    """Runs streams of whole segments through the model and returns the loss at the labelled tokens.
+
+    Args:
+        model: a causal model with a memory.
+        input_ids: `[b, s * segment_length]`, no padding inside.
+        labels: as in Hugging Face: the token at t is predicted from what comes before t; -100 where there is no loss.
+        window: how many of the latest tokens the base itself sees; one segment by default.
+        bptt_segments: how many segments back a loss sends its gradient: into the writes of segments s-1 .. s-k and no
+            further, for the loss of segment s. None for all.
+        stream: where the streams stand; new ones by default. Its values are constants to the gradient.
+        parallel: True or False to insist on one of the two ways; by default the faster where it is exact.
+
+    Raises:
+        ValueError: tokens that are not whole segments, no labels, or `parallel=True` where it would not be exact.
+    """
+    router = router_of(model)
+    length = router.segment_length
+    if input_ids.shape[1] % length or input_ids.shape[1] == 0:
+        raise ValueError(f"{input_ids.shape[1]} tokens are not whole segments of {length}; pad or trim the stream")
+    if bptt_segments is not None and bptt_segments < 0:
+        raise ValueError(f"bptt_segments is {bptt_segments}; use 0 or more, or None for all")
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if not bool((targets != IGNORED).any()):
+        raise ValueError("no token has a label (the first token of a stream cannot have one); nothing to learn")
+    window = length if window is None else window
+    obstacle = _obstacle(model, router, window)
+    if parallel and obstacle:
+        raise ValueError(f"segments cannot run all at once: {obstacle}; leave parallel out")
+    parallel = obstacle is None if parallel is None else parallel
+    way = _all_at_once if parallel else _one_after_another
+    ids, wanted = (tensor.unflatten(1, (-1, length)).transpose(0, 1) for tensor in (input_ids, targets))
+    labelled = [s for s in range(len(ids)) if bool((wanted[s] != IGNORED).any())]
+    logits, stream = way(model, router, ids, labelled, window, bptt_segments, stream)
+    chosen = wanted[labelled] != IGNORED
+    order, rows = _by_row(chosen)
+    logits_nv, targets_n = logits[chosen][order], wanted[labelled][chosen][order]
+    return Unrolled(F.cross_entropy(logits_nv.float(), targets_n), logits_nv, targets_n, rows, stream)
+
+
+def _by_row(chosen_sbt: Tensor) -> tuple[Tensor, Tensor]:
+    """The order that sorts chosen tokens by row, and the row of each then."""
+    rows = chosen_sbt.nonzero()[:, 1]
+    order = torch.argsort(rows, stable=True)
+    return order, rows[order]
+
+
+def _obstacle(model: nn.Module, router: Router, window: int) -> str | None:
+    """Why the segments depend on each other through the base; None when they do not."""
+    if not router.causal:
+        return "the model is an encoder"
+    if window != router.segment_length:
+        return f"the window of {window} keeps keys of earlier segments (segment_length {router.segment_length})"
+    if router.memory.writes_see_reads:
+        return "a layer reads below the one that writes"
+    if not router.enabled:
+        return "the memory is disabled"
+    if any(parameter.requires_grad for parameter in base_parameters(model).values()) and torch.is_grad_enabled():
+        return "the base's own weights are training"
+    return None
+
+
+# --- one after another -----------------------------------------------------------------------------------------------
+
+
+def _one_after_another(
+    model: nn.Module, router: Router, ids: Tensor, labelled: list[int], window: int, reach: int | None, stream: Stream | None
+) -> tuple[Tensor, Stream]:
+    cache = memory_cache(model, window)
+    cache.memory.stream = stream.detach() if stream is not None else None
+
+    def run(cache: MemoryCache, s: int) -> Tensor:
+        return model(input_ids=ids[s], past_key_values=cache, use_cache=True).logits
+
+    if reach is None:
+        outputs = [run(cache, s) for s in range(len(ids))]
+        return torch.stack([outputs[s] for s in labelled]), _stream_of(cache, router, ids)
+    # the loss of segment s is run again from the cache as it stood `reach` segments before, a constant there
+    past, logits = [cache], []
+    for s in range(len(ids)):
+        if s in labelled and torch.is_grad_enabled():
+            branch = past[max(0, len(past) - 1 - reach)].fork()
+            first = max(0, s - reach)
+            logits.append([run(branch, step) for step in range(first, s + 1)][-1])
+        with torch.no_grad():
+            cache = cache.fork()
+            plain = run(cache, s)
+        if s in labelled and not torch.is_grad_enabled():
+            logits.append(plain)
+        past = [*past, cache][-(reach + 1) :]
+    return torch.stack(logits), _stream_of(cache, router, ids)
+
+
+def _stream_of(cache: MemoryCache, router: Router, ids: Tensor) -> Stream:
+    stream = cache.memory.stream
+    return stream if stream is not None else router.new_stream(ids.shape[1])
+
+
+# --- all at once -----------------------------------------------------------------------------------------------------
+
+
+def _all_at_once(
+    model: nn.Module, router: Router, ids: Tensor, labelled: list[int], window: int, reach: int | None, stream: Stream | None
+) -> tuple[Tensor, Stream]:
+    memory, (count, batch, length) = router.memory, ids.shape
+    stream = router.new_stream(batch) if stream is None else stream.detach()
+    if any(stream.counts):
+        raise ValueError(f"the stream has {stream.counts} tokens waiting; begin at a segment's end (flush it)")
+    hidden = features(model, ids)
+    states, state = [stream.state], stream.state
+    with torch.set_grad_enabled(torch.is_grad_enabled() and reach is None):
+        for s in range(count):
+            state = memory.write(hidden[s], state)
+            states.append(state)
+    if reach is not None and torch.is_grad_enabled():
+        # every labelled segment's state again, with the gradient of its last `reach` writes
+        begin = [max(0, s - reach) for s in labelled]
+        recent = []
+        for s, first in zip(labelled, begin, strict=True):
+            state = states[first]
+            for step in range(first, s):
+                state = memory.write(hidden[step], state)
+            recent.append(state)
+    else:
+        recent = [states[s] for s in labelled]
+    asked = {name: torch.cat([state[name] for state in recent]) for name in recent[0]}
+    cache = memory_cache(model, window)
+    cache.memory.stream = router.new_stream(len(labelled) * batch, asked)
+    logits = model(input_ids=ids[labelled].flatten(0, 1), past_key_values=cache, use_cache=True).logits
+    return logits.unflatten(0, (len(labelled), batch)), stream.after(states[-1], count, length)
+
+
+def features(model: nn.Module, ids_sbt: Int[Tensor, "s b t"]) -> Float[Tensor, "s b t d"]:
+    """The hidden states that the write layer puts out, for segments that the base sees each on its own. No gradient."""
+    router, trunk = router_of(model), examine(model).trunk
+    flat = ids_sbt.flatten(0, 1)
+    with torch.no_grad():
+        parts = flat.split(max(1, TOKENS_AT_ONCE // flat.shape[1]))
+        hidden = torch.cat([router.record(trunk, part) for part in parts])
+    check_finite(hidden, None, router.memory.write_layer)
+    return hidden.unflatten(0, ids_sbt.shape[:2])
+
+
+def read_segments(
+    model: nn.Module, ids_bt: Int[Tensor, "b t"], stream: Stream | None = None, *, part: int = 64
+) -> Stream:
+    """Reads whole segments into the memory without a gradient, `part` of them at a time through the base as one batch.
+
+    Equal to reading them one after another with a window of one segment, and faster. Raises `ValueError` where that
+    would not be exact (see the module's docstring).
+    """
+    router = router_of(model)
+    if obstacle := _obstacle(model, router, router.segment_length):
+        raise ValueError(f"segments cannot be read all at once: {obstacle}")
+    stream = router.new_stream(ids_bt.shape[0]) if stream is None else stream
+    with torch.no_grad():
+        for piece in ids_bt.unflatten(1, (-1, router.segment_length)).transpose(0, 1).split(part):
+            state = stream.state
+            for hidden_btd in features(model, piece):
+                state = router.memory.write(hidden_btd, state)
+            stream = stream.after(state, len(piece), router.segment_length)
+    return stream
+
+
+# --- a trainer -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Streams to learn from: `input_ids` and `labels`, both `[b, s * segment_length]`."""
+
+    input_ids: Int[Tensor, "b t"]
+    labels: Int[Tensor, "b t"]
+
+
+@dataclass
+class Step:
+    """What happened in a training step: its number from 0, loss, share of labelled tokens right, lr, seconds so far."""
+
+    step: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+    seconds: float
+
+
+def cosine(progress: float, warmup: float = 0.02, floor: float = 0.02) -> float:
+    """Learning-rate factor at `progress` in [0, 1]: linear warm-up, then a cosine down to `floor`."""
+    if progress < warmup:
+        return max(progress / warmup, 0.01)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[[int], Batch],
+    *,
+    steps: int,
+    learning_rate: float = 2e-3,
+    schedule: Callable[[float], float] = cosine,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    window: int | None = None,
+    bptt_segments: int | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> Iterator[Step]:
+    """Trains the memory of `model` for `steps` steps of AdamW, yielding after each; stop by leaving the loop.
+
+    `batches(step)` makes the batch of a step: the same step, the same batch, so that a run resumed from `checkpoint`
+    (a file, written every `checkpoint_seconds` and at the end) equals one that was not interrupted.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite.
+        StateError: `checkpoint` belongs to another memory.
+    """
+    parameters = [parameter for parameter in router_of(model).memory.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
+    first, spent = _resume(checkpoint, parameters, optimizer) if checkpoint else (0, 0.0)
+    begun = saved = time.monotonic()
+    for step in range(first, steps):
+        rate = learning_rate * schedule(step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = batches(step)
+        unrolled = unroll(model, batch.input_ids, batch.labels, window=window, bptt_segments=bptt_segments)
+        if not torch.isfinite(unrolled.loss):
+            raise FloatingPointError(f"the loss is {unrolled.loss.item()} at step {step}; lower learning_rate or clip")
+        optimizer.zero_grad(set_to_none=True)
+        unrolled.loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        now = time.monotonic()
+        if checkpoint and (now - saved > checkpoint_seconds or step + 1 == steps):
+            saved = now
+            _save(checkpoint, parameters, optimizer, step + 1, spent + now - begun)
+        accuracy = unrolled.correct.float().mean().item()
+        yield Step(step, unrolled.loss.item(), accuracy, rate, spent + now - begun)
+
+
+def _save(path: str | Path, parameters: list[nn.Parameter], optimizer: Any, step: int, seconds: float) -> None:
+    tensors = {f"parameter.{i}": parameter for i, parameter in enumerate(parameters)}
+    for i, parameter in enumerate(parameters):
+        tensors |= {f"{name}.{i}": value for name, value in optimizer.state[parameter].items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, tensors, {"content": "training", "step": step, "seconds": seconds})
+
+
+def _resume(path: str | Path, parameters: list[nn.Parameter], optimizer: Any) -> tuple[int, float]:
+    if not Path(path).is_file():
+        return 0, 0.0
+    tensors, meta = read_file(path)
+    shapes = [tuple(tensors[f"parameter.{i}"].shape) for i in range(len(parameters)) if f"parameter.{i}" in tensors]
+    if meta.get("content") != "training" or shapes != [tuple(parameter.shape) for parameter in parameters]:
+        raise StateError(f"{path} is not a checkpoint of this memory's training; remove it to start anew")
+    with torch.no_grad():
+        for i, parameter in enumerate(parameters):
+            parameter.copy_(tensors[f"parameter.{i}"])
+            names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{i}" in tensors]
+            optimizer.state[parameter] = {name: tensors[f"{name}.{i}"].to(parameter.device) for name in names}
+            if "step" in names:
+                optimizer.state[parameter]["step"] = tensors[f"step.{i}"]
+    return meta["step"], meta["seconds"]
+
+
