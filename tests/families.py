@@ -22,6 +22,8 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+    # the usual 0.02 makes a model this narrow all but blind to order: wrong positions would pass unseen
+    "initializer_range": 0.125,
 }
 # the older configs name the same things their own way
 GPT = {
@@ -33,6 +35,7 @@ GPT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+    "initializer_range": 0.125,
 }
 GROUPED = {"num_key_value_heads": 2}
 
@@ -69,8 +72,9 @@ DECODERS = {
     "opt": Family(
         hf.OPTConfig,
         hf.OPTForCausalLM,
-        COMMON | {"ffn_dim": 128, "word_embed_proj_dim": WIDTH},
+        COMMON | {"ffn_dim": 128, "word_embed_proj_dim": WIDTH, "init_std": 0.125},
         positions="learned",
+        packs=False,
     ),
     "gemma2": Family(
         hf.Gemma2Config,
@@ -92,7 +96,7 @@ DECODERS = {
         hf.MixtralForCausalLM,
         COMMON | GROUPED | {"num_local_experts": 2, "num_experts_per_tok": 1},
     ),
-    "falcon": Family(hf.FalconConfig, hf.FalconForCausalLM, COMMON),
+    "falcon": Family(hf.FalconConfig, hf.FalconForCausalLM, COMMON, packs=False),
     # GPT-J rotates by a table of sines with `n_positions` rows
     "gptj": Family(hf.GPTJConfig, hf.GPTJForCausalLM, GPT | {"rotary_dim": 8}, positions="learned"),
     # Bloom builds its biases from the 2-D mask, which a static cache does not give

@@ -101,8 +101,7 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
             f"set segment_length to at most {trained}"
         )
     memory = config.build(anatomy.width, len(anatomy.blocks)).to(_device(anatomy.blocks[0]))
-    router = Router(memory, config.segment_length, anatomy)
-    router.config = config  # pyright: ignore[reportAttributeAccessIssue]
+    router = Router(memory, config, anatomy)
     router.train(model.training)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
     for parameter in frozen:
@@ -113,7 +112,7 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
 
 def attached(model: nn.Module) -> Attachment:
     """The handle of a model that has a memory: for copies and unpickled models, whose first handle is elsewhere."""
-    return Attachment(model, router_of(model).config, [])  # pyright: ignore[reportArgumentType]
+    return Attachment(model, router_of(model).config, [])
 
 
 def router_of(model: nn.Module) -> Router:
@@ -137,7 +136,9 @@ def from_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, strict:
         raise FileNotFoundError(f"no {CONFIG_FILE} in {folder}")
     try:
         if json.loads((folder / CONFIG_FILE).read_text()) != description:
-            raise StateError(f"{folder / CONFIG_FILE} does not belong to {WEIGHTS_FILE} beside it: it was edited or mixed up")
+            raise StateError(
+                f"{folder / CONFIG_FILE} does not belong to {WEIGHTS_FILE} beside it: it was edited or mixed up"
+            )
     except json.JSONDecodeError as error:
         raise StateError(f"{folder / CONFIG_FILE} is not JSON ({error})") from error
     check_fingerprint(model, description, folder, strict=strict)
@@ -178,7 +179,9 @@ def memory_cache(model: nn.Module, window: int | None = None) -> MemoryCache:
                 f"set window to at least {router.segment_length}"
             )
         if trained is not None and window > trained:
-            raise ValueError(f"window {window} is larger than the model's {trained} positions; set it to at most {trained}")
+            raise ValueError(
+                f"window {window} is larger than the model's {trained} positions; set it to at most {trained}"
+            )
     return MemoryCache(window, router.segment_length, router.positions, router.depth)
 
 

@@ -182,7 +182,9 @@ class Session:
         write_file(path, tensors, meta)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module, tokenizer: Any = None, *, strict: bool = True) -> Session:
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module, tokenizer: Any = None, *, strict: bool = True
+    ) -> Session:
         """The session that `save` wrote.
 
         Raises:
@@ -208,7 +210,7 @@ class Session:
         tensors = {name: tensor.to(router.device) for name, tensor in tensors.items()}
         if (ledger := meta.get("stream")) is not None:
             state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
-            self._layer.stream = Stream(state, tensors["waiting"], *(tuple(v) for v in ledger.values()))
+            self._layer.stream = Stream(state, tensors["waiting"], **{name: tuple(v) for name, v in ledger.items()})
         if self._cache is not None and (ledger := meta.get("running")) is not None:
             size, length, limit = self._cache.settings
             ledgers = {name: tuple(values) for name, values in ledger.items()}
@@ -224,7 +226,7 @@ class Session:
         return {
             "content": "session",
             "window": self.window,
-            "memory": router.config.to_dict(),  # pyright: ignore
+            "memory": router.config.to_dict(),
             "memory_fingerprint": fingerprint_of(router),
             "base_fingerprint": fingerprint(self.model),
             "base_model": getattr(self.model.config, "_name_or_path", "") or None,  # pyright: ignore
@@ -266,5 +268,3 @@ def fingerprint_of(router: Router) -> str:
 def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
     names = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
     return ", ".join(f"{name} {theirs.get(name)!r} there, {mine.get(name)!r} here" for name in names) or "other weights"
-
-

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def append_rows(
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _digest(tensors: State, meta: dict[str, Any]) -> str:
+def _digest(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -116,7 +116,7 @@ def _digest(tensors: State, meta: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def write_file(path: str | os.PathLike[str], tensors: State, meta: dict[str, Any]) -> None:
+def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
     """Writes tensors and metadata as one safetensors file with a checksum over both.
 
     The file appears whole or not at all: it is written beside its place, flushed to the disk, then renamed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -54,7 +55,7 @@ def cut(
     cuts = sorted({0, time, *ended, *begun})
     return [
         Piece(start, stop, tuple(begun.get(start, ())), tuple(ended.get(stop, ())))
-        for start, stop in zip(cuts, cuts[1:], strict=False)
+        for start, stop in itertools.pairwise(cuts)
     ]
 
 
@@ -123,7 +124,7 @@ class Stream:
             after = {name: tensor.index_copy(0, index, after[name]) for name, tensor in self.state.items()}
         counts = tuple(0 if row in rows else count for row, count in enumerate(self.counts))
         written = tuple(count + (row in rows) for row, count in enumerate(self.written))
-        return replace(self, state=after, waiting=self.waiting[:, : max(counts)], counts=counts, written=written)
+        return replace(self, state=after, waiting=self._waiting(index, counts), counts=counts, written=written)
 
     def after(self, state: State, segments: int, segment_length: int) -> Stream:
         """The stream when `segments` whole segments were written to every row elsewhere, giving `state`."""
@@ -143,13 +144,20 @@ class Stream:
             tuple(0 if row in rows else value for row, value in enumerate(values))
             for values in (self.counts, self.written, self.seen)
         )
-        return Stream(state, self.waiting[:, : max(counts)], counts, written, seen)
+        return Stream(state, self._waiting(index, counts), counts, written, seen)
+
+    def _waiting(self, emptied: Tensor, counts: Sequence[int]) -> Tensor:
+        # a copy filled with zeros, no view: what a row forgot stays neither in memory nor in a file
+        return self.waiting[:, : max(counts)].index_fill(0, emptied, 0)
 
     def select(self, rows: Sequence[int]) -> Stream:
         """Rows by index, repeats allowed."""
-        index = torch.tensor(list(rows), dtype=torch.long)
-        ledgers = (tuple(values[row] for row in rows) for values in (self.counts, self.written, self.seen))
-        return Stream(select(self.state, index), self.waiting[index.to(self.waiting.device)], *ledgers)
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.waiting.device)
+        counts, written, seen = (
+            tuple(values[row] for row in rows) for values in (self.counts, self.written, self.seen)
+        )
+        waiting = self.waiting[:, : max(counts, default=0)][index]
+        return Stream(select(self.state, index), waiting, counts, written, seen)
 
     def repeat(self, times: int) -> Stream:
         """Every row `times` times in place."""
@@ -182,6 +190,6 @@ def check_finite(hidden_btd: Tensor, keep_bt: Tensor | None, layer: int) -> None
     if bad.any():
         row, time = bad.nonzero()[0].tolist()
         raise StateError(
-            f"the hidden states after block {layer} are NaN or infinite (first at row {row}, token {time} of the call); "
-            "nothing was written: check the input and the base's dtype (float16 overflows where bfloat16 does not)"
+            f"the hidden states after block {layer} are NaN or infinite (first at row {row}, token {time} of the call), "
+            "so nothing was written; check the input and the base's dtype (float16 overflows where bfloat16 does not)"
         )

@@ -130,7 +130,13 @@ def _obstacle(model: nn.Module, router: Router, window: int) -> str | None:
 
 
 def _one_after_another(
-    model: nn.Module, router: Router, ids: Tensor, labelled: list[int], window: int, reach: int | None, stream: Stream | None
+    model: nn.Module,
+    router: Router,
+    ids: Tensor,
+    labelled: list[int],
+    window: int,
+    reach: int | None,
+    stream: Stream | None,
 ) -> tuple[Tensor, Stream]:
     cache = memory_cache(model, window)
     cache.memory.stream = stream.detach() if stream is not None else None
@@ -166,7 +172,13 @@ def _stream_of(cache: MemoryCache, router: Router, ids: Tensor) -> Stream:
 
 
 def _all_at_once(
-    model: nn.Module, router: Router, ids: Tensor, labelled: list[int], window: int, reach: int | None, stream: Stream | None
+    model: nn.Module,
+    router: Router,
+    ids: Tensor,
+    labelled: list[int],
+    window: int,
+    reach: int | None,
+    stream: Stream | None,
 ) -> tuple[Tensor, Stream]:
     memory, (count, batch, length) = router.memory, ids.shape
     stream = router.new_stream(batch) if stream is None else stream.detach()
@@ -280,14 +292,17 @@ def train(
         FloatingPointError: the loss became NaN or infinite.
         StateError: `checkpoint` belongs to another memory.
     """
-    parameters = [parameter for parameter in router_of(model).memory.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
+    memory = router_of(model).memory
+    named = {name: parameter for name, parameter in memory.named_parameters() if parameter.requires_grad}
+    parameters, scales = list(named.values()), [memory.rate_scale(name) for name in named]
+    groups = [{"params": [parameter], "scale": scale} for parameter, scale in zip(parameters, scales, strict=True)]
+    optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay)
     first, spent = _resume(checkpoint, parameters, optimizer) if checkpoint else (0, 0.0)
     begun = saved = time.monotonic()
     for step in range(first, steps):
         rate = learning_rate * schedule(step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         batch = batches(step)
         unrolled = unroll(model, batch.input_ids, batch.labels, window=window, bptt_segments=bptt_segments)
         if not torch.isfinite(unrolled.loss):
@@ -327,5 +342,3 @@ def _resume(path: str | Path, parameters: list[nn.Parameter], optimizer: Any) ->
             if "step" in names:
                 optimizer.state[parameter]["step"] = tensors[f"step.{i}"]
     return meta["step"], meta["seconds"]
-
-

@@ -57,7 +57,7 @@ class Record:
 
     def save(self, folder: str | os.PathLike[str], name: str | None = None) -> Path:
         """Writes `<task>-<mechanism>-seed<seed>.json` (or `name`) with the environment filled in; returns its path."""
-        self.command = self.command or "mnemic " + " ".join(sys.argv[1:])
+        self.command = self.command or command()
         self.versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
         self.machine = machine()
         self.commit = commit()
@@ -81,6 +81,11 @@ def records(folder: str | os.PathLike[str], task: str | None = None) -> list[Rec
     """All records in a folder, of one task if named, by file name."""
     found = [Record.load(path) for path in sorted(Path(folder).glob("*.json"))]
     return [record for record in found if task is None or record.task == task]
+
+
+def command() -> str:
+    """The command as typed, folders left out: where a file lay on one machine means nothing on another."""
+    return " ".join(["mnemic", *(Path(word).name if os.path.exists(word) else word for word in sys.argv[1:])])
 
 
 def machine() -> dict[str, Any]:

@@ -54,7 +54,8 @@ class MemoryLayer(DummyLayer):
         if count and self.stream is not None:
             if self.replay is None:
                 raise ValueError("a memory can take back tokens of its last call only, and there was none")
-            self.stream = self.replay(count)
+            replay, self.stream = self.replay, self.replay(count)
+            self.replay = lambda more: replay(count + more)
 
 
 def memory_layer(cache: Cache, depth: int) -> MemoryLayer:
@@ -140,7 +141,9 @@ class Window:
                 context[row] = 0
             if context[row] == 0:
                 position[row] = 0
-        drop = torch.tensor([old - new for old, new in zip(self.context, context, strict=True)], device=self.valid.device)
+        drop = torch.tensor(
+            [old - new for old, new in zip(self.context, context, strict=True)], device=self.valid.device
+        )
         valid = self.valid & (self.valid.long().cumsum(1) > drop[:, None]) if any(drop.tolist()) else self.valid
         return replace(self, valid=valid, context=tuple(context), running=tuple(running), position=tuple(position))
 

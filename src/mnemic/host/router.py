@@ -15,7 +15,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from mnemic.host.anatomy import MEMORY_NAME, Anatomy
 from mnemic.host.cache import MemoryCache, MemoryLayer, memory_layer
-from mnemic.memories.base import Memory
+from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.state import State
 from mnemic.stream import Piece, Stream, check_finite, cut
 
@@ -48,6 +48,12 @@ class Call:
 
 
 _threads = threading.local()
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _eager(function: Function) -> Function:
+    """Keeps `torch.compile` out: what a call needs depends on its numbers. The base is compiled on both sides."""
+    return cast(Function, torch.compiler.disable(function))
 
 
 class _RecordedError(Exception):
@@ -63,10 +69,10 @@ class Router(nn.Module):
     or pickling a model keeps each copy's hooks with its own memory.
     """
 
-    def __init__(self, memory: Memory, segment_length: int, anatomy: Anatomy) -> None:
+    def __init__(self, memory: Memory, config: MemoryConfig, anatomy: Anatomy) -> None:
         super().__init__()
         self.memory = memory
-        self.segment_length = segment_length
+        self.config, self.segment_length = config, config.segment_length
         self.depth, self.width, self.causal = len(anatomy.blocks), anatomy.width, anatomy.causal
         self.positions, self.takes_positions = anatomy.positions, anatomy.takes_positions
         self.dtype = anatomy.dtype
@@ -81,6 +87,7 @@ class Router(nn.Module):
             anatomy.trunk.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
         for layer, tap in self.taps.items():
+            assert isinstance(tap, Tap)
             handles.append(anatomy.blocks[int(layer)].register_forward_hook(tap.after, with_kwargs=True, prepend=True))
         object.__setattr__(self, "handles", handles)
         setattr(anatomy.trunk, MEMORY_NAME, self)
@@ -108,8 +115,10 @@ class Router(nn.Module):
         table: dict[int, list[Call]] = _threads.__dict__.setdefault("calls", {})
         return table.setdefault(id(self), [])
 
-    @torch.compiler.disable
-    def before(self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    @_eager
+    def before(
+        self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
         """The trunk's pre-hook: binds the call, runs all segments but the last, prepares the last."""
         call = Call()
         self.calls.append(call)
@@ -121,16 +130,20 @@ class Router(nn.Module):
             if call.cache is None:
                 call.cache = arguments["past_key_values"] = DynamicCache(config=trunk.config)  # pyright: ignore
                 arguments["use_cache"] = call.private_cache = True
-            seen = call.cache.get_seq_length()
+            seen = int(call.cache.get_seq_length())  # a static cache counts in place
+            mask = arguments.get("attention_mask")
+            if isinstance(mask, dict) or call.cache.is_compileable:
+                # masks made for the whole call do not fit its parts; from a flat one the trunk makes its own
+                arguments["attention_mask"] = _flat(mask, call.time, call.cache)
             for piece in call.pieces[:-1]:
-                call.earlier.append(trunk(**_slice(arguments, piece, int(seen), call.time)))
-            arguments = _slice(arguments, call.pieces[-1], int(seen), call.time)
+                call.earlier.append(trunk(**_slice(arguments, piece, seen, call.time)))
+            arguments = _slice(arguments, call.pieces[-1], seen, call.time)
             self._open(call, trunk, arguments)
         if isinstance(call.cache, MemoryCache):
             self._arrange(call, trunk, arguments)
         return (), arguments
 
-    @torch.compiler.disable
+    @_eager
     def after(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """The trunk's hook: stores the new stream, moves the window, joins outputs. Undoes everything on an error."""
         call = self.calls.pop()
@@ -154,7 +167,9 @@ class Router(nn.Module):
 
     def _open(self, call: Call, trunk: nn.Module, arguments: dict[str, Any]) -> None:
         """Fills in what one pass needs to know: cache, padding, packing, stream, pieces."""
-        inputs = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments.get("inputs_embeds")
+        inputs = (
+            arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments.get("inputs_embeds")
+        )
         if inputs is None or inputs.shape[0] == 0 or inputs.shape[1] == 0:
             shape = None if inputs is None else list(inputs.shape[:2])
             raise ValueError(f"the input is empty (shape {shape}); pass at least one row and one token")
@@ -165,7 +180,9 @@ class Router(nn.Module):
         if not self.causal:
             self._open_encoder(call, arguments, inputs)
             return
-        call.checkpointing = trunk.training and any(getattr(m, "gradient_checkpointing", False) for m in trunk.modules())
+        call.checkpointing = trunk.training and any(
+            getattr(m, "gradient_checkpointing", False) for m in trunk.modules()
+        )
         wanted = arguments.get("use_cache")
         wanted = getattr(trunk.config, "use_cache", False) if wanted is None else wanted  # pyright: ignore
         packed = _starts(arguments, call.time) if cache is None else None
@@ -280,7 +297,7 @@ class Router(nn.Module):
 
     # --- at a block --------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @_eager
     def at_block(self, layer: int, hidden_btd: Tensor) -> Tensor:
         """What block `layer` puts out, after the memory wrote and read there."""
         if getattr(_threads, "recording", None) is self and layer == self.memory.write_layer:
@@ -316,11 +333,16 @@ class Router(nn.Module):
         if call.layer is not None and not torch.is_grad_enabled():
             before, hidden = call.before, hidden_btd
             assert before is not None
+            # a part of a call that runs segment by segment goes back into the part before it
+            whole = self.calls[-2] if len(self.calls) > 1 else call
+            previous = call.layer.replay if whole.earlier else None
 
             def replay(count: int) -> Stream:
                 time = hidden.shape[1] - count
+                if time < 0 and previous is not None:
+                    return previous(-time)
                 if time < 0:
-                    raise ValueError(f"cannot take back {count} tokens: the last call had {hidden.shape[1]}")
+                    raise ValueError(f"cannot take back {-time} tokens more than the last call had")
                 kept = None if keep is None else keep[:, :time]
                 pieces = cut(before.counts, time, self.segment_length, kept) if time else []
                 return self._advance(before, hidden[:, :time], kept, pieces)[0]
@@ -400,17 +422,29 @@ def _starts(arguments: dict[str, Any], time: int) -> Tensor | None:
 
 def _kept(mask: Any, time: int, cache: Cache | None) -> Tensor | None:
     """Which of the call's tokens are real `[b, t]`, from the attention mask in any of the forms a trunk is given."""
+    flat = _flat(mask, time, cache)
+    return None if flat is None else flat[:, -time:].bool()
+
+
+def _flat(mask: Any, time: int, cache: Cache | None) -> Tensor | None:
+    """The mask of real tokens `[b, seen + t]` behind any form of it; None where nothing is masked."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next((m for m in mask.values() if m is not None), None))
-    if mask is None or not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor):
         return None
     if mask.ndim == 2:
-        return mask[:, -time:].bool()
-    # 4-D, from a static cache: a token is real when it may attend to itself
-    seen = 0 if cache is None else int(cache.get_seq_length())
-    index = torch.arange(time, device=mask.device)
+        return mask
+    # 4-D, from a static cache: a token is real when any token of the call, itself among them, may attend to it
     allowed = mask if mask.dtype == torch.bool else mask >= 0
-    return allowed[:, 0, index, index + seen]
+    visible = allowed[:, 0].any(1)
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    layers = [] if cache is None else [i for i, layer in enumerate(cache.layers) if not isinstance(layer, MemoryLayer)]
+    sizes = [cache.get_mask_sizes(time, index) for index in layers] if cache is not None else []
+    # the first keys may have left a sliding layer, whose mask begins after them
+    offset = next((offset for length, offset in sizes if length == mask.shape[-1]), 0)
+    flat = visible.new_zeros(visible.shape[0], seen + time)
+    flat[:, offset:] = visible[:, : seen + time - offset]
+    return flat.long()
 
 
 def _refine(pieces: list[Piece], cuts: set[int]) -> list[Piece]:
@@ -434,16 +468,12 @@ def _slice(arguments: dict[str, Any], piece: Piece, seen: int, time: int) -> dic
     if (positions := arguments.get("position_ids")) is not None:
         sliced["position_ids"] = positions[..., part]
 
-    def masked(mask: Any) -> Any:
-        if not isinstance(mask, Tensor):
-            return mask
-        if mask.ndim == 2:
-            return mask[:, : mask.shape[1] - time + piece.stop]
-        keys = seen + piece.stop if mask.shape[-1] == seen + time else mask.shape[-1]
-        return mask[:, :, part, :keys]
-
     mask = arguments.get("attention_mask")
-    sliced["attention_mask"] = {k: masked(m) for k, m in mask.items()} if isinstance(mask, dict) else masked(mask)
+    if isinstance(mask, Tensor):
+        two = mask.ndim == 2
+        sliced["attention_mask"] = (
+            mask[:, : mask.shape[1] - time + piece.stop] if two else mask[:, :, part, : seen + piece.stop]
+        )
     return sliced
 
 

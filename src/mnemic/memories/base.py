@@ -114,6 +114,10 @@ class Memory(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """`read` at the first read layer, then `write`, as plain loops over the paper's equations: the test's oracle."""
 
+    def rate_scale(self, name: str) -> float:
+        """By how much the parameter `name` learns faster than the learning rate in `mnemic.train`; 1 unless overridden."""
+        return 1.0
+
     @property
     def writes_see_reads(self) -> bool:
         """True when some layer reads below where the memory writes, so segments can only run one after another."""

@@ -53,7 +53,9 @@ def _read_one(reader: Any, token_d: Tensor, slots_sm: Tensor) -> Tensor:
         part = slice(head * size, (head + 1) * size)
         scores = [torch.dot(query[part], reader.key(slot)[part]) / math.sqrt(size) for slot in slots]
         weights = torch.stack(scores).softmax(0)
-        heads.append(sum((w * reader.value(slot)[part] for w, slot in zip(weights, slots, strict=True)), query.new_zeros(size)))
+        heads.append(
+            sum((w * reader.value(slot)[part] for w, slot in zip(weights, slots, strict=True)), query.new_zeros(size))
+        )
     enhanced = token_d + reader.output(torch.cat(heads))
     enhanced = enhanced + reader.contract(F.gelu(reader.expand(reader.norm_feed(enhanced))))
     return token_d + reader.feedback * (enhanced - token_d)
@@ -64,8 +66,12 @@ def _write_segment(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor
     after = []
     for slot in row["slots"]:
         query = writer.query(writer.norm_slots(slot))
-        weights = torch.stack([torch.dot(query, writer.key(token)) / math.sqrt(len(slot)) for token in tokens]).softmax(0)
-        content = sum((w * writer.value(token) for w, token in zip(weights, tokens, strict=True)), torch.zeros_like(slot))
+        weights = torch.stack([torch.dot(query, writer.key(token)) / math.sqrt(len(slot)) for token in tokens]).softmax(
+            0
+        )
+        content = sum(
+            (w * writer.value(token) for w, token in zip(weights, tokens, strict=True)), torch.zeros_like(slot)
+        )
         gate = torch.sigmoid(writer.gate(torch.cat([content, slot])))
         after.append((1 - gate) * slot + gate * writer.gru(content[None], slot[None])[0])
     return {"slots": after}

@@ -1,0 +1,193 @@
+"""Tables for the documentation, made from result files. Text between `<!-- table:NAME -->` and `<!-- /table -->` is
+replaced; nobody types a number.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mnemic.bench.results import Record, records
+from mnemic.memories import CONFIGS
+
+BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def fill(path: Path, tables: dict[str, str], *, write: bool = True) -> bool:
+    """Fills the tables of one file; returns whether it changes. Raises `KeyError` for a table nobody makes."""
+    text = path.read_text()
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{tables[match['name']]}\n\n{match[3]}"
+
+    filled = BLOCK.sub(table, text)
+    if write and filled != text:
+        path.write_text(filled)
+    return filled != text
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Every table that can be made from a folder of results, by name."""
+    made = {"mechanisms": mechanisms()}
+    for task in ("recall-symbols", "recall-language"):
+        made[task] = recall(records(results, task))
+        made[f"{task}-claims"] = claims(records(results, task))
+    made["overhead"] = overhead([r for r in records(results) if r.task.startswith("overhead-")])
+    made["naive"] = naive(records(results, "naive-token"))
+    made["stream"] = endless(records(results, "endless-stream"))
+    made["zero-shot"] = zero_shot(records(results, "zero-shot"))
+    return made
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def mechanisms() -> str:
+    """What is implemented."""
+    rows = []
+    for kind, config in sorted(CONFIGS.items()):
+        card = config.card
+        rows.append([f"`{kind}`", card.title, card.seam, card.trains, card.bytes_law, card.paper])
+    return markdown(["kind", "mechanism", "seam", "trains", "bytes a session", "source"], rows)
+
+
+def _spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+    if not values:
+        return "-"
+    mean = f"{scale * statistics.mean(values):.{digits}f}"
+    if len(values) == 1 or max(values) == min(values):
+        return mean
+    return f"{mean} ({scale * min(values):.{digits}f}-{scale * max(values):.{digits}f})"
+
+
+def _missing(what: str) -> str:
+    return f"*Not measured yet: no result file for {what}.*"
+
+
+def _source(found: Sequence[Record]) -> str:
+    record = found[0]
+    machine = record.machine
+    seeds = ", ".join(str(r.seed) for r in found)
+    where = machine["accelerator"] or f"{machine['cores']} {machine['processor']} cores"
+    return f"\nMade by `{record.command}`; seeds {seeds}; {where}; mean and, in brackets, least and most over seeds."
+
+
+def recall(found: Sequence[Record]) -> str:
+    """Exact match over length beside every control."""
+    if not found:
+        return _missing("this task")
+    lengths = sorted({score.length for record in found for score in record.scores})
+    controls = list(found[0].scores[0].controls)
+    rows = []
+    for length in lengths:
+        scores = [score for record in found for score in record.scores if score.length == length]
+        rows.append(
+            [f"{length:,}", f"{scores[0].tokens:,}", f"**{_spread([s.score for s in scores])}**"]
+            + [_spread([s.controls[name] for s in scores]) for name in controls]
+        )
+    first = found[0].scores[0]
+    floors = "; ".join(f"{name} {100 * value:.1f}" for name, value in first.floors.items())
+    ceilings = [r.scores[0].ceiling for r in found if r.scores and r.scores[0].ceiling is not None]
+    training = _spread([r.seconds["training"] / 60 for r in found], 1)
+    note = (
+        f"\nFloors: {floors}. Ceiling, everything in one window without a memory: {_spread(ceilings)}. "
+        f"{first.examples:,} questions a length and seed. Training: {training} minutes."
+    )
+    header = ["filler segments", "tokens", "with memory, %", *controls]
+    return markdown(header, rows) + "\n" + note + "\n" + _source(found)
+
+
+def claims(found: Sequence[Record]) -> str:
+    """The whitepaper's four claims as numbers: correctness, directness, conciseness, consistency."""
+    if not found:
+        return _missing("this task")
+    lengths = sorted({score.length for record in found for score in record.scores})
+    rows = []
+    for length in lengths:
+        scores = [score for record in found for score in record.scores if score.length == length]
+        rows.append(
+            [
+                f"{length:,}",
+                _spread([s.score for s in scores]),
+                _spread([s.details["margin_nats"] for s in scores], 1, 2),
+                _spread([s.details["found_in_8_tokens"] for s in scores]),
+                _spread([s.details["tokens_until_value"] for s in scores], 1, 2),
+            ]
+        )
+    spreads = [max(s.score for s in r.scores) - min(s.score for s in r.scores) for r in found]
+    header = ["filler segments", "exact, %", "margin, nats", "found in 8 tokens, %", "tokens until the value"]
+    return markdown(header, rows) + f"\n\nConsistency: the score moves by {_spread(spreads)} points over these lengths."
+
+
+def overhead(found: Sequence[Record]) -> str:
+    """Time beside the base's forward."""
+    if not found:
+        return _missing("the overhead")
+    rows = []
+    for record in found:
+        m = record.measures
+
+        def show(name: str, m: dict[str, Any] = m) -> str:
+            r = m[name]
+            return f"{r['median']:.3f} ({r['least']:.3f}-{r['most']:.3f})"
+
+        rows.append(
+            [
+                record.task.removeprefix("overhead-"),
+                f"{m['batch']} x {m['tokens']}",
+                show("with memory / base"),
+                show("memory alone / base"),
+                f"{m['parameters'] / 1e6:.1f} M",
+                f"{m['session bytes at a segment' + chr(39) + 's end']:,}",
+                record.machine["accelerator"] or f"{record.machine['cores']} cores",
+            ]
+        )
+    header = [
+        "setting",
+        "batch x tokens",
+        "with memory / base",
+        "memory alone / base",
+        "parameters",
+        "bytes",
+        "machine",
+    ]
+    return markdown(header, rows) + "\n\nMade by `mnemic bench overhead`: median, least and most of paired runs."
+
+
+def naive(found: Sequence[Record]) -> str:
+    """Fast against naive."""
+    if not found:
+        return _missing("the comparison")
+    rows = [[name, f"{value:.1e}"] for name, value in found[0].measures["largest difference"].items()]
+    return markdown(["tensor", "largest difference to the plain loops"], rows)
+
+
+def endless(found: Sequence[Record]) -> str:
+    """What a stream without end holds along the way."""
+    if not found:
+        return _missing("the stream")
+    trail = found[0].measures["trail"]
+    rows = [
+        [f"{p['tokens']:,}", f"{p['session_bytes']:,}", f"{(p['resident_bytes'] or 0) / 2**20:.0f} MiB"]
+        for p in trail[:: max(1, len(trail) // 6)]
+    ]
+    m = found[0].measures
+    note = (
+        f"\n{m['tokens']:,} tokens in {m['calls']:,} calls, {m['calls with finite logits']:,} of them with finite logits; "
+        f"state finite at the end: {m['state finite']}. Made by `{found[0].command}`."
+    )
+    return markdown(["tokens read", "session bytes", "process"], rows) + "\n" + note
+
+
+def zero_shot(found: Sequence[Record]) -> str:
+    """What an untrained memory with random projections does."""
+    if not found:
+        return _missing("the zero-shot mode")
+    rows = [[name, f"{value:.4f}"] for name, value in found[0].measures["bits per token"].items()]
+    return markdown(["condition", "bits per token"], rows) + f"\n\nMade by `{found[0].command}`."

@@ -1,0 +1,62 @@
+"""The settings of the published runs: what `mnemic demo` and `mnemic bench recall-*` do."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mnemic.bench.experiments import Experiment, Recipe, Reporter, symbol_base
+from mnemic.memories.emt import EMTConfig
+from mnemic.tasks.recall import LanguageRecall, SymbolRecall
+
+MakeBase = Callable[[Reporter], tuple[nn.Module, dict[str, float]]]
+
+SYMBOLS = Recipe(steps=6000, rows=64, longest=96)
+DEMO = Recipe(steps=2500, rows=64, longest=48)
+LANGUAGE = Recipe(steps=12_000, rows=64, longest=16)
+
+
+def symbols_experiment(seed: int, lengths: Sequence[int], rows: int) -> tuple[Experiment, MakeBase]:
+    """Four pairs, window 32; the base is trained with the same seed."""
+    task = SymbolRecall()
+    config = EMTConfig(slots=16, dim=64, heads=4, segment_length=task.segment_length)
+    experiment = Experiment(task, config, SYMBOLS, lengths, rows=rows, batch=min(rows, 128), seed=seed)
+    return experiment, lambda reporter: symbol_base(task, seed, reporter)
+
+
+def demo_experiment(seed: int) -> tuple[Experiment, MakeBase]:
+    """The same, shorter, for a first look."""
+    experiment, make_base = symbols_experiment(seed, (4, 16, 64, 256, 1024), 64)
+    experiment.recipe = DEMO
+    return experiment, make_base
+
+
+def language_experiment(
+    model: str, filler: Path, seed: int, lengths: Sequence[int], rows: int
+) -> tuple[Experiment, nn.Module, str]:
+    """Two facts, window 64; test streams are surrounded by text that training never sees."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    task = LanguageRecall(tokenizer, read_text(filler))
+    config = EMTConfig(slots=64, dim=128, heads=4, read_layers=[1, 2, 3, 4], write_layer=1, segment_length=64)
+    experiment = Experiment(task, config, LANGUAGE, lengths, rows=rows, seed=seed)
+    return experiment, base, Path(model).name
+
+
+def read_text(path: Path, most: int = 4_000_000) -> str:
+    """The text of a file, or of the `.txt` files in a tar archive, up to `most` characters, spread over all of them."""
+    if not tarfile.is_tarfile(path):
+        return path.read_text(errors="replace")[:most]
+    with tarfile.open(path) as archive:
+        members = sorted((member for member in archive if member.isfile()), key=lambda member: member.name)
+        parts = []
+        for member in members:
+            file = archive.extractfile(member)
+            assert file is not None
+            parts.append(file.read().decode(errors="replace")[5_000 : 5_000 + most // len(members)])
+    return "\n".join(parts)

@@ -1,0 +1,5 @@
+"""The command line: `mnemic demo | list | train | bench | report`."""
+
+from mnemic.cli.main import app
+
+__all__ = ["app"]

@@ -1,0 +1,120 @@
+"""`mnemic bench`: the commands behind the numbers in the documentation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mnemic.cli.show import Show, console
+
+bench = typer.Typer(no_args_is_help=True, help="The measurements behind the documentation's numbers.")
+
+Out = Annotated[Path, typer.Option(help="Folder for the result files.")]
+Seeds = Annotated[str, typer.Option(help="Seeds, separated by commas.")]
+Checkpoints = Annotated[Path | None, typer.Option(help="Folder for checkpoints; a run that was stopped goes on there.")]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word.replace("_", "")) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 0,1,2") from None
+
+
+@bench.command("recall-symbols")
+def recall_symbols(
+    seeds: Seeds = "0,1,2",
+    lengths: Annotated[str, typer.Option(help="Filler segments, separated by commas.")] = "4,16,64,256,1024,4096",
+    rows: Annotated[int, typer.Option(help="Streams a length.")] = 128,
+    out: Out = Path("results"),
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Four pairs of symbols, a window of 32 tokens, a tiny base trained on the spot and frozen."""
+    from mnemic.bench.settings import symbols_experiment
+
+    for seed in _numbers(seeds):
+        experiment, make_base = symbols_experiment(seed, _numbers(lengths), rows)
+        with Show(f"recall of symbols, seed {seed}: answers exactly right, %") as show:
+            model, base = make_base(show)
+            checkpoint = checkpoints / f"recall-symbols-{seed}.safetensors" if checkpoints else None
+            _, record = experiment.run(model, "GPT-2, 3 blocks, width 64, trained on the spot", show, checkpoint)
+        record.seconds["base"] = base["seconds"]
+        record.measures["base"] = base
+        console.print(f"results {record.save(out)}")
+
+
+@bench.command("recall-language")
+def recall_language(
+    model: Annotated[str, typer.Option(help="A causal model: local folder or hub id.")],
+    filler: Annotated[Path, typer.Option(help="Text to lie between facts: a .txt file or a tar archive of them.")],
+    seeds: Seeds = "0",
+    lengths: Annotated[str, typer.Option(help="Filler segments, separated by commas.")] = "4,16,64,256",
+    rows: Annotated[int, typer.Option(help="Streams a length.")] = 512,
+    out: Out = Path("results"),
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Who has what, in sentences within real text, on any causal model, frozen."""
+    from mnemic.bench.settings import language_experiment
+
+    for seed in _numbers(seeds):
+        experiment, base, name = language_experiment(model, filler, seed, _numbers(lengths), rows)
+        with Show(f"recall of sentences, seed {seed}: answers exactly right, %") as show:
+            checkpoint = checkpoints / f"recall-language-{seed}.safetensors" if checkpoints else None
+            _, record = experiment.run(base, name, show, checkpoint)
+        console.print(f"results {record.save(out)}")
+
+
+@bench.command()
+def overhead(
+    runs: Annotated[int, typer.Option(help="Counted runs.")] = 9,
+    device: str = "cpu",
+    out: Out = Path("results"),
+) -> None:
+    """Forward with a memory against without, on the shape of GPT-2 small; and the fast token write against plain loops."""
+    from mnemic.bench.cost import against_naive
+    from mnemic.bench.cost import overhead as measure
+    from mnemic.memories import EMTConfig
+
+    suffix = "" if device == "cpu" else f"-{device}"
+    settings = {"segment": (EMTConfig(), 512), "token": (EMTConfig.whitepaper(), 256)}
+    for name, (config, tokens) in settings.items():
+        record = measure(config, name, batch=4, tokens=tokens, runs=runs, device=device)
+        for key in ("with memory / base", "memory alone / base"):
+            console.print(f"{name} write, {key}: {record.measures[key]['median']:.3f}")
+        console.print(f"results {record.save(out, f'overhead-{name}{suffix}.json')}")
+    record = against_naive()
+    console.print(
+        f"token write, largest difference to plain loops: {max(record.measures['largest difference'].values()):.1e}"
+    )
+    console.print(f"results {record.save(out, 'naive-token.json')}")
+
+
+@bench.command()
+def stream(
+    tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 1_000_000, out: Out = Path("results")
+) -> None:
+    """One session without end: what it and the process hold along the way, and whether anything turns NaN."""
+    from mnemic.bench.cost import endless
+
+    with Show("") as show:
+        show.phase("read", tokens)
+        record = endless(tokens, progress=show.advance)
+    console.print(f"results {record.save(out, 'endless-stream.json')}")
+
+
+@bench.command("zero-shot")
+def zero_shot(
+    model: Annotated[str, typer.Option(help="A causal model: local folder or hub id.")],
+    text: Annotated[Path, typer.Option(help="A text file.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to predict.")] = 32_768,
+    out: Out = Path("results"),
+) -> None:
+    """Does the whitepaper's untrained memory help? Bits a token with it, without it, and with controls."""
+    from mnemic.bench.zero_shot import measure
+
+    record = measure(model, text, tokens)
+    for name, value in record.measures["bits per token"].items():
+        console.print(f"{name:<40} {value:.4f} bits per token")
+    console.print(f"results {record.save(out, 'zero-shot.json')}")

@@ -1,0 +1,99 @@
+"""Commands and their options; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from mnemic.cli.bench import bench
+from mnemic.cli.show import Show, console
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Persistent memory for any Hugging Face transformer."
+)
+app.add_typer(bench, name="bench")
+
+
+@app.callback()
+def main(threads: Annotated[int, typer.Option(help="Threads for PyTorch; 0 leaves its own choice.")] = 0) -> None:
+    """Options of every command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the result file.")] = Path("runs/demo"),
+    seed: int = 0,
+) -> None:
+    """Trains a tiny base and a memory on the spot, then asks beyond the window: minutes, nothing downloaded."""
+    from mnemic.analysis.curves import recall_curve
+    from mnemic.bench.settings import demo_experiment
+
+    begun = time.monotonic()
+    experiment, make_base = demo_experiment(seed)
+    console.print(
+        "A tiny GPT-2 sees 32 tokens at a time. Each stream tells it 4 pairs, then filler, then asks for the pairs.\n"
+        "The base is trained in its window first and then frozen; only the memory learns to carry the pairs.\n"
+    )
+    with Show("answers exactly right, %") as show:
+        model, base = make_base(show)
+        attachment, record = experiment.run(model, "GPT-2, 3 blocks, width 64, trained on the spot", show)
+    record.seconds |= {"base": base["seconds"], "all": time.monotonic() - begun}
+    path = record.save(out)
+    picture = recall_curve([record], out / "recall.png", "EMT on a frozen GPT-2 with a window of 32 tokens")
+    attachment.save_pretrained(out / "memory")
+    console.print(
+        f"\nEvery control lies at chance: what is answered right came through the memory, "
+        f"{record.state_bytes:,} bytes a stream."
+        if max(max(score.controls.values()) for score in record.scores) < record.scores[0].floors["chance"] + 0.03
+        else "\nA control lies above chance: do not believe this run."
+    )
+    console.print(f"picture {picture}\nresults {path}\nmemory  {out / 'memory'}\n{record.seconds['all']:.0f} seconds")
+
+
+@app.command("list")
+def list_mechanisms() -> None:
+    """Every mechanism: its seam, what it trains, its bytes a session and its paper."""
+    from mnemic.memories import CONFIGS
+
+    table = Table()
+    for column in ("kind", "mechanism", "seam", "trains", "bytes a session", "paper"):
+        table.add_column(column)
+    for kind, config in sorted(CONFIGS.items()):
+        card = config.card
+        table.add_row(kind, card.title, card.seam, card.trains, card.bytes_law, card.paper)
+    console.print(table)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("results"),
+    root: Annotated[Path, typer.Option(help="Folder with README.md and docs/.")] = Path(),
+    check: Annotated[bool, typer.Option(help="Change nothing; fail if something would change.")] = False,
+) -> None:
+    """Writes the tables and pictures of the documentation from the result files."""
+    from mnemic.analysis.curves import recall_curve
+    from mnemic.analysis.report import fill, tables
+    from mnemic.bench.results import records
+
+    made = tables(results)
+    pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    changed = [page for page in pages if page.is_file() and fill(page, made, write=not check)]
+    for task, picture, title in (
+        ("recall-symbols", "recall.png", "EMT on a frozen GPT-2 with a window of 32 tokens"),
+        ("recall-language", "recall-language.png", "EMT on a frozen Llama of 260K parameters, window of 64 tokens"),
+    ):
+        if not check and (found := records(results, task)):
+            recall_curve(found, root / "docs" / "images" / picture, title)
+    for page in changed:
+        console.print(("stale: " if check else "wrote: ") + str(page))
+    if check and changed:
+        raise typer.Exit(1)

@@ -1,0 +1,73 @@
+"""How a run looks in the terminal: progress bars with time left above a table that grows."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mnemic.bench.recall import CONDITIONS
+from mnemic.bench.results import Score
+
+console = Console()
+
+
+class Show:
+    """A `Reporter` that draws: use as a context manager."""
+
+    def __init__(self, title: str) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self.table = Table(title=title, title_justify="left", title_style="bold")
+        self.table.add_column("filler segments", justify="right")
+        self.table.add_column("tokens", justify="right")
+        for name in CONDITIONS:
+            self.table.add_column(name, justify="right", style="bold" if name == "memory" else "dim")
+        self.table.add_column("chance", justify="right", style="dim")
+        self.live = Live(Group(self.progress), console=console, refresh_per_second=4)
+        self.task = None
+
+    def __enter__(self) -> Self:
+        self.live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish()
+        self.live.__exit__(kind, error, trace)
+
+    def _finish(self) -> None:
+        if self.task is not None:
+            # a phase that stopped early is complete all the same
+            self.progress.update(self.task, total=self.progress.tasks[self.task].completed)
+
+    def phase(self, name: str, total: int) -> None:
+        """A new bar."""
+        self._finish()
+        self.task = self.progress.add_task(name, total=total, note="")
+
+    def advance(self, steps: int, **values: float) -> None:
+        """Moves the bar and shows the values beside it."""
+        assert self.task is not None
+        note = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self.progress.advance(self.task, steps)
+        if note:
+            self.progress.update(self.task, note=note)
+
+    def score(self, score: Score) -> None:
+        """A new row."""
+        cells = [score.score, *score.controls.values(), score.floors["chance"]]
+        self.table.add_row(f"{score.length:,}", f"{score.tokens:,}", *(f"{100 * value:.1f}" for value in cells))
+        self.live.update(Group(self.progress, self.table))

@@ -1,0 +1,157 @@
+"""What the tests share: the matrix of mechanisms and families, a memory that has an effect, and ways to feed a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from families import DECODERS, ENCODERS, FAMILIES, VOCABULARY, make
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+import mnemic
+from mnemic.host.cache import MemoryLayer, memory_layer
+from mnemic.host.router import carrying
+from mnemic.stream import Stream
+
+SEGMENT = 8
+"""The segment length of every `tiny()` config."""
+
+CONFIGS: dict[str, mnemic.MemoryConfig] = {
+    f"{kind}-{number}": config for kind, cls in mnemic.CONFIGS.items() for number, config in enumerate(cls.tiny())
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+def matrix(families: Iterable[str]) -> pytest.MarkDecorator:
+    """Every mechanism over these families, with ids like `emt-0-llama`."""
+    cases = [pytest.param(c, name, id=f"{label}-{name}") for label, c in CONFIGS.items() for name in families]
+    return pytest.mark.parametrize(("config", "name"), cases)
+
+
+over_all = matrix(FAMILIES)
+over_decoders = matrix(DECODERS)
+over_encoders = matrix(ENCODERS)
+
+
+def tokens(batch: int, time: int, seed: int = 0) -> Tensor:
+    """Random ids `[batch, time]` without the special ones."""
+    return torch.randint(3, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def other(ids: Tensor) -> Tensor:
+    """Ids that differ from these at every place."""
+    return (ids - 3 + 41) % (VOCABULARY - 3) + 3
+
+
+def shake(module: nn.Module, seed: int = 0, scale: float = 0.2) -> None:
+    """Moves every parameter at random, as training would, so that a memory has an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def trained(model: nn.Module, config: mnemic.MemoryConfig, seed: int = 0) -> mnemic.Attachment:
+    """Attaches a memory that has an effect."""
+    torch.manual_seed(seed)
+    attachment = mnemic.attach(model, config)
+    shake(attachment.memory, seed)
+    return attachment
+
+
+def host(name: str, config: mnemic.MemoryConfig, **changes: Any) -> Any:
+    """A tiny model of the family with a memory that has an effect."""
+    model = make(name, **changes)
+    trained(model, config)
+    return model
+
+
+def carrier(model: nn.Module, window: int | None = None) -> Cache | MemoryLayer:
+    """What carries a new batch of streams: the usual cache, one with a window, or an encoder's bare layer."""
+    if not mnemic.attached(model).anatomy.causal:
+        return MemoryLayer()
+    return DynamicCache(config=model.config) if window is None else mnemic.memory_cache(model, window)
+
+
+def stream(carried: Cache | MemoryLayer) -> Stream:
+    """The stream that a carrier holds."""
+    found = carried.stream if isinstance(carried, MemoryLayer) else memory_layer(carried, 2).stream
+    assert found is not None
+    return found
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Positions `[b, t]` that count real tokens only."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def call(model: nn.Module, ids: Tensor, carried: Cache | MemoryLayer | None, mask: Tensor | None = None) -> Tensor:
+    """The logits of one call; `mask` covers everything so far, as Hugging Face wants it."""
+    if isinstance(carried, MemoryLayer):
+        with carrying(carried):
+            return model(input_ids=ids, attention_mask=mask).logits
+    more: dict[str, Any] = {}
+    if mask is not None and not isinstance(carried, mnemic.MemoryCache) and model.config.model_type != "bloom":
+        more["position_ids"] = positions_of(mask)[:, -ids.shape[1] :]
+    return model(input_ids=ids, attention_mask=mask, past_key_values=carried, **more).logits
+
+
+@torch.no_grad()
+def feed(
+    model: nn.Module,
+    ids: Tensor,
+    lengths: Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    carried: Cache | MemoryLayer | None = None,
+) -> Tensor:
+    """The logits `[b, t, v]` of a stream given in calls of `lengths` tokens.
+
+    By default one call; segment by segment for an encoder, whose call is a segment.
+    """
+    carried = carrier(model) if carried is None else carried
+    if isinstance(carried, MemoryLayer):
+        lengths = [SEGMENT] * (ids.shape[1] // SEGMENT) if lengths is None else lengths
+    lengths = [ids.shape[1]] if lengths is None else lengths
+    assert sum(lengths) == ids.shape[1]
+    logits, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        # keys before the call are in the cache, so its mask begins with theirs; an encoder has none
+        seen = None if mask is None else mask[:, part if isinstance(carried, MemoryLayer) else slice(0, part.stop)]
+        logits.append(call(model, ids[:, part], carried, seen))
+        start += length
+    return torch.cat(logits, 1)
+
+
+def random_cuts(time: int, seed: int) -> list[int]:
+    """Lengths of 1 to 11 tokens that add up to `time`."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths: list[int] = []
+    while (left := time - sum(lengths)) > 0:
+        lengths.append(min(left, int(torch.randint(1, 12, (1,), generator=generator))))
+    return lengths
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 2e-4) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def assert_differ(actual: Tensor, expected: Tensor, least: float = 1e-3) -> None:
+    """The effect a test is about exists: without it the test could not fail."""
+    assert (actual - expected).abs().max() > least
+
+
+def assert_same_stream(actual: Stream, expected: Stream, tolerance: float = 2e-4) -> None:
+    assert (actual.counts, actual.written, actual.seen) == (expected.counts, expected.written, expected.seen)
+    assert actual.tensors().keys() == expected.tensors().keys()
+    for key, tensor in actual.tensors().items():
+        assert_near(tensor, expected.tensors()[key], tolerance)
+
+
+def assert_equal_stream(actual: Stream, expected: Stream) -> None:
+    """Bit-equal."""
+    assert_same_stream(actual, expected, 0.0)
