@@ -109,9 +109,10 @@ FAMILIES = DECODERS | ENCODERS
 def _built(name: str, seed: int, changes: tuple[tuple[str, Any], ...]) -> torch.nn.Module:
     family = FAMILIES[name]
     torch.manual_seed(seed)
-    return family.model(family.config(**{**family.settings, **dict(changes)})).eval()
+    changed = {key: list(value) if isinstance(value, tuple) else value for key, value in changes}
+    return family.model(family.config(**{**family.settings, **changed})).eval()
 
 
 def make(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A model of the family, in eval mode, with its config changed; every call returns its own copy."""
+    """A model of the family, in eval mode, with its config changed (tuples for lists); every call returns its own copy."""
     return copy.deepcopy(_built(name, seed, tuple(sorted(changes.items()))))

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import DECODERS, ENCODERS, FAMILIES, VOCABULARY, make
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 import mnemic
+from families import DECODERS, ENCODERS, FAMILIES, VOCABULARY, make
 from mnemic.host.cache import MemoryLayer, memory_layer
 from mnemic.host.router import carrying
 from mnemic.stream import Stream

@@ -5,11 +5,11 @@ Invariant 10 (generate, Trainer, compile, PEFT ...) is in `test_compatibility.py
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from families import DECODERS, FAMILIES, make
+
+import mnemic
+from families import DECODERS, make
 from helpers import (
     SEGMENT,
     assert_differ,
@@ -33,8 +33,6 @@ from helpers import (
     tokens,
     trained,
 )
-
-import mnemic
 from mnemic.state import nbytes
 from mnemic.stream import Stream
 
@@ -142,7 +140,9 @@ def test_causality_of_writes(config, name, monkeypatch):
 
     def another_write(self, hidden_btd, state, keep_bt=None):
         # not a constant: mechanisms may normalise what they hold
-        return {key: tensor + torch.rand_like(tensor) for key, tensor in write(self, hidden_btd, state, keep_bt).items()}
+        return {
+            key: tensor + torch.rand_like(tensor) for key, tensor in write(self, hidden_btd, state, keep_bt).items()
+        }
 
     monkeypatch.setattr(type(mnemic.attached(model).memory), "write", another_write)
     logits = feed(model, ids, [SEGMENT] * 2)
@@ -491,5 +491,7 @@ def test_fast_equals_naive(config, padded):
     for key, gradient in expected_gradients.items():
         assert (gradients[key] is None) == (gradient is None), key
         if gradient is not None:
-            torch.testing.assert_close(gradients[key], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(
+                gradients[key], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
+            )
     assert gradients["hidden"].abs().max() > 0

@@ -149,7 +149,10 @@ def read_file(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]]:
         raise StateError(f"{path} is not a whole safetensors file ({error}); restore it from a copy") from error
     if header.get("mnemic") != FORMAT:
         raise StateError(f"{path} has format {header.get('mnemic')!r}, this version of mnemic reads {FORMAT!r}")
-    meta = json.loads(header["meta"])
+    try:
+        meta = json.loads(header["meta"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise StateError(f"{path} has no readable description ({error!r}); restore it from a copy") from error
     if _digest(tensors, meta) != header.get("sha256"):
         raise StateError(f"{path} was changed after it was written: its checksum differs; restore it from a copy")
     return tensors, meta

@@ -190,6 +190,6 @@ def check_finite(hidden_btd: Tensor, keep_bt: Tensor | None, layer: int) -> None
     if bad.any():
         row, time = bad.nonzero()[0].tolist()
         raise StateError(
-            f"the hidden states after block {layer} are NaN or infinite (first at row {row}, token {time} of the call), "
+            f"hidden states after block {layer} are NaN or infinite (first at row {row}, token {time} of the call), "
             "so nothing was written; check the input and the base's dtype (float16 overflows where bfloat16 does not)"
         )

@@ -11,7 +11,6 @@ Two ways through the same segments give the same numbers:
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -262,11 +261,9 @@ class Step:
     seconds: float
 
 
-def cosine(progress: float, warmup: float = 0.02, floor: float = 0.02) -> float:
-    """Learning-rate factor at `progress` in [0, 1]: linear warm-up, then a cosine down to `floor`."""
-    if progress < warmup:
-        return max(progress / warmup, 0.01)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+def hold_then_fall(progress: float, hold: float = 0.5, floor: float = 0.01) -> float:
+    """Learning-rate factor at `progress` in [0, 1]: 1 up to `hold`, then in a straight line down to `floor`."""
+    return 1.0 if progress < hold else max(floor, (1 - progress) / (1 - hold))
 
 
 def train(
@@ -275,18 +272,24 @@ def train(
     *,
     steps: int,
     learning_rate: float = 2e-3,
-    schedule: Callable[[float], float] = cosine,
+    schedule: Callable[[float], float] = hold_then_fall,
     weight_decay: float = 0.0,
     clip: float = 1.0,
     window: int | None = None,
     bptt_segments: int | None = None,
+    average: float = 0.0,
+    notes: dict[str, float] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> Iterator[Step]:
     """Trains the memory of `model` for `steps` steps of AdamW, yielding after each; stop by leaving the loop.
 
     `batches(step)` makes the batch of a step: the same step, the same batch, so that a run resumed from `checkpoint`
-    (a file, written every `checkpoint_seconds` and at the end) equals one that was not interrupted.
+    (a file, written every `checkpoint_seconds` and at the end) equals one that was not interrupted. What else batches
+    depend on, such as the stage of a curriculum, belongs in `notes`, which is kept in the checkpoint.
+
+    With `average` > 0 the memory ends as the running average of its weights over the last fifth of the steps, with
+    that decay a step.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite.
@@ -297,7 +300,9 @@ def train(
     parameters, scales = list(named.values()), [memory.rate_scale(name) for name in named]
     groups = [{"params": [parameter], "scale": scale} for parameter, scale in zip(parameters, scales, strict=True)]
     optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay)
-    first, spent = _resume(checkpoint, parameters, optimizer) if checkpoint else (0, 0.0)
+    averages: list[Tensor] = []
+    notes = {} if notes is None else notes
+    first, spent = _resume(checkpoint, parameters, optimizer, averages, notes) if checkpoint else (0, 0.0)
     begun = saved = time.monotonic()
     for step in range(first, steps):
         rate = learning_rate * schedule(step / steps)
@@ -311,23 +316,52 @@ def train(
         unrolled.loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
-        now = time.monotonic()
-        if checkpoint and (now - saved > checkpoint_seconds or step + 1 == steps):
-            saved = now
-            _save(checkpoint, parameters, optimizer, step + 1, spent + now - begun)
+        if average and step >= 0.8 * steps:
+            _average(averages, parameters, average)
+        if average and step + 1 == steps:
+            with torch.no_grad():
+                for parameter, mean in zip(parameters, averages, strict=True):
+                    parameter.copy_(mean)
         accuracy = unrolled.correct.float().mean().item()
-        yield Step(step, unrolled.loss.item(), accuracy, rate, spent + now - begun)
+        yield Step(step, unrolled.loss.item(), accuracy, rate, spent + time.monotonic() - begun)
+        # after the yield, so that the notes tell of this step
+        if checkpoint and (time.monotonic() - saved > checkpoint_seconds or step + 1 == steps):
+            saved = time.monotonic()
+            _save(checkpoint, parameters, optimizer, averages, notes, step + 1, spent + saved - begun)
 
 
-def _save(path: str | Path, parameters: list[nn.Parameter], optimizer: Any, step: int, seconds: float) -> None:
-    tensors = {f"parameter.{i}": parameter for i, parameter in enumerate(parameters)}
+@torch.no_grad()
+def _average(averages: list[Tensor], parameters: list[nn.Parameter], decay: float) -> None:
+    if not averages:
+        averages += [parameter.detach().clone() for parameter in parameters]
+    for mean, parameter in zip(averages, parameters, strict=True):
+        mean.lerp_(parameter, 1 - decay)
+
+
+def _save(
+    path: str | Path,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    averages: list[Tensor],
+    notes: dict[str, float],
+    step: int,
+    seconds: float,
+) -> None:
+    tensors: dict[str, Tensor] = {f"average.{i}": mean for i, mean in enumerate(averages)}
     for i, parameter in enumerate(parameters):
+        tensors[f"parameter.{i}"] = parameter
         tensors |= {f"{name}.{i}": value for name, value in optimizer.state[parameter].items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, tensors, {"content": "training", "step": step, "seconds": seconds})
+    write_file(path, tensors, {"content": "training", "step": step, "seconds": seconds, "notes": notes})
 
 
-def _resume(path: str | Path, parameters: list[nn.Parameter], optimizer: Any) -> tuple[int, float]:
+def _resume(
+    path: str | Path,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    averages: list[Tensor],
+    notes: dict[str, float],
+) -> tuple[int, float]:
     if not Path(path).is_file():
         return 0, 0.0
     tensors, meta = read_file(path)
@@ -337,8 +371,8 @@ def _resume(path: str | Path, parameters: list[nn.Parameter], optimizer: Any) ->
     with torch.no_grad():
         for i, parameter in enumerate(parameters):
             parameter.copy_(tensors[f"parameter.{i}"])
-            names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{i}" in tensors]
-            optimizer.state[parameter] = {name: tensors[f"{name}.{i}"].to(parameter.device) for name in names}
-            if "step" in names:
-                optimizer.state[parameter]["step"] = tensors[f"step.{i}"]
+            moments = {name: tensors[f"{name}.{i}"].to(parameter.device) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": tensors[f"step.{i}"], **moments}
+    averages += [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(parameters) if f"average.{i}" in tensors]
+    notes.update(meta["notes"])
     return meta["step"], meta["seconds"]

@@ -13,45 +13,40 @@ and once with everything in one window, without a memory: the ceiling that the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnemic.attach import Attachment, memory_cache
 from mnemic.bench.results import Score
 from mnemic.state import State, map_state
 from mnemic.stream import Stream
 from mnemic.tasks.recall import TEST_SEEDS, Episode, Question, RecallTask, generator
-from mnemic.training import read_segments, unroll
+from mnemic.training import read_segments
 
 CONDITIONS = ("memory", "zeroed", "other stream", "fresh", "no memory")
 
 
-@dataclass
-class Asked:
-    """Outcomes of questions under one condition: whether every token of the answer was right `[b]`, per fact."""
-
-    right: list[Tensor] = field(default_factory=list)
-    margin: list[Tensor] = field(default_factory=list)
-
-
-def streams_read(
-    attachment: Attachment, task: RecallTask, episode: Episode, fillers: int, seed: int, part: int = 64
-) -> Iterator[Stream]:
-    """Reads the facts and `fillers` segments of filler, `part` segments at a time; yields after each part."""
+def read_stream(
+    attachment: Attachment,
+    task: RecallTask,
+    episode: Episode,
+    fillers: int,
+    seed: int,
+    progress: Callable[[int], None],
+    part: int = 64,
+) -> Stream:
+    """The streams after the facts and `fillers` segments of filler, read `part` segments at a time."""
     model, source = attachment.model, generator(seed)
-    device = attachment.router.device
+    device, rows = attachment.router.device, len(episode.told)
     stream = read_segments(model, episode.told.to(device))
-    while fillers > 0:
-        count = min(part, fillers)
-        stream = read_segments(model, task.filler(len(episode.told), count, source).to(device), stream)
-        fillers -= count
-        yield stream
-    yield stream
+    for start in range(0, fillers, part):
+        count = min(part, fillers - start)
+        stream = read_segments(model, task.filler(rows, count, source).to(device), stream)
+        progress(rows * count)
+    return stream
 
 
 def conditions(attachment: Attachment, stream: Stream) -> dict[str, State | None]:
@@ -163,10 +158,7 @@ def evaluate(
         first = TEST_SEEDS + 10_007 * seed + start
         source = generator(first)
         episode = task.tell(count, source)
-        stream = None
-        for stream in streams_read(attachment, task, episode, fillers, first + 1):
-            progress(count)
-        assert stream is not None
+        stream = read_stream(attachment, task, episode, fillers, first + 1, progress)
         state_bytes = sum(t[0].numel() * t.element_size() for t in stream.state.values())
         states = conditions(attachment, stream)
         for which in range(task.pairs):
@@ -214,9 +206,3 @@ def ceiling(attachment: Attachment, task: RecallTask, *, rows: int, seed: int) -
         if bool(asked.any()):
             shares.append((~(wrong & (fact == which)).any(1))[asked].float().mean())
     return float(torch.stack(shares).mean())
-
-
-def accuracy(model: nn.Module, ids: Tensor, labels: Tensor, **kwargs: Any) -> float:
-    """The share of labelled tokens right when streams run through the model."""
-    with torch.no_grad():
-        return float(unroll(model, ids, labels, **kwargs).correct.float().mean())

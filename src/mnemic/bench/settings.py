@@ -16,9 +16,9 @@ from mnemic.tasks.recall import LanguageRecall, SymbolRecall
 
 MakeBase = Callable[[Reporter], tuple[nn.Module, dict[str, float]]]
 
-SYMBOLS = Recipe(steps=6000, rows=64, longest=96)
-DEMO = Recipe(steps=2500, rows=64, longest=48)
-LANGUAGE = Recipe(steps=12_000, rows=64, longest=16)
+SYMBOLS = Recipe(steps=4000)
+DEMO = Recipe(steps=1500)
+LANGUAGE = Recipe(steps=12_000, longest=16)
 
 
 def symbols_experiment(seed: int, lengths: Sequence[int], rows: int) -> tuple[Experiment, MakeBase]:

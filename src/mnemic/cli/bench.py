@@ -72,7 +72,7 @@ def overhead(
     device: str = "cpu",
     out: Out = Path("results"),
 ) -> None:
-    """Forward with a memory against without, on the shape of GPT-2 small; and the fast token write against plain loops."""
+    """Forward with a memory against without, on the shape of GPT-2 small; the token write against plain loops."""
     from mnemic.bench.cost import against_naive
     from mnemic.bench.cost import overhead as measure
     from mnemic.memories import EMTConfig

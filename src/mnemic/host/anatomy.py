@@ -19,7 +19,8 @@ class Anatomy:
     """The parts of one model.
 
     `positions` is how many positions the host has (None where positions are relative to the keys at hand, ALiBi);
-    `takes_positions` whether its forward accepts `position_ids`; `causal` is False for encoders.
+    `takes_positions` whether its forward accepts `position_ids`; `causal` is False for encoders;
+    `slides` is True where some layers see only the latest keys, counted as they lie.
     """
 
     trunk: nn.Module
@@ -29,6 +30,7 @@ class Anatomy:
     causal: bool
     positions: int | None
     takes_positions: bool
+    slides: bool
 
 
 def examine(model: nn.Module) -> Anatomy:
@@ -66,6 +68,7 @@ def examine(model: nn.Module) -> Anatomy:
         causal=all(getattr(module, "is_causal", True) for module in attention),
         positions=positions,
         takes_positions=takes_positions,
+        slides=getattr(text, "sliding_window", None) is not None,
     )
 
 

@@ -71,6 +71,23 @@ def memory_layer(cache: Cache, depth: int) -> MemoryLayer:
     return layer
 
 
+def snapshot(cache: Cache) -> Callable[[], None]:
+    """A function that puts the layers of a cache back as they are now. Tensors are shared, none is copied.
+
+    A static cache writes into its tensors, so what was written there stays; its memory is put back.
+    """
+    layers = list(cache.layers)
+    attributes = [(layer, dict(vars(layer))) for layer in layers if isinstance(layer, DynamicLayer | MemoryLayer)]
+
+    def restore() -> None:
+        cache.layers[:] = layers
+        for layer, values in attributes:
+            vars(layer).clear()
+            vars(layer).update(values)
+
+    return restore
+
+
 @dataclass(frozen=True)
 class Window:
     """Which of the base's keys each row may still see, and where its next token stands. Immutable.
@@ -94,7 +111,8 @@ class Window:
     def new(size: int | None, segment_length: int, limit: int | None, batch: int, device: torch.device) -> Window:
         """The window of `batch` streams at their beginning."""
         zeros = (0,) * batch
-        return Window(size, segment_length, limit, torch.zeros(batch, 0, dtype=torch.bool, device=device), *[zeros] * 3)
+        valid = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        return Window(size, segment_length, limit, valid, zeros, zeros, zeros)
 
     @property
     def kept(self) -> int:
@@ -191,40 +209,28 @@ class MemoryCache(DynamicCache):
         """`rows` end their segment: keys that left the window are dropped."""
         if self.window is None or not rows:
             return
-        window = self.window.close_segment(rows)
+        self.window = self.window.close_segment(rows)
+        if max(self.window.context) < self.window.kept:
+            self.pack()
+
+    def pack(self) -> None:
+        """Moves every row's own keys to the right, in their order; the others are dropped as far as no row needs them."""
+        window = self.window
+        if window is None:
+            return
         target = max(window.context)
-        if target < window.kept:
-            ragged = any(count != target for count in window.context) or not bool(window.valid[:, -target:].all())
-            if target == 0:
-                valid, shorten = window.valid[:, :0], None
-            elif not ragged:
-                valid, shorten = window.valid[:, -target:], lambda tensor: tensor[:, :, -target:]
-            else:
-                # every row packed to the right: stable order, so its own keys keep theirs
-                order = torch.argsort(window.valid.long(), dim=1, stable=True)[:, -target:]
-                valid = window.valid.gather(1, order)
-
-                def shorten(tensor: Tensor) -> Tensor:
-                    return tensor.gather(2, order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
-
-            for layer in self.layers:
-                if isinstance(layer, DynamicLayer) and layer.is_initialized:
-                    if shorten is None:
-                        layer.reset()
-                    else:
-                        layer.keys, layer.values = shorten(layer.keys), shorten(layer.values)  # pyright: ignore[reportArgumentType]
-            window = replace(window, valid=valid)
-        self.window = window
-
-    def map_keys(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Applies `function` to all keys and values held."""
+        order = torch.argsort(window.valid.long(), dim=1, stable=True)[:, window.kept - target :]
+        self.window = replace(window, valid=window.valid.gather(1, order))
         for layer in self.layers:
             if isinstance(layer, DynamicLayer) and layer.is_initialized:
-                layer.keys, layer.values = function(layer.keys), function(layer.values)  # pyright: ignore[reportArgumentType]
+                if target == 0:
+                    layer.reset()
+                elif layer.keys is not None and layer.values is not None:
+                    layer.keys, layer.values = _gather(layer.keys, order), _gather(layer.values, order)
 
     def reorder_cache(self, beam_idx: Int[Tensor, " beams"]) -> None:
         """Rows follow their beams."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
         self._select_window(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -234,9 +240,10 @@ class MemoryCache(DynamicCache):
             self._select_window([row for row in range(len(self.window.context)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Rows by index."""
-        super().batch_select_indices(indices)
-        self._select_window(indices.tolist())
+        """Rows by index or by a boolean mask."""
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        super().batch_select_indices(rows)
+        self._select_window(rows.tolist())
 
     def _select_window(self, rows: Sequence[int]) -> None:
         if self.window is not None:
@@ -254,18 +261,11 @@ class MemoryCache(DynamicCache):
 
     def snapshot(self) -> Callable[[], None]:
         """A function that puts everything back as it is now. Tensors are shared, none is copied."""
-        keys = [
-            (layer, layer.keys, layer.values, layer.is_initialized)
-            for layer in self.layers
-            if isinstance(layer, DynamicLayer)
-        ]
-        window, memory = self.window, self.memory
-        stream, replay = memory.stream, memory.replay
+        layers, window = snapshot(self), self.window
 
         def restore() -> None:
-            for layer, key, value, initialized in keys:
-                layer.keys, layer.values, layer.is_initialized = key, value, initialized
-            self.window, memory.stream, memory.replay, self.inside = window, stream, replay, False
+            layers()
+            self.window, self.inside = window, False
 
         return restore
 
@@ -278,3 +278,8 @@ class MemoryCache(DynamicCache):
                 theirs.lazy_initialization(mine.keys, mine.values)  # pyright: ignore
                 theirs.keys, theirs.values = mine.keys, mine.values  # pyright: ignore[reportAttributeAccessIssue]
         return copy
+
+
+def _gather(keys: Tensor, order: Int[Tensor, "b kept"]) -> Tensor:
+    """Keys or values `[b, h, t, d]` at the places of `order`."""
+    return keys.gather(2, order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))

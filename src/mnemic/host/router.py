@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.generic import ModelOutput
 
 from mnemic.host.anatomy import MEMORY_NAME, Anatomy
-from mnemic.host.cache import MemoryCache, MemoryLayer, memory_layer
+from mnemic.host.cache import MemoryCache, MemoryLayer, memory_layer, snapshot
 from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.state import State
 from mnemic.stream import Piece, Stream, check_finite, cut
@@ -74,7 +75,7 @@ class Router(nn.Module):
         self.memory = memory
         self.config, self.segment_length = config, config.segment_length
         self.depth, self.width, self.causal = len(anatomy.blocks), anatomy.width, anatomy.causal
-        self.positions, self.takes_positions = anatomy.positions, anatomy.takes_positions
+        self.positions, self.takes_positions, self.slides = anatomy.positions, anatomy.takes_positions, anatomy.slides
         self.dtype = anatomy.dtype
         self.enabled = True
         layers = sorted({*memory.read_layers, memory.write_layer})
@@ -130,6 +131,10 @@ class Router(nn.Module):
             if call.cache is None:
                 call.cache = arguments["past_key_values"] = DynamicCache(config=trunk.config)  # pyright: ignore
                 arguments["use_cache"] = call.private_cache = True
+            if arguments.get("output_attentions", trunk.config.output_attentions):  # pyright: ignore
+                raise ValueError(
+                    "attention weights cannot be joined across segments; call without output_attentions, or a segment a call"
+                )
             seen = int(call.cache.get_seq_length())  # a static cache counts in place
             mask = arguments.get("attention_mask")
             if isinstance(mask, dict) or call.cache.is_compileable:
@@ -189,9 +194,9 @@ class Router(nn.Module):
         if cache is None and wanted and not call.checkpointing and packed is None and self.enabled:
             cache = arguments["past_key_values"] = DynamicCache(config=trunk.config)  # pyright: ignore
         call.cache = cache if isinstance(cache, Cache) else None
+        if call.cache is not None and not call.earlier:
+            call.restore = cache.snapshot() if isinstance(cache, MemoryCache) else snapshot(call.cache)
         if isinstance(cache, MemoryCache):
-            if not call.earlier:
-                call.restore = cache.snapshot()
             window = cache.open(batch, inputs.device)
             _check_batch(len(window.context), batch)
             if call.checkpointing and window.kept:
@@ -207,6 +212,9 @@ class Router(nn.Module):
         cuts: set[int] = set()
         if isinstance(cache, MemoryCache) and cache.window is not None:
             cuts = {piece.stop for piece in cut(cache.window.running, call.time, self.segment_length, call.keep)}
+            if self.slides and call.keep is not None:
+                # padding may end a part but not lie between a row's tokens: the next part is packed against its keys
+                cuts |= {t + 1 for t in (call.keep[:, 1:] & ~call.keep[:, :-1]).any(0).nonzero().flatten().tolist()}
         if not self.enabled:
             call.pieces = _refine([Piece(0, call.time)], cuts)
             return
@@ -271,6 +279,8 @@ class Router(nn.Module):
         cache = call.cache
         assert isinstance(cache, MemoryCache)
         assert cache.window is not None
+        if self.slides and not bool(cache.window.valid[:, -1:].all()):
+            cache.pack()
         mask, positions = cache.window.arrange(call.keep, call.time)
         arguments["attention_mask"] = mask
         arguments["use_cache"] = True
@@ -285,7 +295,7 @@ class Router(nn.Module):
         return stream if state is None else replace(stream, state=state)
 
     def record(self, trunk: nn.Module, input_ids: Tensor) -> Tensor:
-        """The write layer's hidden states `[b, t, d]` for rows that the base sees on their own; later blocks do not run."""
+        """What the write layer puts out `[b, t, d]` for rows that the base sees on their own; later blocks do not run."""
         _threads.recording = self
         try:
             trunk(input_ids=input_ids, use_cache=False)
@@ -452,7 +462,7 @@ def _refine(pieces: list[Piece], cuts: set[int]) -> list[Piece]:
     refined = []
     for piece in pieces:
         inner = [piece.start, *sorted(c for c in cuts if piece.start < c < piece.stop), piece.stop]
-        for start, stop in zip(inner, inner[1:], strict=False):
+        for start, stop in itertools.pairwise(inner):
             fresh = piece.fresh if start == piece.start else ()
             refined.append(Piece(start, stop, fresh, piece.ended if stop == piece.stop else ()))
     return refined
@@ -482,10 +492,6 @@ def _join(outputs: list[Any]) -> Any:
     last = outputs[-1]
     if not isinstance(last, ModelOutput):
         return (torch.cat([output[0] for output in outputs], 1), *last[1:])
-    if last.get("attentions") is not None:
-        raise ValueError(
-            "attention weights cannot be joined across segments; call without output_attentions, or a segment a call"
-        )
     last["last_hidden_state"] = torch.cat([output["last_hidden_state"] for output in outputs], 1)
     if last.get("hidden_states") is not None:
         layers = zip(*(output["hidden_states"] for output in outputs), strict=True)

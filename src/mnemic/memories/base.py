@@ -115,7 +115,7 @@ class Memory(nn.Module, ABC):
         """`read` at the first read layer, then `write`, as plain loops over the paper's equations: the test's oracle."""
 
     def rate_scale(self, name: str) -> float:
-        """By how much the parameter `name` learns faster than the learning rate in `mnemic.train`; 1 unless overridden."""
+        """How much faster than the learning rate the parameter `name` learns in `mnemic.train`."""
         return 1.0
 
     @property

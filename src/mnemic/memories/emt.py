@@ -200,7 +200,8 @@ class Reader(nn.Module):
         self.heads, self.feedback = config.heads, config.feedback
         self.norm_hidden, self.norm_slots = nn.LayerNorm(width), nn.LayerNorm(config.dim)
         self.query, self.output = nn.Linear(width, config.dim), nn.Linear(config.dim, width)
-        self.key, self.value = nn.Linear(config.dim, config.dim), nn.Linear(config.dim, config.dim)
+        self.key = nn.Linear(config.dim, config.dim, bias=False)  # a bias is the same for every slot
+        self.value = nn.Linear(config.dim, config.dim)
         self.norm_feed, self.expand = nn.LayerNorm(width), nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
         if not config.zero_shot:
@@ -209,6 +210,7 @@ class Reader(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, hidden_btd: Tensor, slots_bsm: Tensor) -> Tensor:
+        """h' of the equations above."""
         slots_bsm = self.norm_slots(slots_bsm)
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -225,28 +227,34 @@ class SegmentWriter(nn.Module):
 
     def __init__(self, config: EMTConfig, width: int) -> None:
         super().__init__()
-        self.norm_hidden, self.norm_slots = nn.LayerNorm(width), nn.LayerNorm(config.dim)
-        self.key, self.value = nn.Linear(width, config.dim), nn.Linear(width, config.dim)
+        self.norm_hidden = nn.LayerNorm(width)
         self.query = nn.Linear(config.dim, config.dim)
+        self.key = nn.Linear(width, config.dim, bias=False)  # a bias is the same for every token: softmax drops it
+        self.value = nn.Linear(width, config.dim)
         self.gate = nn.Linear(2 * config.dim, 1)
         self.gru = nn.GRUCell(config.dim, config.dim)
         nn.init.constant_(self.gate.bias, config.gate_bias)
 
     def forward(self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> State:
+        """The slots after the segment.
+
+        Keys and values are linear in the tokens, so they are applied where there are fewer rows, at the slots:
+        q . (W_k h) = (W_k' q) . h, and the sum of a_t v(h_t) is v of the sum of a_t h_t, as the a_t sum to 1.
+        """
         slots_bsm = state["slots"]
         hidden_btd = self.norm_hidden(hidden_btd)
-        query_bsm = self.query(self.norm_slots(slots_bsm))
-        score_bst = query_bsm @ self.key(hidden_btd).transpose(1, 2) / math.sqrt(slots_bsm.shape[-1])
+        asked_bsd = self.query(slots_bsm) @ self.key.weight / math.sqrt(slots_bsm.shape[-1])
+        score_bst = asked_bsd @ hidden_btd.transpose(1, 2)
         if keep_bt is not None:
             score_bst = score_bst.masked_fill(~keep_bt[:, None], torch.finfo(score_bst.dtype).min)
-        content_bsm = score_bst.softmax(-1) @ self.value(hidden_btd)
+        content_bsm = self.value(score_bst.softmax(-1) @ hidden_btd)
         gate_bs1 = torch.sigmoid(self.gate(torch.cat([content_bsm, slots_bsm], -1)))
         candidate_bsm = self.gru(content_bsm.flatten(0, 1), slots_bsm.flatten(0, 1)).view_as(slots_bsm)
-        return {"slots": (1 - gate_bs1) * slots_bsm + gate_bs1 * candidate_bsm}
+        return {"slots": torch.lerp(slots_bsm, candidate_bsm, gate_bs1)}
 
 
 class TokenWriter(nn.Module):
-    """The parameters of one memory's token write; `write_tokens` runs the recurrence of all stacked memories at once."""
+    """The parameters of one memory's token write; `write_tokens` runs all stacked memories at once."""
 
     def __init__(self, config: EMTConfig, width: int) -> None:
         super().__init__()

@@ -65,7 +65,7 @@ def _write_segment(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor
     tokens = [writer.norm_hidden(token) for token in tokens]
     after = []
     for slot in row["slots"]:
-        query = writer.query(writer.norm_slots(slot))
+        query = writer.query(slot)
         weights = torch.stack([torch.dot(query, writer.key(token)) / math.sqrt(len(slot)) for token in tokens]).softmax(
             0
         )

@@ -1,0 +1,143 @@
+"""What is EMT's own: where it sits, which slots a token goes to, what it weighs, and the whitepaper's setting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mnemic
+from families import make
+from helpers import CONFIGS, SEGMENT, assert_differ, feed, host, shake, tokens
+from mnemic import EMTConfig
+from mnemic.state import nbytes
+
+
+def test_default_placement_is_the_middle():
+    for depth, middle in ((1, 0), (2, 0), (3, 1), (12, 5)):
+        memory = EMTConfig().build(64, depth)
+        assert (memory.read_layers, memory.write_layer) == ((middle,), middle)
+        assert not memory.writes_see_reads
+
+
+def test_layers_count_from_the_end_too():
+    memory = EMTConfig(read_layers=[-1, 0, 11], write_layer=-12).build(64, 12)
+    assert (memory.read_layers, memory.write_layer) == ((0, 11), 0)
+    assert EMTConfig(read_layers=[0], write_layer=1).build(64, 2).writes_see_reads
+
+
+def test_whitepaper_sits_after_the_last_block_twice():
+    config = EMTConfig.whitepaper(slots=8, dim=16, heads=2)
+    assert (config.stack, config.write, config.zero_shot, config.slots) == (2, "token", True, 8)
+    memory = config.build(64, 6)
+    assert (memory.read_layers, memory.write_layer) == ((5,), 5)
+    assert len(memory.writers) == len(memory.readers["5"]) == 2
+
+
+@torch.no_grad()
+def test_zero_shot_moves_the_outputs():
+    model, ids = make("llama"), tokens(2, SEGMENT)
+    expected = model(ids).logits
+    config = EMTConfig.whitepaper(slots=4, dim=16, heads=2, segment_length=SEGMENT)
+    attachment = mnemic.attach(model, config)
+    assert_differ(model(ids).logits, expected)
+    attachment.detach()
+    mnemic.attach(model, config.replace(zero_shot=False))
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+def test_bytes_law(stack):
+    config = EMTConfig(segment_length=SEGMENT, slots=5, dim=12, heads=2, stack=stack)
+    for rows in (1, 4):
+        assert nbytes(config.build(64, 2).init_state(rows)) == rows * stack * 5 * 12 * 4
+        # usage and age of every slot besides
+        token = config.replace(write="token").build(64, 2).init_state(rows)
+        assert nbytes(token) == rows * stack * (5 * 12 * 4 + 5 * 8)
+    session = mnemic.Session(host("llama", config), window=SEGMENT)
+    session.read(tokens(1, 10 * SEGMENT))
+    assert session.nbytes == stack * 5 * 12 * 4
+    assert nbytes(EMTConfig().build(64, 2).init_state(1)) == 64 * 1024
+
+
+@torch.no_grad()
+def test_a_token_goes_to_the_slot_that_resembles_it_least():
+    memory = EMTConfig(segment_length=SEGMENT, slots=4, dim=16, heads=2, write="token", update_rate=1.0).build(64, 2)
+    shake(memory)
+    state = memory.init_state(1)
+    hidden = torch.randn(1, 1, 64)
+    address = torch.nn.functional.normalize(memory.writers[0].address(hidden[0, 0]), dim=-1)
+    # one slot that is the address, one its opposite
+    slots = state["slots"].clone()
+    slots[0, 0, 1], slots[0, 0, 2] = address, -address
+    after = memory.write(hidden, {**state, "slots": slots})
+    weight = after["usage"][0, 0] / 0.99
+    assert weight.argmax() == 2
+    assert weight.argmin() == 1
+    torch.testing.assert_close(weight.sum(), torch.tensor(1.0))
+    torch.testing.assert_close(weight, torch.softmax(-(slots[0, 0] @ address), 0))
+
+
+@torch.no_grad()
+def test_a_token_goes_to_the_slot_that_was_used_most():
+    memory = EMTConfig(segment_length=SEGMENT, slots=4, dim=16, heads=2, write="token").build(64, 2)
+    state = memory.init_state(1)
+    used = state["usage"].clone()
+    used[0, 0, 3] = 30.0
+    hidden = torch.randn(1, 1, 64)
+    plain, after = memory.write(hidden, state), memory.write(hidden, {**state, "usage": used})
+    assert after["usage"][0, 0, 3] - 0.99 * 30 > plain["usage"][0, 0, 3]
+    # age is the same for all slots, so it moves nothing
+    old = memory.write(hidden, {**state, "age": state["age"] + 7})
+    torch.testing.assert_close(old["slots"], plain["slots"])
+    torch.testing.assert_close(after["age"], torch.ones(1, 1, 4))
+    torch.testing.assert_close(memory.write(hidden, after)["age"], torch.full((1, 1, 4), 1.98))
+
+
+@torch.no_grad()
+def test_token_slots_keep_norm_one():
+    model = host("llama", CONFIGS["emt-2"])
+    session = mnemic.Session(model, window=SEGMENT)
+    session.read(tokens(1, 10 * SEGMENT))
+    norms = session.stream.state["slots"].norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+@torch.no_grad()
+def test_a_closed_gate_keeps_the_slots():
+    for bias, same in ((-100.0, True), (0.0, False)):
+        memory = EMTConfig(segment_length=SEGMENT, slots=4, dim=16, heads=2, gate_bias=bias).build(64, 2)
+        state = memory.init_state(2)
+        after = memory.write(torch.randn(2, SEGMENT, 64), state)
+        assert torch.allclose(after["slots"], state["slots"]) == same
+
+
+@torch.no_grad()
+def test_every_memory_of_a_stack_matters():
+    config = EMTConfig(segment_length=SEGMENT, slots=4, dim=16, heads=2, stack=2)
+    model, ids = host("llama", config), tokens(2, 2 * SEGMENT)
+    expected = feed(model, ids)
+    for k in range(2):
+        changed = host("llama", config)
+        shake(mnemic.attached(changed).memory.writers[k], seed=9)
+        logits = feed(changed, ids)
+        assert torch.equal(logits[:, :SEGMENT], expected[:, :SEGMENT])
+        assert_differ(logits[:, SEGMENT:], expected[:, SEGMENT:])
+
+
+def test_feedback_and_blend_scale_the_read():
+    hidden, results = torch.randn(1, 3, 64), {}
+    for depth, feedback, blend in ((2, 1.0, 0.6), (2, 0.5, 0.6), (1, 1.0, 0.6), (1, 1.0, 0.3)):
+        torch.manual_seed(0)
+        memory = EMTConfig(slots=4, dim=16, heads=2, feedback=feedback, final_blend=blend).build(64, depth)
+        shake(memory)
+        results[depth, feedback, blend] = memory.read(0, hidden, memory.init_state(1)) - hidden
+    full = results[2, 1.0, 0.6]
+    torch.testing.assert_close(results[2, 0.5, 0.6], 0.5 * full)
+    # block 0 of 1 is the last one, where the result is the output
+    torch.testing.assert_close(results[1, 1.0, 0.6], 0.6 * full)
+    torch.testing.assert_close(results[1, 1.0, 0.3], 0.3 * full)
+
+
+def test_configs_go_to_plain_values_and_back():
+    for config in mnemic.CONFIGS["emt"].tiny():
+        assert mnemic.MemoryConfig.from_dict(config.to_dict()) == config

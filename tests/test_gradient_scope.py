@@ -1,0 +1,85 @@
+"""Invariant 7 of the matrix: a loss reaches as many segments back as asked, and no parameter is frozen unawares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mnemic
+from families import make
+from helpers import SEGMENT, assert_near, host, over_decoders, tokens
+from mnemic.training import unroll
+
+# `unroll` is for causal models; an encoder's segments have no next token to predict.
+COUNT = 4
+
+
+def last_segment(ids):
+    """Labels in the last segment only; its first token is predicted from the segment before, so it has none."""
+    labels = ids.clone()
+    labels[:, : -SEGMENT + 1] = -100
+    return labels
+
+
+@over_decoders
+def test_every_parameter_gets_a_gradient_at_step_two(config, name):
+    model, ids = make(name), tokens(2, 3 * SEGMENT)
+    attachment = mnemic.attach(model, config)
+    optimiser = torch.optim.AdamW(attachment.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimiser.zero_grad(set_to_none=True)
+        unroll(model, ids, last_segment(ids)).loss.backward()
+        missing = [
+            key for key, p in attachment.memory.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)
+        ]
+        optimiser.step()
+    assert not missing
+    # and none of the base's
+    assert all(p.grad is None for key, p in model.named_parameters() if ".mnemic." not in key)
+
+
+@over_decoders
+@pytest.mark.parametrize("parallel", [None, False])
+@pytest.mark.parametrize("bptt_segments", [0, 1, 2, None])
+def test_gradient_reaches_bptt_segments_back_and_no_further(config, name, parallel, bptt_segments, monkeypatch):
+    model, ids = host(name, config), tokens(2, COUNT * SEGMENT)
+    memory_class = type(mnemic.attached(model).memory)
+    write, written = memory_class.write, []
+
+    def recording_write(self, hidden_btd, state, keep_bt=None):
+        after = write(self, hidden_btd, state, keep_bt)
+        if torch.is_grad_enabled():
+            # a zero of its own for every write: its gradient is what arrives there
+            probes = {key: torch.zeros_like(tensor, requires_grad=True) for key, tensor in after.items()}
+            written.append(probes)
+            after = {key: tensor + probes[key] for key, tensor in after.items()}
+        return after
+
+    monkeypatch.setattr(memory_class, "write", recording_write)
+    result = unroll(model, ids, last_segment(ids), bptt_segments=bptt_segments, parallel=parallel)
+    result.loss.backward()
+    arrived = [
+        any(probe.grad is not None and bool(probe.grad.abs().sum() > 0) for probe in probes.values())
+        for probes in written
+    ]
+    # the loss is in the last segment, whose own write comes after it; writes before the reach are made without a
+    # gradient, so they have no probe at all
+    assert sum(arrived) == (COUNT - 1 if bptt_segments is None else bptt_segments)
+
+
+@over_decoders
+def test_both_ways_of_unrolling_agree(config, name):
+    model, ids = host(name, config), tokens(2, COUNT * SEGMENT)
+    if mnemic.attached(model).memory.writes_see_reads:
+        with pytest.raises(ValueError, match="cannot run all at once: a layer reads below the one that writes"):
+            unroll(model, ids, ids, parallel=True)
+        return
+    results = []
+    for parallel in (True, False):
+        result = unroll(model, ids, ids, parallel=parallel)
+        results.append((result, torch.autograd.grad(result.loss, mnemic.attached(model).parameters())))
+    (one, one_gradients), (other, other_gradients) = results
+    assert_near(one.loss, other.loss, 1e-5)
+    assert_near(one.logits, other.logits)
+    for a, b in zip(one_gradients, other_gradients, strict=True):
+        assert_near(a, b, 1e-4)

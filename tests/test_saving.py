@@ -1,0 +1,170 @@
+"""Invariant 8 beyond the round trip of `test_matrix`: a new process, and everything that must be refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mnemic
+from families import ENCODERS, make
+from helpers import CONFIGS, SEGMENT, assert_equal_stream, host, matrix, tokens, trained
+
+FAMILIES = ["gpt2", "llama", "bert"]
+
+
+def session_of(model, name, read=21):
+    session = mnemic.Session(model, window=None if name in ENCODERS else 2 * SEGMENT)
+    session.read(tokens(1, read))
+    return session
+
+
+@pytest.mark.parametrize("kind", mnemic.CONFIGS)
+@torch.no_grad()
+def test_a_new_process_continues_bit_exactly(kind, tmp_path):
+    jobs, expected, question = [], {}, tokens(1, SEGMENT, 5)
+    for label, config in CONFIGS.items():
+        for name in FAMILIES if config.kind == kind else []:
+            job = f"{label}-{name}"
+            model = host(name, config)
+            mnemic.attached(model).save_pretrained(tmp_path / job)
+            session = session_of(model, name)
+            session.save(tmp_path / f"{job}.memory")
+            expected[job] = session.forward(question).logits
+            jobs.append({"id": job, "family": name, "ids": question.tolist()})
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
+    subprocess.run([sys.executable, here / "reload.py", tmp_path], env=environment, check=True)
+    for job, logits in expected.items():
+        assert torch.equal(torch.load(tmp_path / f"{job}.logits"), logits), job
+
+
+# --- what must be refused --------------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit(path):
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def replace_by_another(path):
+    save_file({"weight": torch.zeros(2)}, path)
+
+
+def retell(path):
+    """The same tensors under a description that says something else."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    save_file(
+        load_file(path), path, header | {"meta": header["meta"].replace('"segment_length": 8', '"segment_length": 9')}
+    )
+
+
+SPOILS = {
+    truncate: "not a whole safetensors file",
+    edit: "changed after it was written",
+    replace_by_another: "has format None",
+    retell: "changed after it was written",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)
+@matrix(FAMILIES)
+def test_a_spoilt_adapter_is_refused(config, name, spoil, tmp_path):
+    mnemic.attached(host(name, config)).save_pretrained(tmp_path)
+    spoil(tmp_path / "memory_model.safetensors")
+    assert_refused(make(name), tmp_path, SPOILS[spoil])
+
+
+def assert_refused(model, folder, match, error=mnemic.StateError):
+    """The error, and a model in which nothing was attached, frozen or changed."""
+    names, wants = list(model.state_dict()), [parameter.requires_grad for parameter in model.parameters()]
+    with torch.no_grad():
+        expected = model(tokens(2, SEGMENT)).logits
+    with pytest.raises(error, match=match):
+        mnemic.from_pretrained(model, folder)
+    assert list(model.state_dict()) == names
+    assert [parameter.requires_grad for parameter in model.parameters()] == wants
+    with torch.no_grad():
+        assert torch.equal(model(tokens(2, SEGMENT)).logits, expected)
+
+
+@matrix(FAMILIES)
+def test_an_adapter_of_another_base_is_refused(config, name, tmp_path):
+    attachment = mnemic.attached(host(name, config))
+    attachment.save_pretrained(tmp_path)
+    assert_refused(make(name, seed=1), tmp_path, r"was written for base model .*; load the base it was trained on")
+    another = mnemic.from_pretrained(make(name, seed=1), tmp_path, strict=False)
+    assert another.config == config
+
+
+@matrix(["llama"])
+def test_an_adapter_with_an_edited_config_is_refused(config, name, tmp_path):
+    mnemic.attached(host(name, config)).save_pretrained(tmp_path)
+    path = tmp_path / "memory_config.json"
+    description = json.loads(path.read_text())
+    for setting, value in {"segment_length": 4, "kind": "unheard-of"}.items():
+        path.write_text(json.dumps({**description, "memory": {**description["memory"], setting: value}}))
+        assert_refused(make(name), tmp_path, "it was edited or mixed up")
+    path.write_text("{")
+    assert_refused(make(name), tmp_path, "is not JSON")
+    path.unlink()
+    assert_refused(make(name), tmp_path, r"no memory_config\.json in", FileNotFoundError)
+    (tmp_path / "memory_model.safetensors").unlink()
+    assert_refused(make(name), tmp_path, "no memory file at", FileNotFoundError)
+
+
+def test_a_session_is_no_adapter_and_an_adapter_no_session(tmp_path):
+    model = host("llama", CONFIGS["emt-0"])
+    mnemic.attached(model).save_pretrained(tmp_path)
+    with pytest.raises(mnemic.StateError, match=r"holds None, not a session"):
+        mnemic.Session.load(tmp_path / "memory_model.safetensors", model)
+    session_of(model, "llama").save(tmp_path / "memory_model.safetensors")
+    assert_refused(make("llama"), tmp_path, "")
+
+
+@pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)
+@matrix(FAMILIES)
+def test_a_spoilt_session_is_refused(config, name, spoil, tmp_path):
+    model = host(name, config)
+    session = session_of(model, name)
+    session.save(tmp_path / "one.memory")
+    spoil(tmp_path / "one.memory")
+    with pytest.raises(mnemic.StateError, match=SPOILS[spoil]):
+        mnemic.Session.load(tmp_path / "one.memory", model)
+    assert_equal_stream(session.stream, session_of(model, name).stream)
+
+
+@matrix(FAMILIES)
+def test_a_session_of_another_model_or_memory_is_refused(config, name, tmp_path):
+    path = tmp_path / "one.memory"
+    session_of(host(name, config), name).save(path)
+    another_base = make(name, seed=1)
+    trained(another_base, config)
+    with pytest.raises(mnemic.StateError, match="was written for base model"):
+        mnemic.Session.load(path, another_base)
+    another_config = host(name, config.replace(segment_length=4))
+    with pytest.raises(mnemic.StateError, match=r"another memory \(segment_length 8 there, 4 here\)"):
+        mnemic.Session.load(path, another_config)
+    another_memory = make(name)
+    trained(another_memory, config, seed=1)
+    with pytest.raises(mnemic.StateError, match=r"another memory \(other weights\)"):
+        mnemic.Session.load(path, another_memory)
+    with pytest.raises(RuntimeError, match="has no memory; attach one"):
+        mnemic.Session.load(path, make(name))
+    with pytest.raises(FileNotFoundError, match="no memory file"):
+        mnemic.Session.load(tmp_path / "none", another_memory)
