@@ -114,5 +114,5 @@ def _built(name: str, seed: int, changes: tuple[tuple[str, Any], ...]) -> torch.
 
 
 def make(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A model of the family, in eval mode, with its config changed (tuples for lists); every call returns its own copy."""
+    """A model of the family, in eval mode, its config changed (tuples for lists); every call returns a copy."""
     return copy.deepcopy(_built(name, seed, tuple(sorted(changes.items()))))

@@ -1,4 +1,4 @@
-"""What the tests share: the matrix of mechanisms and families, a memory that has an effect, and ways to feed a stream."""
+"""What the tests share: the matrix of mechanisms and families, a memory with an effect, ways to feed a stream."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_settings(changes, message):
 
 
 def test_unknown_kinds_and_settings():
-    with pytest.raises(ValueError, match="unknown memory kind 'elephant'; known: .*emt"):
+    with pytest.raises(ValueError, match=r"unknown memory kind 'elephant'; known: .*emt"):
         mnemic.MemoryConfig.from_dict({"kind": "elephant"})
     with pytest.raises(ValueError, match=r"EMTConfig has no setting trunk; known: \["):
         mnemic.MemoryConfig.from_dict({"kind": "emt", "trunk": 1})

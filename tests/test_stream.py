@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,9 +28,7 @@ def cut_slowly(waiting, time, length, keep, fresh):
                     count = 0
                     ended.setdefault(t + 1, []).append(row)
     edges = sorted({0, time, *ended, *begun})
-    return [
-        Piece(a, b, tuple(begun.get(a, ())), tuple(ended.get(b, ()))) for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    return [Piece(a, b, tuple(begun.get(a, ())), tuple(ended.get(b, ()))) for a, b in itertools.pairwise(edges)]
 
 
 @st.composite

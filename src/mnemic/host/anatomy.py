@@ -8,10 +8,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 COMPUTED_ROTARY_LIMIT = 2**17
 """Rotary angles are computed in float32: past this position neighbours are no longer told apart to 0.01 rad."""
+
+COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet")
+"""Encoders whose first position is `pad_token_id + 1`, so that their table holds fewer."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class Anatomy:
     `slides` is True where some layers see only the latest keys, counted as they lie.
     """
 
-    trunk: nn.Module
+    trunk: PreTrainedModel
     blocks: nn.ModuleList
     width: int
     dtype: torch.dtype
@@ -36,13 +44,18 @@ class Anatomy:
 def examine(model: nn.Module) -> Anatomy:
     """Finds the trunk (the stack without its head) and its blocks; raises `ValueError` for a family not served."""
     name = type(model).__name__
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_decoder"):
+    if not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
         raise ValueError(f"{name} is not a Hugging Face transformer; attach to a PreTrainedModel")
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder, which mnemic does not serve yet; use a decoder or an encoder")
-    trunk: nn.Module = model.get_decoder()  # pyright: ignore[reportCallIssue]
-    text = trunk.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    base = unwrapped(model)
+    trunk = base.get_decoder() if isinstance(base, PreTrainedModel) else None
+    if not isinstance(trunk, PreTrainedModel):
+        trunk = base.base_model  # some encoders name their head a decoder
+    assert isinstance(trunk, PreTrainedModel)
+    text = trunk.config.get_text_config()
+    if not isinstance(trunk.get_input_embeddings(), nn.Embedding):
+        raise ValueError(f"{name} does not read tokens; mnemic serves text models")
     lists = [
         module
         for module in trunk.modules()
@@ -52,29 +65,36 @@ def examine(model: nn.Module) -> Anatomy:
     ]
     if len(lists) != 1:
         raise ValueError(f"{name} has {len(lists)} stacks of {text.num_hidden_layers} blocks where mnemic expects one")
-    attention = [m for block in lists[0] for m in block.modules() if "Attention" in type(m).__name__]
-    if len({id(block) for block in lists[0] for m in block.modules() if m in attention}) < len(lists[0]):
+    arguments = inspect.signature(inspect.unwrap(type(trunk).forward)).parameters
+    causal = _is_causal(trunk, text.model_type)
+    attends = [any("Attention" in type(module).__name__ for module in block.modules()) for block in lists[0]]
+    if not all(attends) or (causal and "past_key_values" not in arguments):
         raise ValueError(f"{name} has blocks without attention, whose recurrent cache mnemic does not serve yet")
-    takes_positions = "position_ids" in inspect.signature(inspect.unwrap(type(trunk).forward)).parameters
-    if any("Rotary" in type(module).__name__ for module in trunk.modules()):
+    takes_positions = "position_ids" in arguments
+    if getattr(text, "alibi", False) or not takes_positions:
+        positions = None
+    elif any("Rotary" in type(module).__name__ for module in trunk.modules()):
         positions = COMPUTED_ROTARY_LIMIT
     else:
-        positions = text.max_position_embeddings if takes_positions else None
-    return Anatomy(
-        trunk=trunk,
-        blocks=lists[0],
-        width=text.hidden_size,
-        dtype=trunk.dtype,  # pyright: ignore[reportArgumentType]
-        causal=all(getattr(module, "is_causal", True) for module in attention),
-        positions=positions,
-        takes_positions=takes_positions,
-        slides=getattr(text, "sliding_window", None) is not None,
-    )
+        positions = text.max_position_embeddings
+    slides = getattr(text, "sliding_window", None) is not None
+    return Anatomy(trunk, lists[0], text.hidden_size, trunk.dtype, causal, positions, takes_positions, slides)
+
+
+def _is_causal(trunk: PreTrainedModel, model_type: str) -> bool:
+    said = [module.is_causal for module in trunk.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    if said:
+        return all(said)
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def trained_positions(model: nn.Module) -> int | None:
     """The length the base was trained for, from its config; None when the config names none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    text = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    positions = getattr(text, "max_position_embeddings", None)
+    if text.model_type in COUNTS_FROM_PADDING and positions is not None:
+        positions -= text.pad_token_id + 1
+    return positions
 
 
 def fingerprint(model: nn.Module) -> str:

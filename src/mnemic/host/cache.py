@@ -131,7 +131,8 @@ class Window:
             position = (start + keep.long().cumsum(1) - 1).clamp_min(0)
         if self.size is None and self.limit is not None and (top := int(position.max())) >= self.limit:
             raise ValueError(
-                f"position {top} is beyond the model's {self.limit}; give the session or cache a window= of at most that"
+                f"position {top} is beyond the model's {self.limit}; "
+                "give the session or cache a window= of at most that"
             )
         return mask, position
 
@@ -214,7 +215,7 @@ class MemoryCache(DynamicCache):
             self.pack()
 
     def pack(self) -> None:
-        """Moves every row's own keys to the right, in their order; the others are dropped as far as no row needs them."""
+        """Moves every row's own keys to the right, in their order, and drops what no row needs."""
         window = self.window
         if window is None:
             return

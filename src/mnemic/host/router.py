@@ -133,7 +133,8 @@ class Router(nn.Module):
                 arguments["use_cache"] = call.private_cache = True
             if arguments.get("output_attentions", trunk.config.output_attentions):  # pyright: ignore
                 raise ValueError(
-                    "attention weights cannot be joined across segments; call without output_attentions, or a segment a call"
+                    "attention weights cannot be joined across segments; "
+                    "call without output_attentions, or a segment a call"
                 )
             seen = int(call.cache.get_seq_length())  # a static cache counts in place
             mask = arguments.get("attention_mask")
@@ -295,7 +296,7 @@ class Router(nn.Module):
         return stream if state is None else replace(stream, state=state)
 
     def record(self, trunk: nn.Module, input_ids: Tensor) -> Tensor:
-        """What the write layer puts out `[b, t, d]` for rows that the base sees on their own; later blocks do not run."""
+        """What the write layer puts out `[b, t, d]` for rows the base sees on their own; later blocks do not run."""
         _threads.recording = self
         try:
             trunk(input_ids=input_ids, use_cache=False)
