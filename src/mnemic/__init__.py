@@ -1,6 +1,6 @@
 """mnemic: persistent memory for any Hugging Face transformer, measured with its controls."""
 
-from mnemic.attach import Attachment, attach, attached, from_pretrained, memory_cache
+from mnemic.attachment import Attachment, attach, attached, from_pretrained, memory_cache
 from mnemic.host.cache import MemoryCache
 from mnemic.memories import CONFIGS, EMTConfig, Memory, MemoryConfig
 from mnemic.session import Session

@@ -10,27 +10,28 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from mnemic.attach import check_fingerprint, memory_cache, router_of
-from mnemic.host.anatomy import examine, fingerprint, trained_positions
+from mnemic.attachment import check_fingerprint, memory_cache, router_of
+from mnemic.host.anatomy import examine, fingerprint
 from mnemic.host.cache import MemoryCache, MemoryLayer, Window
 from mnemic.host.router import Router, carrying
 from mnemic.state import StateError, read_file, write_file
 from mnemic.stream import Stream
+from mnemic.training import obstacle_to_parallel, read_segments
 
 
 class Session:
     """One stream through a model with a memory: read any length, generate, save, load, fork, reset.
 
-    `window` is the number of the latest tokens whose keys the base keeps; by default as many whole segments as the
-    model has positions. Text needs a `tokenizer`; token ids `[1, T]` do not. Sessions of one model share nothing.
+    `window` is the number of the latest tokens whose keys the base keeps; by default the window of the memory's config,
+    which is the one it was trained with. Text needs a `tokenizer`; token ids `[1, T]` do not. Sessions of one model
+    share nothing.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, window: int | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
         router = router_of(model)
         if window is None and router.causal:
-            trained = trained_positions(model) or router.segment_length
-            window = trained - trained % router.segment_length
+            window = router.config.window or router.segment_length
         self.window = window
         self._cache: MemoryCache | None = memory_cache(model, window) if router.causal else None
         self._layer = MemoryLayer() if self._cache is None else self._cache.memory
@@ -79,13 +80,20 @@ class Session:
 
         If anything fails on the way, the session is as it was before.
         """
-        ids = self.ids(text)
+        ids, done = self.ids(text), 0
         trunk, router = examine(self.model).trunk, self._router
         restore = self._snapshot()
         try:
             with torch.no_grad():
+                if self._can_read_ahead():
+                    whole = ids.shape[1] - ids.shape[1] % router.segment_length
+                    if whole:
+                        self._layer.stream = read_segments(self.model, ids[:, :whole], self.stream)
+                    ids, done = ids[:, whole:], whole
                 # the head is not needed to read, and a bounded call bounds what a read holds at once
-                for part in ids.split(router.segment_length if self._cache is None else 8 * router.segment_length, 1):
+                longest = router.segment_length if self._cache is None else 8 * router.segment_length
+                for start in range(0, ids.shape[1], longest):
+                    part = ids[:, start : start + longest]
                     if self._cache is not None:
                         trunk(input_ids=part, past_key_values=self._cache, use_cache=True)
                     else:
@@ -94,7 +102,15 @@ class Session:
         except BaseException:
             restore()
             raise
-        return ids.shape[1]
+        return done + ids.shape[1]
+
+    def _can_read_ahead(self) -> bool:
+        """Whether whole segments may go through the base as one batch: none is begun, and none depends on another."""
+        return (
+            self.window is not None
+            and (self.stream is None or not self.stream.counts[0])
+            and obstacle_to_parallel(self.model, self.window) is None
+        )
 
     def forward(self, text: str | Tensor | list[int], **kwargs: Any) -> Any:
         """The model's outputs for new tokens, which the session takes in as `read` does."""

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mnemic.attach import memory_cache, router_of
+from mnemic.attachment import memory_cache, router_of
 from mnemic.host.anatomy import base_parameters, examine
 from mnemic.host.cache import MemoryCache
 from mnemic.host.router import Router
@@ -31,7 +31,7 @@ from mnemic.stream import Stream, check_finite
 IGNORED = -100
 """The label of tokens without a loss, as everywhere in Hugging Face."""
 
-TOKENS_AT_ONCE = 65_536
+TOKENS_AT_ONCE = 16_384
 """How many tokens the batched lower blocks take at once: bounds the memory of `read_segments`."""
 
 
@@ -62,6 +62,7 @@ def unroll(
     bptt_segments: int | None = None,
     stream: Stream | None = None,
     parallel: bool | None = None,
+    memo: FeatureMemo | None = None,
 ) -> Unrolled:
     """Runs streams of whole segments through the model and returns the loss at the labelled tokens.
 
@@ -69,11 +70,12 @@ def unroll(
         model: a causal model with a memory.
         input_ids: `[b, s * segment_length]`, no padding inside.
         labels: as in Hugging Face: the token at t is predicted from what comes before t; -100 where there is no loss.
-        window: how many of the latest tokens the base itself sees; one segment by default.
+        window: how many of the latest tokens the base itself sees; that of the memory's config by default.
         bptt_segments: how many segments back a loss sends its gradient: into the writes of segments s-1 .. s-k and no
             further, for the loss of segment s. None for all.
         stream: where the streams stand; new ones by default. Its values are constants to the gradient.
         parallel: True or False to insist on one of the two ways; by default the faster where it is exact.
+        memo: keeps what the base makes of segments that come again, when they run all at once.
 
     Raises:
         ValueError: tokens that are not whole segments, no labels, or `parallel=True` where it would not be exact.
@@ -87,15 +89,17 @@ def unroll(
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     if not bool((targets != IGNORED).any()):
         raise ValueError("no token has a label (the first token of a stream cannot have one); nothing to learn")
-    window = length if window is None else window
-    obstacle = _obstacle(model, router, window)
-    if parallel and obstacle:
+    window = router.config.window or length if window is None else window
+    obstacle = obstacle_to_parallel(model, window)
+    if parallel and obstacle is not None:
         raise ValueError(f"segments cannot run all at once: {obstacle}; leave parallel out")
     parallel = obstacle is None if parallel is None else parallel
-    way = _all_at_once if parallel else _one_after_another
     ids, wanted = (tensor.unflatten(1, (-1, length)).transpose(0, 1) for tensor in (input_ids, targets))
     labelled = [s for s in range(len(ids)) if bool((wanted[s] != IGNORED).any())]
-    logits, stream = way(model, router, ids, labelled, window, bptt_segments, stream)
+    if parallel:
+        logits, stream = _all_at_once(model, router, ids, labelled, bptt_segments, stream, memo)
+    else:
+        logits, stream = _one_after_another(model, router, ids, labelled, window, bptt_segments, stream)
     chosen = wanted[labelled] != IGNORED
     order, rows = _by_row(chosen)
     logits_nv, targets_n = logits[chosen][order], wanted[labelled][chosen][order]
@@ -109,8 +113,9 @@ def _by_row(chosen_sbt: Tensor) -> tuple[Tensor, Tensor]:
     return order, rows[order]
 
 
-def _obstacle(model: nn.Module, router: Router, window: int) -> str | None:
-    """Why the segments depend on each other through the base; None when they do not."""
+def obstacle_to_parallel(model: nn.Module, window: int) -> str | None:
+    """Why segments depend on each other through the base and cannot run all at once; None when they do not."""
+    router = router_of(model)
     if not router.causal:
         return "the model is an encoder"
     if window != router.segment_length:
@@ -174,15 +179,15 @@ def _all_at_once(
     router: Router,
     ids: Tensor,
     labelled: list[int],
-    window: int,
     reach: int | None,
     stream: Stream | None,
+    memo: FeatureMemo | None,
 ) -> tuple[Tensor, Stream]:
     memory, (count, batch, length) = router.memory, ids.shape
     stream = router.new_stream(batch) if stream is None else stream.detach()
     if any(stream.counts):
         raise ValueError(f"the stream has {stream.counts} tokens waiting; begin at a segment's end (flush it)")
-    hidden = features(model, ids)
+    hidden = features(model, ids) if memo is None else memo(ids)
     states, state = [stream.state], stream.state
     with torch.set_grad_enabled(torch.is_grad_enabled() and reach is None):
         for s in range(count):
@@ -200,7 +205,7 @@ def _all_at_once(
     else:
         recent = [states[s] for s in labelled]
     asked = {name: torch.cat([state[name] for state in recent]) for name in recent[0]}
-    cache = memory_cache(model, window)
+    cache = memory_cache(model, length)
     cache.memory.stream = router.new_stream(len(labelled) * batch, asked)
     logits = model(input_ids=ids[labelled].flatten(0, 1), past_key_values=cache, use_cache=True).logits
     return logits.unflatten(0, (len(labelled), batch)), stream.after(states[-1], count, length)
@@ -217,6 +222,53 @@ def features(model: nn.Module, ids_sbt: Int[Tensor, "s b t"]) -> Float[Tensor, "
     return hidden.unflatten(0, ids_sbt.shape[:2])
 
 
+class FeatureMemo:
+    """`features` that computes a segment once when it comes again and again, as filler from a pool does.
+
+    What the frozen base makes of a segment depends on its tokens alone, so keeping it changes nothing. Segments are
+    kept from their second coming on, up to `most_bytes`.
+    """
+
+    def __init__(self, model: nn.Module, most_bytes: int = 2**29) -> None:
+        self.model, self.most_bytes = model, most_bytes
+        self.places: dict[int, int | None] = {}
+        self.kept: list[Tensor] = []
+        self.table: Tensor | None = None
+        self.bytes = 0
+
+    def __call__(self, ids_sbt: Int[Tensor, "s b t"]) -> Float[Tensor, "s b t d"]:
+        """As `features`."""
+        flat = ids_sbt.flatten(0, 1)
+        source = torch.Generator().manual_seed(flat.shape[1])
+        weights = torch.randint(2**62, (flat.shape[1],), generator=source).to(flat.device)
+        keys = ((flat + 1) * weights).sum(1).tolist()  # int64 wraps around, which is what a hash wants
+        places = [self.places.get(key) for key in keys]
+        new = [row for row, place in enumerate(places) if place is None]
+        hidden = features(self.model, flat[new][None])[0] if new else None
+        again = []
+        for i, row in enumerate(new):
+            assert hidden is not None
+            if keys[row] not in self.places:
+                self.places[keys[row]] = None
+            elif self.places[keys[row]] is None and self.bytes < self.most_bytes:
+                self.places[keys[row]] = len(self.kept)
+                self.kept.append(hidden[i].clone())
+                self.bytes += hidden[i].numel() * hidden.element_size()
+                again.append(row)
+        if again:
+            self.table = None
+        if len(new) == len(keys):
+            assert hidden is not None
+            return hidden.unflatten(0, ids_sbt.shape[:2])
+        if self.table is None:
+            self.table = torch.stack(self.kept)
+        known = torch.tensor([place or 0 for place in places], device=flat.device)
+        result = self.table[known]
+        if hidden is not None:
+            result[torch.tensor(new, device=flat.device)] = hidden
+        return result.unflatten(0, ids_sbt.shape[:2])
+
+
 def read_segments(
     model: nn.Module, ids_bt: Int[Tensor, "b t"], stream: Stream | None = None, *, part: int = 64
 ) -> Stream:
@@ -226,7 +278,7 @@ def read_segments(
     would not be exact (see the module's docstring).
     """
     router = router_of(model)
-    if obstacle := _obstacle(model, router, router.segment_length):
+    if obstacle := obstacle_to_parallel(model, router.segment_length):
         raise ValueError(f"segments cannot be read all at once: {obstacle}")
     stream = router.new_stream(ids_bt.shape[0]) if stream is None else stream
     with torch.no_grad():
@@ -302,13 +354,14 @@ def train(
     averages: list[Tensor] = []
     notes = {} if notes is None else notes
     first, spent = _resume(checkpoint, parameters, optimizer, averages, notes) if checkpoint else (0, 0.0)
+    memo = FeatureMemo(model)
     begun = saved = time.monotonic()
     for step in range(first, steps):
         rate = learning_rate * schedule(step / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         batch = batches(step)
-        unrolled = unroll(model, batch.input_ids, batch.labels, window=window, bptt_segments=bptt_segments)
+        unrolled = unroll(model, batch.input_ids, batch.labels, window=window, bptt_segments=bptt_segments, memo=memo)
         if not torch.isfinite(unrolled.loss):
             raise FloatingPointError(f"the loss is {unrolled.loss.item()} at step {step}; lower learning_rate or clip")
         optimizer.zero_grad(set_to_none=True)

@@ -179,7 +179,7 @@ def endless(found: Sequence[Record]) -> str:
     ]
     m = found[0].measures
     note = (
-        f"\n{m['tokens']:,} tokens in {m['calls']:,} calls, {m['calls with finite logits']:,} of them with finite logits; "
+        f"\n{m['tokens']:,} tokens in {m['calls']:,} calls, {m['calls with finite logits']:,} with finite logits; "
         f"state finite at the end: {m['state finite']}. Made by `{found[0].command}`."
     )
     return markdown(["tokens read", "session bytes", "process"], rows) + "\n" + note

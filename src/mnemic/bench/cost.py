@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from mnemic.attach import attach, memory_cache
+from mnemic.attachment import attach, memory_cache
 from mnemic.bench.results import Record
 from mnemic.memories.emt import EMTConfig
 from mnemic.session import Session

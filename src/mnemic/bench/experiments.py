@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mnemic.attach import Attachment, attach
+from mnemic.attachment import Attachment, attach
 from mnemic.bench.recall import evaluate
 from mnemic.bench.results import Record, Score
 from mnemic.memories.base import MemoryConfig
@@ -54,7 +54,7 @@ class Recipe:
 
     A step's number of fillers is drawn evenly in its logarithm up to a maximum. Whenever the running accuracy passes
     `pass_mark` the maximum grows by `growth`, up to `longest`. Long streams come in smaller batches: at most `segments`
-    segments a step, but never fewer than `rows` / 4 streams.
+    segments a step, but never fewer than `rows` / 4 streams. Filler is drawn from a `pool` of that many segments.
     """
 
     steps: int
@@ -64,6 +64,7 @@ class Recipe:
     growth: float = 1.6
     pass_mark: float = 0.97
     segments: int = 1024
+    pool: int = 4096
     average: float = 0.98
 
 
@@ -76,13 +77,17 @@ class Curriculum:
     seed: int
     notes: dict[str, float] = field(default_factory=lambda: {"longest": 0.0, "accuracy": 0.0})
 
+    def __post_init__(self) -> None:
+        source = generator(self.seed * 1_000_003 + 999_983)
+        self.pool = self.task.filler(self.recipe.pool, 1, source)
+
     def batch(self, step: int) -> Batch:
         """The streams of a step; the same for the same step, seed and notes."""
         source = generator(self.seed * 1_000_003 + step)
         share = float(torch.rand((), generator=source))
         fillers = round(math.exp(share * math.log(int(self.notes["longest"]) + 1))) - 1
         rows = max(self.recipe.rows // 4, min(self.recipe.rows, self.recipe.segments // (fillers + 1)))
-        return Batch(*self.task.stream(rows, fillers, source))
+        return Batch(*self.task.stream(rows, fillers, source, self.pool))
 
     def advance(self, accuracy: float) -> None:
         """Takes note of a step's accuracy and moves on when it is good enough."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnemic.attach import Attachment, memory_cache
+from mnemic.attachment import Attachment, memory_cache
 from mnemic.bench.results import Score
 from mnemic.state import State, map_state
 from mnemic.stream import Stream

@@ -16,7 +16,7 @@ from mnemic.tasks.recall import LanguageRecall, SymbolRecall
 
 MakeBase = Callable[[Reporter], tuple[nn.Module, dict[str, float]]]
 
-SYMBOLS = Recipe(steps=4000)
+SYMBOLS = Recipe(steps=3600)
 DEMO = Recipe(steps=1500)
 LANGUAGE = Recipe(steps=12_000, longest=16)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mnemic.attach import Attachment, attach, memory_cache
+from mnemic.attachment import Attachment, attach, memory_cache
 from mnemic.bench.results import Record
 from mnemic.memories.emt import EMTConfig
 from mnemic.state import map_state

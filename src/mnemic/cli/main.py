@@ -50,11 +50,17 @@ def demo(
     path = record.save(out)
     picture = recall_curve([record], out / "recall.png", "EMT on a frozen GPT-2 with a window of 32 tokens")
     attachment.save_pretrained(out / "memory")
+    chance = record.scores[0].floors["chance"]
+    controls = {
+        name: sum(score.controls[name] for score in record.scores) / len(record.scores)
+        for name in record.scores[0].controls
+    }
+    above = [f"{name} {100 * value:.1f} %" for name, value in controls.items() if value > chance + 0.03]
     console.print(
-        f"\nEvery control lies at chance: what is answered right came through the memory, "
+        f"\nBeyond chance: {', '.join(above)}. Do not believe this run."
+        if above
+        else "\nEvery control lies at chance: what is answered right came through the memory, "
         f"{record.state_bytes:,} bytes a stream."
-        if max(max(score.controls.values()) for score in record.scores) < record.scores[0].floors["chance"] + 0.03
-        else "\nA control lies above chance: do not believe this run."
     )
     console.print(f"picture {picture}\nresults {path}\nmemory  {out / 'memory'}\n{record.seconds['all']:.0f} seconds")
 

@@ -35,12 +35,17 @@ class Card:
 
 @dataclass
 class MemoryConfig(ABC):
-    """Settings of a mechanism; `segment_length` is the number of a row's real tokens between two writes."""
+    """Settings of a mechanism.
+
+    `segment_length` is the number of a row's real tokens between two writes. `window` is how many of the latest tokens
+    the base itself sees while the memory is trained and used; one segment by default.
+    """
 
     kind: ClassVar[str]
     card: ClassVar[Card]
 
     segment_length: int = 512
+    window: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -50,6 +55,11 @@ class MemoryConfig(ABC):
     def __post_init__(self) -> None:
         if self.segment_length < 1:
             raise ValueError(f"segment_length is {self.segment_length}; a segment needs at least 1 token")
+        if self.window is not None and self.window < self.segment_length:
+            raise ValueError(
+                f"segment_length {self.segment_length} is longer than the window of {self.window}; "
+                f"set window to at least {self.segment_length}"
+            )
 
     @abstractmethod
     def build(self, width: int, depth: int) -> Memory:
@@ -112,7 +122,7 @@ class Memory(nn.Module, ABC):
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> tuple[Float[Tensor, "b t d"], State]:
-        """`read` at the first read layer, then `write`, as plain loops over the paper's equations: the test's oracle."""
+        """`read` at the first read layer, then `write`, as plain loops over the equations: the tests' oracle."""
 
     def rate_scale(self, name: str) -> float:
         """How much faster than the learning rate the parameter `name` learns in `mnemic.train`."""

@@ -71,10 +71,18 @@ class RecallTask(ABC):
     def ask_in_window(self, rows: int, generator: Generator) -> Question:
         """Facts and questions in one segment: the ceiling, and what a base is trained on."""
 
-    def stream(self, rows: int, fillers: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Token ids and labels `[b, (fillers + 2) * segment_length]` of whole streams that ask every fact once."""
+    def stream(
+        self, rows: int, fillers: int, generator: Generator, pool: Int[Tensor, "n t"] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and labels `[b, (fillers + 2) * segment_length]` of whole streams that ask every fact once.
+
+        With a `pool` of segments the filler is drawn from it, which is quicker to train on.
+        """
         episode = self.tell(rows, generator)
-        filler = self.filler(rows, fillers, generator)
+        if pool is None:
+            filler = self.filler(rows, fillers, generator)
+        else:
+            filler = pool[torch.randint(len(pool), (rows, fillers), generator=generator)].flatten(1)
         question = self.ask(episode, shuffled(rows, self.pairs, generator), generator)
         silent = torch.full((rows, self.segment_length * (fillers + 1)), IGNORED)
         return torch.cat([episode.told, filler, question.ids], 1), torch.cat([silent, question.labels], 1)
