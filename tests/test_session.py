@@ -227,8 +227,6 @@ def test_a_session_reads_while_the_memory_is_disabled(model):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_the_default_window_is_whole_segments(name):
-    model = host(name, CONFIGS["emt-0"].replace(segment_length=24))
-    window = mnemic.Session(model).window
-    assert window % 24 == 0
-    assert window == (24 if name == "bloom" else 240)
+def test_the_default_window_is_that_of_the_config(name):
+    assert mnemic.Session(host(name, CONFIGS["emt-0"])).window == 8
+    assert mnemic.Session(host(name, CONFIGS["emt-0"].replace(window=24))).window == 24

@@ -5,7 +5,7 @@ from mnemic.host.cache import MemoryCache
 from mnemic.memories import CONFIGS, EMTConfig, Memory, MemoryConfig
 from mnemic.session import Session
 from mnemic.state import State, StateError
-from mnemic.training import Batch, read_segments, train, unroll
+from mnemic.training import Batch, calibrate, read_segments, train, unroll
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "StateError",
     "attach",
     "attached",
+    "calibrate",
     "from_pretrained",
     "memory_cache",
     "read_segments",

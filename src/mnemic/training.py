@@ -11,6 +11,7 @@ Two ways through the same segments give the same numbers:
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def unroll(
     stream: Stream | None = None,
     parallel: bool | None = None,
     memo: FeatureMemo | None = None,
+    advance: bool = True,
 ) -> Unrolled:
     """Runs streams of whole segments through the model and returns the loss at the labelled tokens.
 
@@ -76,6 +78,8 @@ def unroll(
         stream: where the streams stand; new ones by default. Its values are constants to the gradient.
         parallel: True or False to insist on one of the two ways; by default the faster where it is exact.
         memo: keeps what the base makes of segments that come again, when they run all at once.
+        advance: False leaves the stream where the last labelled segment begins, which saves time when only the loss is
+            wanted and segments run all at once.
 
     Raises:
         ValueError: tokens that are not whole segments, no labels, or `parallel=True` where it would not be exact.
@@ -97,7 +101,10 @@ def unroll(
     ids, wanted = (tensor.unflatten(1, (-1, length)).transpose(0, 1) for tensor in (input_ids, targets))
     labelled = [s for s in range(len(ids)) if bool((wanted[s] != IGNORED).any())]
     if parallel:
-        logits, stream = _all_at_once(model, router, ids, labelled, bptt_segments, stream, memo)
+        # nothing after the last labelled token of a segment has a part in the loss
+        used = int((wanted != IGNORED).any(0).any(0).nonzero().max()) + 1
+        logits, stream = _all_at_once(model, router, ids, labelled, used, bptt_segments, stream, memo, advance)
+        wanted = wanted[:, :, :used]
     else:
         logits, stream = _one_after_another(model, router, ids, labelled, window, bptt_segments, stream)
     chosen = wanted[labelled] != IGNORED
@@ -179,15 +186,19 @@ def _all_at_once(
     router: Router,
     ids: Tensor,
     labelled: list[int],
+    used: int,
     reach: int | None,
     stream: Stream | None,
     memo: FeatureMemo | None,
+    advance: bool,
 ) -> tuple[Tensor, Stream]:
-    memory, (count, batch, length) = router.memory, ids.shape
+    memory, (_, batch, length) = router.memory, ids.shape
+    count = len(ids) if advance else labelled[-1]
     stream = router.new_stream(batch) if stream is None else stream.detach()
     if any(stream.counts):
         raise ValueError(f"the stream has {stream.counts} tokens waiting; begin at a segment's end (flush it)")
-    hidden = features(model, ids) if memo is None else memo(ids)
+    compute = memo or functools.partial(features, model)
+    hidden = compute(ids[:count]) if count else ids
     states, state = [stream.state], stream.state
     with torch.set_grad_enabled(torch.is_grad_enabled() and reach is None):
         for s in range(count):
@@ -207,7 +218,7 @@ def _all_at_once(
     asked = {name: torch.cat([state[name] for state in recent]) for name in recent[0]}
     cache = memory_cache(model, length)
     cache.memory.stream = router.new_stream(len(labelled) * batch, asked)
-    logits = model(input_ids=ids[labelled].flatten(0, 1), past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=ids[labelled, :, :used].flatten(0, 1), past_key_values=cache, use_cache=True).logits
     return logits.unflatten(0, (len(labelled), batch)), stream.after(states[-1], count, length)
 
 
@@ -290,6 +301,28 @@ def read_segments(
     return stream
 
 
+def calibrate(model: nn.Module, batch: Batch) -> None:
+    """Fits what a memory does not train (EMT's `whiten`) to the host, before training, on streams like those to come.
+
+    The write layer is fitted to all tokens of the segments without labels, read layers to the positions from which a
+    labelled token is predicted. The base runs alone, every segment on its own.
+    """
+    router = router_of(model)
+    ids = batch.input_ids.unflatten(1, (-1, router.segment_length)).flatten(0, 1)
+    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).unflatten(1, (-1, router.segment_length)).flatten(0, 1)
+    asked = targets != IGNORED
+    silent = ~asked.any(1)
+    memory = router.memory
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in {memory.write_layer, *memory.read_layers}}
+    with torch.no_grad():
+        for part in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
+            for layer, hidden in router.watch(examine(model), part, list(parts)).items():
+                parts[layer].append(hidden)
+    hidden = {layer: torch.cat(found) for layer, found in parts.items()}
+    written = hidden[memory.write_layer][silent] if bool(silent.any()) else hidden[memory.write_layer]
+    memory.calibrate(written.flatten(0, 1), {layer: hidden[layer][asked] for layer in memory.read_layers})
+
+
 # --- a trainer -------------------------------------------------------------------------------------------------------
 
 
@@ -303,13 +336,18 @@ class Batch:
 
 @dataclass
 class Step:
-    """What happened in a training step: its number from 0, loss, share of labelled tokens right, lr, seconds so far."""
+    """What happened in a training step: its number from 0, loss, share of labelled tokens right, lr, seconds so far.
+
+    `correct [n]` and `rows [n]` tell the same token by token: whether it was right, and the stream it belongs to.
+    """
 
     step: int
     loss: float
     accuracy: float
     learning_rate: float
     seconds: float
+    correct: Bool[Tensor, " n"]
+    rows: Int[Tensor, " n"]
 
 
 def hold_then_fall(progress: float, hold: float = 0.5, floor: float = 0.01) -> float:
@@ -325,6 +363,7 @@ def train(
     learning_rate: float = 2e-3,
     schedule: Callable[[float], float] = hold_then_fall,
     weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
     clip: float = 1.0,
     window: int | None = None,
     bptt_segments: int | None = None,
@@ -350,7 +389,7 @@ def train(
     named = {name: parameter for name, parameter in memory.named_parameters() if parameter.requires_grad}
     parameters, scales = list(named.values()), [memory.rate_scale(name) for name in named]
     groups = [{"params": [parameter], "scale": scale} for parameter, scale in zip(parameters, scales, strict=True)]
-    optimizer = torch.optim.AdamW(groups, learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups, learning_rate, betas=betas, weight_decay=weight_decay)
     averages: list[Tensor] = []
     notes = {} if notes is None else notes
     first, spent = _resume(checkpoint, parameters, optimizer, averages, notes) if checkpoint else (0, 0.0)
@@ -361,7 +400,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         batch = batches(step)
-        unrolled = unroll(model, batch.input_ids, batch.labels, window=window, bptt_segments=bptt_segments, memo=memo)
+        unrolled = unroll(
+            model, batch.input_ids, batch.labels, window=window, bptt_segments=bptt_segments, memo=memo, advance=False
+        )
         if not torch.isfinite(unrolled.loss):
             raise FloatingPointError(f"the loss is {unrolled.loss.item()} at step {step}; lower learning_rate or clip")
         optimizer.zero_grad(set_to_none=True)
@@ -374,8 +415,9 @@ def train(
             with torch.no_grad():
                 for parameter, mean in zip(parameters, averages, strict=True):
                     parameter.copy_(mean)
-        accuracy = unrolled.correct.float().mean().item()
-        yield Step(step, unrolled.loss.item(), accuracy, rate, spent + time.monotonic() - begun)
+        correct, seconds = unrolled.correct, spent + time.monotonic() - begun
+        accuracy = correct.float().mean().item()
+        yield Step(step, unrolled.loss.item(), accuracy, rate, seconds, correct, unrolled.rows)
         # after the yield, so that the notes tell of this step
         if checkpoint and (time.monotonic() - saved > checkpoint_seconds or step + 1 == steps):
             saved = time.monotonic()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ from mnemic.attachment import Attachment, attach
 from mnemic.bench.recall import evaluate
 from mnemic.bench.results import Record, Score
 from mnemic.memories.base import MemoryConfig
-from mnemic.tasks.recall import RecallTask, SymbolRecall, generator
-from mnemic.training import Batch, train
+from mnemic.tasks.recall import LanguageRecall, RecallTask, SymbolRecall, generator
+from mnemic.training import IGNORED, Batch, Step, calibrate, hold_then_fall, train
 
 
 class Reporter(Protocol):
@@ -61,6 +61,9 @@ class Recipe:
     rows: int = 64
     longest: int = 64
     learning_rate: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    hold: float = 0.5
     growth: float = 1.6
     pass_mark: float = 0.97
     segments: int = 1024
@@ -68,39 +71,102 @@ class Recipe:
     average: float = 0.98
 
 
-@dataclass
 class Curriculum:
-    """Where a training stands; `notes` are what a checkpoint keeps: the maximum of fillers and the running accuracy."""
+    """Where a training stands: whole streams that ask every fact. `notes` are what a checkpoint keeps."""
 
-    task: RecallTask
-    recipe: Recipe
-    seed: int
-    notes: dict[str, float] = field(default_factory=lambda: {"longest": 0.0, "accuracy": 0.0})
+    def __init__(self, task: RecallTask, recipe: Recipe, seed: int) -> None:
+        self.task, self.recipe, self.seed = task, recipe, seed
+        self.notes = {"longest": 0.0, "accuracy": 0.0}
+        self.pool = task.filler(recipe.pool, 1, generator(seed * 1_000_003 + 999_983))
 
-    def __post_init__(self) -> None:
-        source = generator(self.seed * 1_000_003 + 999_983)
-        self.pool = self.task.filler(self.recipe.pool, 1, source)
+    def fillers(self, source: torch.Generator) -> tuple[int, int]:
+        """A step's number of fillers and of rows."""
+        share = float(torch.rand((), generator=source))
+        count = round(math.exp(share * math.log(int(self.notes["longest"]) + 1))) - 1
+        recipe = self.recipe
+        return count, max(recipe.rows // 4, min(recipe.rows, recipe.segments // (count + 1)))
 
     def batch(self, step: int) -> Batch:
         """The streams of a step; the same for the same step, seed and notes."""
         source = generator(self.seed * 1_000_003 + step)
-        share = float(torch.rand((), generator=source))
-        fillers = round(math.exp(share * math.log(int(self.notes["longest"]) + 1))) - 1
-        rows = max(self.recipe.rows // 4, min(self.recipe.rows, self.recipe.segments // (fillers + 1)))
-        return Batch(*self.task.stream(rows, fillers, source, self.pool))
+        count, rows = self.fillers(source)
+        return Batch(*self.task.stream(rows, count, source, self.pool))
 
-    def advance(self, accuracy: float) -> None:
+    def advance(self, step: Step) -> None:
         """Takes note of a step's accuracy and moves on when it is good enough."""
+        self._note(step.accuracy)
+        self._lengthen()
+
+    def _note(self, accuracy: float) -> None:
+        self.notes["accuracy"] = 0.95 * self.notes["accuracy"] + 0.05 * accuracy
+
+    def _lengthen(self) -> None:
         notes, recipe = self.notes, self.recipe
-        notes["accuracy"] = 0.95 * notes["accuracy"] + 0.05 * accuracy
         if notes["accuracy"] > recipe.pass_mark and notes["longest"] < recipe.longest:
             notes["longest"] = min(recipe.longest, max(notes["longest"] + 1, notes["longest"] * recipe.growth))
             notes["accuracy"] = recipe.pass_mark - 0.05
 
 
+class LanguageCurriculum(Curriculum):
+    """Three stages: recite the facts in order; answer one question, of ever more names; then ever more filler.
+
+    Straight at the question training stays where the two things are known and the names ignored, half of the answers
+    right. Reciting makes the memory keep the facts apart, names and things together; with two names the question then
+    is a choice between two, which the first gradients point to, and every further name has something to build on.
+    A sixth of the rows goes on reciting.
+    """
+
+    task: LanguageRecall
+    names = (2, 3, 4, 6, 8)
+    recited = 0.92
+
+    def __init__(self, task: LanguageRecall, recipe: Recipe, seed: int) -> None:
+        super().__init__(task, recipe, seed)
+        self.notes |= {"stage": 0.0, "names": 0.0}
+
+    def batch(self, step: int) -> Batch:
+        """Recitations alone at first, then mostly questions."""
+        source, notes = generator(self.seed * 1_000_003 + step), self.notes
+        task, recipe = self.task, self.recipe
+        if notes["stage"] == 0:
+            count, rows = 0, recipe.rows // 3
+            reciting, known = rows, None
+        else:
+            count, rows = self.fillers(source) if notes["stage"] == 2 else (0, recipe.rows)
+            reciting = rows // 6
+            known = self.names[int(notes["names"])] if notes["stage"] == 1 else None
+        episode = task.tell(rows, source, known)
+        recitation = task.recite(episode.take(slice(rows - reciting, rows)), source)
+        asking = episode.take(slice(0, rows - reciting))
+        asked = torch.randint(task.pairs, (rows - reciting, 1), generator=source)
+        question = task.ask(asking, asked, source)
+        filler = self.pool[torch.randint(len(self.pool), (rows, count), generator=source)].flatten(1)
+        last, labels = torch.cat([question.ids, recitation.ids]), torch.cat([question.labels, recitation.labels])
+        silent = torch.full((rows, task.segment_length * (count + 1)), IGNORED)
+        self.asking = rows - reciting
+        return Batch(torch.cat([episode.told, filler, last], 1), torch.cat([silent, labels], 1))
+
+    def advance(self, step: Step) -> None:
+        """Moves through the stages by the accuracy of what the stage is about."""
+        notes = self.notes
+        relevant = step.correct if notes["stage"] == 0 else step.correct[step.rows < self.asking]
+        self._note(relevant.float().mean().item())
+        if notes["stage"] == 0 and notes["accuracy"] > self.recited:
+            notes |= {"stage": 1.0, "accuracy": 0.5}
+        elif notes["stage"] == 1 and notes["accuracy"] > self.recipe.pass_mark - 0.02:
+            notes |= {"names": notes["names"] + 1, "accuracy": 0.7}
+            if notes["names"] == len(self.names):
+                notes["stage"] = 2.0
+        elif notes["stage"] == 2:
+            self._lengthen()
+
+
 @dataclass
 class Experiment:
-    """A task, a memory, how it is trained, and the lengths in filler segments it is asked at."""
+    """A task, a memory, how it is trained, and the lengths in filler segments it is asked at.
+
+    `test_task` is the same task over text that training does not see, where the task has text.
+    """
 
     task: RecallTask
     config: MemoryConfig
@@ -109,7 +175,7 @@ class Experiment:
     rows: int = 512
     batch: int = 128
     seed: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    test_task: RecallTask | None = None
 
     def run(
         self, model: nn.Module, host: str, reporter: Reporter | None = None, checkpoint: str | Path | None = None
@@ -124,7 +190,7 @@ class Experiment:
             mechanism=self.config.kind,
             host=host,
             seed=self.seed,
-            config={"memory": self.config.to_dict(), "recipe": asdict(self.recipe), **self.extra},
+            config={"memory": self.config.to_dict(), "recipe": asdict(self.recipe)},
             seconds={"training": seconds},
         )
         begun = time.monotonic()
@@ -132,7 +198,7 @@ class Experiment:
             reporter.phase(f"ask after {length:,} fillers", self.rows * length)
             score = evaluate(
                 attachment,
-                self.task,
+                self.test_task or self.task,
                 length,
                 rows=self.rows,
                 batch=self.batch,
@@ -148,23 +214,26 @@ class Experiment:
     def _train(self, attachment: Attachment, reporter: Reporter, checkpoint: str | Path | None) -> float:
         attachment.model.eval()
         reporter.phase("train the memory", self.recipe.steps)
-        curriculum = Curriculum(self.task, self.recipe, self.seed)
+        kind = LanguageCurriculum if isinstance(self.task, LanguageRecall) else Curriculum
+        curriculum = kind(self.task, self.recipe, self.seed)  # pyright: ignore[reportArgumentType]
+        source = generator(self.seed * 1_000_003 + 999_979)
+        calibrate(attachment.model, Batch(*self.task.stream(1024, 0, source)))
         seconds, done = 0.0, 0
         for step in train(
             attachment.model,
             curriculum.batch,
             steps=self.recipe.steps,
             learning_rate=self.recipe.learning_rate,
+            schedule=lambda progress: hold_then_fall(progress, self.recipe.hold),
+            betas=self.recipe.betas,
+            weight_decay=self.recipe.weight_decay,
             average=self.recipe.average,
             notes=curriculum.notes,
             checkpoint=checkpoint,
         ):
             seconds = step.seconds
-            curriculum.advance(step.accuracy)
-            notes = curriculum.notes
-            reporter.advance(
-                step.step + 1 - done, loss=step.loss, accuracy=notes["accuracy"], fillers=int(notes["longest"])
-            )
+            curriculum.advance(step)
+            reporter.advance(step.step + 1 - done, loss=step.loss, **curriculum.notes)
             done = step.step + 1
         return seconds
 

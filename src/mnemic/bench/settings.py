@@ -18,7 +18,9 @@ MakeBase = Callable[[Reporter], tuple[nn.Module, dict[str, float]]]
 
 SYMBOLS = Recipe(steps=3600)
 DEMO = Recipe(steps=1500)
-LANGUAGE = Recipe(steps=12_000, longest=16)
+LANGUAGE = Recipe(
+    steps=5000, rows=128, longest=32, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.01, hold=0.6, segments=512
+)
 
 
 def symbols_experiment(seed: int, lengths: Sequence[int], rows: int) -> tuple[Experiment, MakeBase]:
@@ -42,9 +44,21 @@ def language_experiment(
     """Two facts, window 64; test streams are surrounded by text that training never sees."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    task = LanguageRecall(tokenizer, read_text(filler))
-    config = EMTConfig(slots=64, dim=128, heads=4, read_layers=[1, 2, 3, 4], write_layer=1, segment_length=64)
-    experiment = Experiment(task, config, LANGUAGE, lengths, rows=rows, seed=seed)
+    text = read_text(filler)
+    seen = int(0.8 * len(text))
+    task, test = LanguageRecall(tokenizer, text[:seen]), LanguageRecall(tokenizer, text[seen:])
+    config = EMTConfig(
+        slots=8,
+        dim=128,
+        heads=4,
+        read_layers=[3, 4],
+        write_layer=3,
+        feedback=1.0,
+        sharpness=8.0,
+        whiten=True,
+        segment_length=64,
+    )
+    experiment = Experiment(task, config, LANGUAGE, lengths, rows=rows, seed=seed, test_task=test)
     return experiment, base, Path(model).name
 
 

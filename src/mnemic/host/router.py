@@ -295,6 +295,26 @@ class Router(nn.Module):
         stream = Stream.new(self.memory, batch, like)
         return stream if state is None else replace(stream, state=state)
 
+    def watch(self, anatomy: Anatomy, input_ids: Tensor, layers: list[int]) -> dict[int, Tensor]:
+        """What the base alone puts out at some blocks `[b, t, d]`, for rows that it sees on their own."""
+        seen: dict[int, Tensor] = {}
+
+        def hook(layer: int) -> Callable[..., None]:
+            def keep(block: nn.Module, args: Any, output: Any) -> None:
+                seen[layer] = (output[0] if isinstance(output, tuple) else output).detach()
+
+            return keep
+
+        handles = [anatomy.blocks[layer].register_forward_hook(hook(layer)) for layer in layers]
+        enabled, self.enabled = self.enabled, False
+        try:
+            anatomy.trunk(input_ids=input_ids, use_cache=False)
+        finally:
+            self.enabled = enabled
+            for handle in handles:
+                handle.remove()
+        return seen
+
     def record(self, trunk: nn.Module, input_ids: Tensor) -> Tensor:
         """What the write layer puts out `[b, t, d]` for rows the base sees on their own; later blocks do not run."""
         _threads.recording = self

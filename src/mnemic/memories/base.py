@@ -124,6 +124,12 @@ class Memory(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """`read` at the first read layer, then `write`, as plain loops over the equations: the tests' oracle."""
 
+    def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[int, Float[Tensor, "n d"]]) -> None:
+        """Fits what does not train to the host's hidden states, at the write layer and at each read layer by index.
+
+        Does nothing unless a mechanism has something to fit. See `mnemic.calibrate`.
+        """
+
     def rate_scale(self, name: str) -> float:
         """How much faster than the learning rate the parameter `name` learns in `mnemic.train`."""
         return 1.0

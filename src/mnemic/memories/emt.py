@@ -59,8 +59,12 @@ class EMTConfig(MemoryConfig):
     """Settings of an Enhanced Memory Transformer; layers are block indices, negative ones counted from the end.
 
     `read_layers` and `write_layer` default to the middle of the stack, so that later blocks can use what was read.
-    `update_rate` is the token write's eta; `gate_bias` the segment write's b. `stack` puts several complete memories
-    one after another at the same places. `segment_length` is counted in tokens.
+    `update_rate` is the token write's eta; `gate_bias` the segment write's b and
+    `sharpness` a factor on the initial scores q . k, which are otherwise so small that every slot begins by averaging
+    the whole segment. `stack` puts several complete memories
+    one after another at the same places. `whiten` puts a fixed linear map before the projections of h_t, which
+    `mnemic.calibrate` fits to the host: small models keep what tells two names apart in directions of little variance.
+    `segment_length` is counted in tokens.
     """
 
     kind: ClassVar[str] = "emt"
@@ -83,7 +87,9 @@ class EMTConfig(MemoryConfig):
     final_blend: float = 0.6
     update_rate: float = 0.5
     gate_bias: float = -1.0
+    sharpness: float = 1.0
     stack: int = 1
+    whiten: bool = False
     zero_shot: bool = False
 
     def __post_init__(self) -> None:
@@ -95,6 +101,8 @@ class EMTConfig(MemoryConfig):
             raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
         if self.write not in ("segment", "token"):
             raise ValueError(f"write is {self.write!r}; use 'segment' or 'token'")
+        if self.sharpness <= 0:
+            raise ValueError(f"sharpness is {self.sharpness}; it must be above 0")
         for name in ("feedback", "final_blend", "update_rate"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in (0, 1]")
@@ -113,7 +121,7 @@ class EMTConfig(MemoryConfig):
         small: dict[str, Any] = {"segment_length": 8, "slots": 4, "dim": 16, "heads": 2}
         return [
             cls(**small),
-            cls(**small, read_layers=[0, 1], write_layer=1),
+            cls(**small, read_layers=[0, 1], write_layer=1, whiten=True),
             cls(**small, write="token"),
             cls(**small, stack=2, read_layers=[0, -1], write_layer=0),
         ]
@@ -179,6 +187,21 @@ class EMT(Memory):
         written = [writer(hidden_btd, row, keep_bt) for writer, row in zip(self.writers, rows, strict=True)]
         return {name: torch.stack([row[name] for row in written], 1).float() for name in state}
 
+    def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[int, Float[Tensor, "n d"]]) -> None:
+        """Fits the whitening to hidden states as the write layer meets them, and as each read layer does where it is
+        asked. Without `whiten` there is nothing to fit.
+        """
+        if not self.config.whiten:
+            return
+        for writer in self.writers:
+            if isinstance(writer, SegmentWriter):
+                assert isinstance(writer.whiten, Whitening)
+                writer.whiten.fit(writer.norm_hidden(written_nd.to(self.parameter_dtype())))
+        for layer, hidden_nd in asked_nd.items():
+            for reader in self.readers[str(layer)]:  # pyright: ignore[reportGeneralTypeIssues]
+                assert isinstance(reader.whiten, Whitening)
+                reader.whiten.fit(reader.norm_hidden(hidden_nd.to(self.parameter_dtype())))
+
     def rate_scale(self, name: str) -> float:
         """The write gate learns 5 times faster: it must come close to 0 on what is not worth keeping, and its input's
         scale is that of the slots, so at the common rate it gets there last.
@@ -192,6 +215,36 @@ class EMT(Memory):
         return emt_naive(self, hidden_btd, state, keep_bt)
 
 
+class Whitening(nn.Module):
+    """x -> (x - mean) C^(-1/2), the identity until fitted; with `bound` its result is layer-normed, since a query of
+    another kind than those it was fitted to may be large.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, width: int, bound: bool) -> None:
+        super().__init__()
+        self.bound = bound
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("matrix", torch.eye(width))
+
+    @torch.no_grad()
+    def fit(self, samples_nd: Float[Tensor, "n d"], ridge: float = 1e-3) -> None:
+        """Mean and covariance C of the samples; `ridge`, a share of the mean variance, keeps empty directions small."""
+        samples_nd = samples_nd.double()
+        covariance = torch.cov(samples_nd.T)
+        covariance += ridge * covariance.diagonal().mean() * torch.eye(len(covariance), device=covariance.device)
+        values, vectors = torch.linalg.eigh(covariance)
+        self.mean.copy_(samples_nd.mean(0))
+        self.matrix.copy_(vectors @ torch.diag(values.rsqrt()) @ vectors.T)
+
+    def forward(self, hidden: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Whitened hidden states of the same shape."""
+        white = (hidden - self.mean) @ self.matrix
+        return F.layer_norm(white, white.shape[-1:]) if self.bound else white
+
+
 class Reader(nn.Module):
     """Multi-head attention of the tokens over the slots, then a feed-forward: `[b, t, d], [b, s, m] -> [b, t, d]`."""
 
@@ -199,6 +252,7 @@ class Reader(nn.Module):
         super().__init__()
         self.heads, self.feedback = config.heads, config.feedback
         self.norm_hidden, self.norm_slots = nn.LayerNorm(width), nn.LayerNorm(config.dim)
+        self.whiten = Whitening(width, bound=True) if config.whiten else nn.Identity()
         self.query, self.output = nn.Linear(width, config.dim), nn.Linear(config.dim, width)
         self.key = nn.Linear(config.dim, config.dim, bias=False)  # a bias is the same for every slot
         self.value = nn.Linear(config.dim, config.dim)
@@ -209,12 +263,16 @@ class Reader(nn.Module):
                 nn.init.zeros_(linear.weight)
                 nn.init.zeros_(linear.bias)
 
+    def prepare(self, hidden: Tensor) -> Tensor:
+        """What queries are made from."""
+        return self.whiten(self.norm_hidden(hidden))
+
     def forward(self, hidden_btd: Tensor, slots_bsm: Tensor) -> Tensor:
         """h' of the equations above."""
         slots_bsm = self.norm_slots(slots_bsm)
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projected in (self.query(self.norm_hidden(hidden_btd)), self.key(slots_bsm), self.value(slots_bsm))
+            for projected in (self.query(self.prepare(hidden_btd)), self.key(slots_bsm), self.value(slots_bsm))
         )
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
         enhanced = hidden_btd + self.output(attended)
@@ -228,12 +286,20 @@ class SegmentWriter(nn.Module):
     def __init__(self, config: EMTConfig, width: int) -> None:
         super().__init__()
         self.norm_hidden = nn.LayerNorm(width)
+        self.whiten = Whitening(width, bound=False) if config.whiten else nn.Identity()
         self.query = nn.Linear(config.dim, config.dim)
         self.key = nn.Linear(width, config.dim, bias=False)  # a bias is the same for every token: softmax drops it
         self.value = nn.Linear(width, config.dim)
         self.gate = nn.Linear(2 * config.dim, 1)
         self.gru = nn.GRUCell(config.dim, config.dim)
         nn.init.constant_(self.gate.bias, config.gate_bias)
+        with torch.no_grad():
+            self.query.weight *= config.sharpness**0.5
+            self.key.weight *= config.sharpness**0.5
+
+    def prepare(self, hidden: Tensor) -> Tensor:
+        """What keys and values are made from."""
+        return self.whiten(self.norm_hidden(hidden))
 
     def forward(self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> State:
         """The slots after the segment.
@@ -242,7 +308,7 @@ class SegmentWriter(nn.Module):
         q . (W_k h) = (W_k' q) . h, and the sum of a_t v(h_t) is v of the sum of a_t h_t, as the a_t sum to 1.
         """
         slots_bsm = state["slots"]
-        hidden_btd = self.norm_hidden(hidden_btd)
+        hidden_btd = self.prepare(hidden_btd)
         asked_bsd = self.query(slots_bsm) @ self.key.weight / math.sqrt(slots_bsm.shape[-1])
         score_bst = asked_bsd @ hidden_btd.transpose(1, 2)
         if keep_bt is not None:

@@ -47,7 +47,7 @@ def _read(memory: EMT, layer: int, token_d: Tensor, slots_ksm: Tensor) -> Tensor
 def _read_one(reader: Any, token_d: Tensor, slots_sm: Tensor) -> Tensor:
     slots = [reader.norm_slots(slot) for slot in slots_sm]
     size = slots_sm.shape[-1] // reader.heads
-    query = reader.query(reader.norm_hidden(token_d))
+    query = reader.query(reader.prepare(token_d))
     heads = []
     for head in range(reader.heads):
         part = slice(head * size, (head + 1) * size)
@@ -62,7 +62,7 @@ def _read_one(reader: Any, token_d: Tensor, slots_sm: Tensor) -> Tensor:
 
 
 def _write_segment(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    tokens = [writer.norm_hidden(token) for token in tokens]
+    tokens = [writer.prepare(token) for token in tokens]
     after = []
     for slot in row["slots"]:
         query = writer.query(slot)

@@ -33,17 +33,20 @@ class Episode:
     values: Int[Tensor, "b pairs"]
     told: Int[Tensor, "b t"]
 
+    def take(self, rows: slice) -> Episode:
+        """Some of the streams."""
+        return Episode(self.keys[rows], self.values[rows], self.told[rows])
+
 
 @dataclass
 class Question:
     """A segment that asks. `labels` are -100 except at the answers' tokens; `fact [b, t]` says which fact each of those
-    answers (-1 elsewhere). `stop` is where the first answer begins, if that is the same for every row.
+    answers (-1 elsewhere).
     """
 
     ids: Int[Tensor, "b t"]
     labels: Int[Tensor, "b t"]
     fact: Int[Tensor, "b t"]
-    stop: int | None = None
 
 
 class RecallTask(ABC):
@@ -161,7 +164,7 @@ THINGS = (
 
 
 class LanguageRecall(RecallTask):
-    """Sentences about who has what, told at a random place within a segment of real text, asked at another's end.
+    """Sentences about who has what, told at a random place within a segment of real text, asked at another's beginning.
 
     `tokenizer` is any Hugging Face tokenizer, `filler` the text that surrounds the facts and lies between them.
     Names and things are drawn for every stream: names differ within it, things need not.
@@ -193,9 +196,16 @@ class LanguageRecall(RecallTask):
                         f"this tokenizer does not split {names[i]!r} has a {things[j]!r} the same way in fact and "
                         "question; choose other names= or things="
                     )
+        self.stop = self.facts[0][0][-1]
+        # what all questions end in is not part of a name
+        self.tail = next(
+            n for n in range(len(self.questions[0])) if len({q[len(q) - n - 1] for q in self.questions}) > 1
+        )
         longest = max(len(fact) for row in self.facts for fact in row)
-        if longest * pairs > segment_length:
-            raise ValueError(f"{pairs} facts of up to {longest} tokens need a longer segment than {segment_length}")
+        if longest * (pairs + 1) >= segment_length:
+            raise ValueError(
+                f"{pairs} facts and a question of up to {longest} tokens do not fit a segment of {segment_length}"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -206,17 +216,20 @@ class LanguageRecall(RecallTask):
         bare, spaced = self.encode(text), self.encode(" " + text)
         return bare if len(bare) < len(spaced) else spaced
 
-    def tell(self, rows: int, generator: Generator) -> Episode:
-        """Facts one after another at a random place of the segment."""
-        keys = shuffled(rows, len(self.names), generator)[:, : self.pairs]
+    def tell(self, rows: int, generator: Generator, names: int | None = None) -> Episode:
+        """Facts one after another at a random place of the segment, of the first `names` names only if given."""
+        keys = shuffled(rows, names or len(self.names), generator)[:, : self.pairs]
         values = torch.randint(len(self.things), (rows, self.pairs), generator=generator)
         told = self.filler(rows, 1, generator)
         for row in range(rows):
-            facts = [self.facts[k][v] for k, v in zip(keys[row].tolist(), values[row].tolist(), strict=True)]
-            said = torch.tensor([token for fact in facts for token in fact])
+            said = torch.tensor(self._said(keys[row], values[row]))
             start = int(torch.randint(self.segment_length - len(said) + 1, (), generator=generator))
             told[row, start : start + len(said)] = said
         return Episode(keys, values, told)
+
+    def _said(self, keys: Tensor, values: Tensor) -> list[int]:
+        pairs = zip(keys.tolist(), values.tolist(), strict=True)
+        return [token for key, value in pairs for token in self.facts[key][value]]
 
     def filler(self, rows: int, segments: int, generator: Generator) -> Int[Tensor, "b t"]:
         """Running text from a random place; from the beginning again at its end."""
@@ -224,37 +237,45 @@ class LanguageRecall(RecallTask):
         return self.text[(start + torch.arange(segments * self.segment_length)) % len(self.text)]
 
     def ask(self, episode: Episode, facts: Int[Tensor, "b n"], generator: Generator) -> Question:
-        """Questions with their answers at the end of a segment of text; a single one ends at one place in all rows."""
-        return self._ask_into(self.filler(len(facts), 1, generator), episode, facts)
+        """Questions with their answers open the segment, behind a full stop; text follows."""
+        return self._ask_into(self.filler(len(facts), 1, generator), 0, episode, facts)
+
+    def recite(self, episode: Episode, generator: Generator) -> Question:
+        """All facts in the order they were told, with labels on names and things: it teaches to keep them apart."""
+        ids = self.filler(len(episode.told), 1, generator)
+        labels = torch.full_like(ids, IGNORED)
+        for row in range(len(ids)):
+            said, wanted = [self.stop], [IGNORED]
+            for key, value in zip(episode.keys[row].tolist(), episode.values[row].tolist(), strict=True):
+                name = self.questions[key][: len(self.questions[key]) - self.tail]
+                said += self.facts[key][value]
+                wanted += [*name, *[IGNORED] * self.tail, *self.candidates[value]]
+                wanted += [IGNORED] * (len(said) - len(wanted))
+            ids[row, : len(said)], labels[row, : len(said)] = torch.tensor(said), torch.tensor(wanted)
+        return Question(ids, labels, torch.full_like(ids, -1))
 
     def ask_in_window(self, rows: int, generator: Generator) -> Question:
-        """The facts at the segment's beginning, one question at its end."""
+        """The facts open the segment, one question follows them."""
         episode = self.tell(rows, generator)
         ids = self.filler(rows, 1, generator)
+        start = max(len(fact) for facts in self.facts for fact in facts) * self.pairs
         for row in range(rows):
-            pairs = zip(episode.keys[row].tolist(), episode.values[row].tolist(), strict=True)
-            said = torch.tensor([token for k, v in pairs for token in self.facts[k][v]])
-            ids[row, : len(said)] = said
+            said = torch.tensor(self._said(episode.keys[row], episode.values[row]))
+            ids[row, start - len(said) : start] = said
         asked = torch.randint(self.pairs, (rows, 1), generator=generator)
-        return self._ask_into(ids, episode, asked)
+        return self._ask_into(ids, start, episode, asked)
 
-    def _ask_into(self, ids: Tensor, episode: Episode, facts: Tensor) -> Question:
-        length, count = self.segment_length, facts.shape[1]
+    def _ask_into(self, ids: Tensor, start: int, episode: Episode, facts: Tensor) -> Question:
         labels, fact = torch.full_like(ids, IGNORED), torch.full_like(ids, -1)
-        # a single question leaves room for the longest answer, so that it ends at one place for all rows
-        stop = length - 1 - max(len(value) for value in self.candidates) if count == 1 else None
         for row in range(len(ids)):
-            said: list[int] = []
-            answers: list[tuple[int, int, int]] = []
+            said = [self.stop]
             for which in facts[row].tolist():
                 key, value = int(episode.keys[row, which]), int(episode.values[row, which])
-                begin = len(said) + len(self.questions[key])
+                begin = start + len(said) + len(self.questions[key])
                 said += self.facts[key][value]
-                answers.append((begin, begin + len(self.candidates[value]), which))
-            said = said[:length]
-            start = length - len(said) if stop is None else stop - answers[0][0]
+                end = min(begin + len(self.candidates[value]), self.segment_length)
+                labels[row, begin:end] = torch.tensor(self.candidates[value])[: max(0, end - begin)]
+                fact[row, begin:end] = which
+            said = said[: self.segment_length - start]
             ids[row, start : start + len(said)] = torch.tensor(said)
-            for begin, end, which in answers:
-                labels[row, start + begin : start + end] = ids[row, start + begin : start + end]
-                fact[row, start + begin : start + end] = which
-        return Question(ids, labels, fact, stop)
+        return Question(ids, labels, fact)
