@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +15,7 @@ from mnemic.bench.recall import CONDITIONS
 from mnemic.bench.results import Score
 
 console = Console()
+SECONDS_BETWEEN_LINES = 20
 
 
 class Show:
@@ -37,6 +39,7 @@ class Show:
         self.table.add_column("chance", justify="right", style="dim")
         self.live = Live(Group(self.progress), console=console, refresh_per_second=4)
         self.task = None
+        self.printed = time.monotonic()
 
     def __enter__(self) -> Self:
         self.live.__enter__()
@@ -65,9 +68,16 @@ class Show:
         self.progress.advance(self.task, steps)
         if note:
             self.progress.update(self.task, note=note)
+        if not console.is_terminal and time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
+            # nobody sees a bar in a log file: a line from time to time
+            self.printed = time.monotonic()
+            task = self.progress.tasks[self.task]
+            console.print(f"{task.description}: {task.completed:,.0f} of {task.total:,.0f}  {note}")
 
     def score(self, score: Score) -> None:
         """A new row."""
         cells = [score.score, *score.controls.values(), score.floors["chance"]]
         self.table.add_row(f"{score.length:,}", f"{score.tokens:,}", *(f"{100 * value:.1f}" for value in cells))
         self.live.update(Group(self.progress, self.table))
+        if not console.is_terminal:
+            console.print(f"after {score.length:,} fillers: {100 * score.score:.2f} % right")
