@@ -16,7 +16,7 @@ from mnemic.tasks.recall import LanguageRecall, SymbolRecall
 
 MakeBase = Callable[[Reporter], tuple[nn.Module, dict[str, float]]]
 
-SYMBOLS = Recipe(steps=3600)
+SYMBOLS = Recipe(steps=2400)
 DEMO = Recipe(steps=1500)
 LANGUAGE = Recipe(
     steps=4500, rows=240, longest=32, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.01, hold=0.6, segments=512
