@@ -18,7 +18,7 @@ from mnemic.attachment import Attachment, attach
 from mnemic.bench.recall import evaluate
 from mnemic.bench.results import Record, Score
 from mnemic.memories.base import MemoryConfig
-from mnemic.tasks.recall import LanguageRecall, RecallTask, SymbolRecall, generator
+from mnemic.tasks.recall import Episode, LanguageRecall, RecallTask, SymbolRecall, generator
 from mnemic.training import IGNORED, Batch, Step, calibrate, hold_then_fall, train
 
 
@@ -117,12 +117,17 @@ class LanguageCurriculum(Curriculum):
     """
 
     task: LanguageRecall
+    told: dict[int | None, Episode]
     names = (2, 3, 4, 6, 8)
     recited, chosen = 0.92, 0.93
 
     def __init__(self, task: LanguageRecall, recipe: Recipe, seed: int) -> None:
         super().__init__(task, recipe, seed)
         self.notes |= {"stage": 0.0, "names": 0.0}
+        # told segments come from pools too: what the base makes of them is then computed once
+        source = generator(seed * 1_000_003 + 999_961)
+        self.told = {known: task.tell(recipe.pool // 2, source, known) for known in self.names}
+        self.told[None] = task.tell(4 * recipe.pool, source)
 
     def batch(self, step: int) -> Batch:
         """Recitations alone at first, then mostly questions."""
@@ -135,7 +140,8 @@ class LanguageCurriculum(Curriculum):
             count, rows = self.fillers(source) if notes["stage"] == 2 else (0, recipe.rows)
             reciting = rows // 5
             known = self.names[int(notes["names"])] if notes["stage"] == 1 else None
-        episode = task.tell(rows, source, known)
+        told = self.told[known]
+        episode = told.take(torch.randint(len(told.told), (rows,), generator=source))
         recitation = task.recite(episode.take(slice(rows - reciting, rows)), source)
         asking = episode.take(slice(0, rows - reciting))
         asked = torch.randint(task.pairs, (rows - reciting, 1), generator=source)

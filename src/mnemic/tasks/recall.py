@@ -33,7 +33,7 @@ class Episode:
     values: Int[Tensor, "b pairs"]
     told: Int[Tensor, "b t"]
 
-    def take(self, rows: slice) -> Episode:
+    def take(self, rows: slice | Tensor) -> Episode:
         """Some of the streams."""
         return Episode(self.keys[rows], self.values[rows], self.told[rows])
 
