@@ -19,7 +19,15 @@ MakeBase = Callable[[Reporter], tuple[nn.Module, dict[str, float]]]
 SYMBOLS = Recipe(steps=2400)
 DEMO = Recipe(steps=1500)
 LANGUAGE = Recipe(
-    steps=4500, rows=240, longest=32, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.01, hold=0.6, segments=512
+    steps=3000,
+    rows=240,
+    longest=32,
+    learning_rate=3e-3,
+    betas=(0.9, 0.95),
+    weight_decay=0.01,
+    hold=0.6,
+    pass_mark=0.96,
+    segments=512,
 )
 
 
