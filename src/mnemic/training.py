@@ -409,7 +409,7 @@ def train(
         unrolled.loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
-        if average and step >= 0.8 * steps:
+        if average and step >= int(0.8 * steps):
             _average(averages, parameters, average)
         if average and step + 1 == steps:
             with torch.no_grad():

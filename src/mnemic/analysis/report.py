@@ -117,7 +117,7 @@ def claims(found: Sequence[Record]) -> str:
                 _spread([s.score for s in scores]),
                 _spread([s.details["margin_nats"] for s in scores], 1, 2),
                 _spread([s.details["found_in_8_tokens"] for s in scores]),
-                _spread([s.details["tokens_until_value"] for s in scores], 1, 2),
+                _spread([s.details["tokens_until_value"] for s in scores if "tokens_until_value" in s.details], 1, 2),
             ]
         )
     spreads = [max(s.score for s in r.scores) - min(s.score for s in r.scores) for r in found]

@@ -177,8 +177,10 @@ def evaluate(
         details |= {
             "margin_nats": sum(margin) / len(margin),
             "found_in_8_tokens": sum(share for share, _ in found) / len(found),
-            "tokens_until_value": sum(mean for _, mean in found) / len(found),
         }
+        # where nothing was found there is no length to speak of
+        counted = [mean for share, mean in found if share]
+        details |= {"tokens_until_value": sum(counted) / len(counted)} if counted else {}
     return Score(
         length=fillers,
         tokens=fillers * task.segment_length,

@@ -85,7 +85,13 @@ def records(folder: str | os.PathLike[str], task: str | None = None) -> list[Rec
 
 def command() -> str:
     """The command as typed, folders left out: where a file lay on one machine means nothing on another."""
-    return " ".join(["mnemic", *(Path(word).name if os.path.exists(word) else word for word in sys.argv[1:])])
+    words = []
+    for word in sys.argv[1:]:
+        option, equals, value = word.rpartition("=")
+        # a hub id has one slash and does not exist here; a path is absolute, exists, or has more
+        is_path = os.path.isabs(value) or os.path.exists(value) or value.count("/") > 1
+        words.append(option + equals + (Path(value).name if is_path else value))
+    return " ".join(["mnemic", *words])
 
 
 def machine() -> dict[str, Any]:

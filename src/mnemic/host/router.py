@@ -333,7 +333,7 @@ class Router(nn.Module):
         """What block `layer` puts out, after the memory wrote and read there."""
         if getattr(_threads, "recording", None) is self and layer == self.memory.write_layer:
             raise _RecordedError(hidden_btd)
-        if not self.enabled or not self.calls:
+        if not self.enabled or not self.calls or getattr(_threads, "recording", None) is self:
             return hidden_btd
         call = self.calls[-1]
         if layer == self.memory.write_layer:

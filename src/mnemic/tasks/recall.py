@@ -120,6 +120,8 @@ class SymbolRecall(RecallTask):
     def __init__(self, segment_length: int = 32, pairs: int = 4) -> None:
         if segment_length < 4 * pairs:
             raise ValueError(f"{pairs} pairs need a segment of {4 * pairs} tokens, segment_length is {segment_length}")
+        if not 1 <= pairs <= self.keys:
+            raise ValueError(f"pairs is {pairs}; there are {self.keys} keys, use 1 .. {self.keys}")
         self.name, self.segment_length, self.pairs = "recall-symbols", segment_length, pairs
         self.candidates = [[self.first_value + value] for value in range(self.values)]
 
@@ -179,6 +181,8 @@ class LanguageRecall(RecallTask):
         names: tuple[str, ...] = NAMES,
         things: tuple[str, ...] = THINGS,
     ) -> None:
+        if not 1 <= pairs <= len(names):
+            raise ValueError(f"pairs is {pairs}; there are {len(names)} names, use 1 .. {len(names)}")
         self.name, self.segment_length, self.pairs = "recall-language", segment_length, pairs
         self.tokenizer, self.names, self.things = tokenizer, names, things
         self.text = filler if isinstance(filler, Tensor) else torch.tensor(self.encode(filler))
@@ -197,10 +201,15 @@ class LanguageRecall(RecallTask):
                         "question; choose other names= or things="
                     )
         self.stop = self.facts[0][0][-1]
+        if len({tuple(question) for question in self.questions}) < len(names):
+            raise ValueError("two names are the same to this tokenizer; choose other names=")
         # what all questions end in is not part of a name
+        shortest = min(len(question) for question in self.questions)
         self.tail = next(
-            n for n in range(len(self.questions[0])) if len({q[len(q) - n - 1] for q in self.questions}) > 1
+            n for n in range(shortest + 1) if n == shortest or len({q[len(q) - n - 1] for q in self.questions}) > 1
         )
+        if len(names) == 1:
+            self.tail = len(self._statement(f"{names[0]} has a")) - len(self._statement(names[0]))
         longest = max(len(fact) for row in self.facts for fact in row)
         if longest * (pairs + 1) >= segment_length:
             raise ValueError(
@@ -218,7 +227,8 @@ class LanguageRecall(RecallTask):
 
     def tell(self, rows: int, generator: Generator, names: int | None = None) -> Episode:
         """Facts one after another at a random place of the segment, of the first `names` names only if given."""
-        keys = shuffled(rows, names or len(self.names), generator)[:, : self.pairs]
+        count = min(max(names or len(self.names), self.pairs), len(self.names))
+        keys = shuffled(rows, count, generator)[:, : self.pairs]
         values = torch.randint(len(self.things), (rows, self.pairs), generator=generator)
         told = self.filler(rows, 1, generator)
         for row in range(rows):

@@ -1,0 +1,165 @@
+"""The command line, the tables and the pictures."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+import mnemic
+from mnemic.analysis.curves import recall_curve
+from mnemic.analysis.report import fill, markdown, tables
+from mnemic.bench.results import Record, Score
+from mnemic.cli import app
+
+CONTROLS = ("zeroed", "other stream", "fresh", "no memory")
+
+
+def mnemic_command(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def score(length, share):
+    details = {"margin_nats": 1.0, "found_in_8_tokens": share, "tokens_until_value": 1.0, "state_bytes": 256}
+    controls = dict.fromkeys(CONTROLS, 0.0625)
+    return Score(length, 32 * length, 64, share, controls, {"chance": 0.0625, "stored": 0.3}, 0.995, details)
+
+
+def record(seed=0, shares=(0.9, 0.8)):
+    scores = [score(length, share) for length, share in zip((4, 16), shares, strict=True)]
+    return Record("recall-symbols", "emt", "tiny", seed, {}, scores, seconds={"training": 90.0}, command="mnemic demo")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A tree with pages to fill and one result."""
+    record().save(tmp_path / "results")
+    (tmp_path / "docs" / "deep").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("<!-- table:recall-symbols -->\n<!-- /table -->\n")
+    (tmp_path / "docs" / "deep" / "page.md").write_text("<!-- table:mechanisms -->\nold\n<!-- /table -->\n")
+    (tmp_path / "docs" / "plain.md").write_text("no table\n")
+    return tmp_path
+
+
+# --- pictures and tables ---------------------------------------------------------------------------------------------
+
+
+def test_a_recall_curve_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    one = recall_curve([record()], tmp_path / "new" / "one.png", "title")
+    two = recall_curve([record(), record(1, (0.2, 0.1))], tmp_path / "two.png", "title")
+    for path in (one, two):
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG\r\n")
+        assert len(data) > 10_000
+        assert int.from_bytes(data[16:20], "big") > 900
+    assert one.read_bytes() != two.read_bytes()
+    assert recall_curve([record()], tmp_path / "again.png", "title").read_bytes() == one.read_bytes()
+
+
+def test_fill_replaces_what_stands_between_the_markers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- table:a-b -->\nold\n<!-- /table -->\nmiddle\n<!-- table:c -->\n<!-- /table -->\nafter\n"
+    )
+    made = {"a-b": "| new |", "c": "| other \\1 |", "unused": "x"}
+    assert fill(page, made) is True
+    assert page.read_text() == (
+        "before\n<!-- table:a-b -->\n\n| new |\n\n<!-- /table -->\nmiddle\n"
+        "<!-- table:c -->\n\n| other \\1 |\n\n<!-- /table -->\nafter\n"
+    )
+    assert fill(page, made) is False, "filling again changes nothing"
+
+
+def test_fill_without_write_leaves_the_file_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table:a -->\nold\n<!-- /table -->\n")
+    assert fill(page, {"a": "new"}, write=False) is True
+    assert page.read_text() == "<!-- table:a -->\nold\n<!-- /table -->\n"
+
+
+def test_fill_with_a_table_that_nobody_makes(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table:known -->\nold\n<!-- /table -->\n<!-- table:unknown -->\n<!-- /table -->\n")
+    before = page.read_text()
+    with pytest.raises(KeyError, match="unknown"):
+        fill(page, {"known": "new"})
+    assert page.read_text() == before
+
+
+def test_tables_tell_the_numbers(tmp_path):
+    for number in (record(0), record(1, (0.7, 0.6))):
+        number.save(tmp_path)
+    made = tables(tmp_path)
+    assert "| 4 | 128 | **80.0 (70.0-90.0)** | 6.2 | 6.2 | 6.2 | 6.2 |" in made["recall-symbols"]
+    assert "| 16 | 512 | **70.0 (60.0-80.0)** |" in made["recall-symbols"]
+    assert (
+        "Floors: chance 6.2; stored 30.0. Ceiling, everything in one window without a memory: 99.5."
+        in (made["recall-symbols"])
+    )
+    assert "Training: 1.5 minutes" in made["recall-symbols"]
+    assert "seeds 0, 1" in made["recall-symbols"]
+    assert "the score moves by 10.0 points" in made["recall-symbols-claims"]
+    assert "Not measured yet" in made["recall-language"]
+    assert all(f"`{kind}`" in made["mechanisms"] for kind in mnemic.CONFIGS)
+
+
+def test_markdown():
+    assert markdown(["a", "b"], [["1", "2"], ["3", "4"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 | 4 |"
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command():
+    result = mnemic_command("--help")
+    assert result.exit_code == 0
+    assert all(word in result.output for word in ("demo", "list", "bench", "report"))
+    result = mnemic_command("bench", "--help")
+    assert result.exit_code == 0
+    assert all(
+        word in result.output for word in ("recall-symbols", "recall-language", "overhead", "stream", "zero-shot")
+    )
+
+
+def test_list_names_every_mechanism():
+    result = mnemic_command("list")
+    assert result.exit_code == 0
+    assert all(kind in result.output for kind in mnemic.CONFIGS)
+
+
+def test_report_fills_and_check_tells_what_is_stale(root):
+    pytest.importorskip("matplotlib")
+    options = ("--results", root / "results", "--root", root)
+    before = (root / "README.md").read_text()
+    result = mnemic_command("report", "--check", *options)
+    assert result.exit_code == 1
+    output = result.output.replace("\n", "")
+    assert output.count("stale: ") == 2
+    assert "README.md" in output
+    assert (root / "README.md").read_text() == before
+    assert not (root / "docs" / "images").exists(), "a check draws nothing"
+    result = mnemic_command("report", *options)
+    assert result.exit_code == 0
+    assert result.output.count("wrote: ") == 2
+    assert "**90.0**" in (root / "README.md").read_text()
+    assert "`emt`" in (root / "docs" / "deep" / "page.md").read_text()
+    assert (root / "docs" / "images" / "recall.png").stat().st_size > 10_000
+    assert not (root / "docs" / "images" / "recall-language.png").exists()
+    result = mnemic_command("report", "--check", *options)
+    assert (result.exit_code, result.output) == (0, "")
+    record(0, (0.5, 0.4)).save(root / "results")
+    assert mnemic_command("report", "--check", *options).exit_code == 1, "new results are not noticed"
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--lengths"])
+@pytest.mark.parametrize("value", ["one", "0,", "1.5", "0;1"])
+def test_no_list_of_numbers(option, value, tmp_path):
+    result = mnemic_command("bench", "recall-symbols", option, value, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "whole numbers" in result.output
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_command():
+    assert mnemic_command("forget").exit_code == 2

@@ -1,0 +1,455 @@
+"""The recall task: what is told, what lies between, what is asked, and what counts as an answer."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import mnemic
+from families import make
+from helpers import trained
+from mnemic.bench import recall as bench
+from mnemic.tasks.recall import NAMES, TEST_SEEDS, THINGS, LanguageRecall, Question, SymbolRecall, generator
+from mnemic.training import IGNORED
+
+PROSE = "once there was a big red house and it stood near the old sea . "
+WORDS = ["[UNK]", *PROSE.split(), *NAMES, *THINGS, "has"]
+CONTROLS = {"zeroed", "other stream", "fresh", "no memory"}
+
+
+def by_words():
+    """A token a word."""
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def by_letters(*merges):
+    """A token a letter, spaces too, but for these merges."""
+    letters = sorted({letter for word in [*WORDS, " .", *"[]"] for letter in word})
+    vocabulary = {token: index for index, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, list(merges))))
+
+
+def language(tokenizer=None, segment_length=64, **more):
+    return LanguageRecall(tokenizer or by_words(), PROSE * 40, segment_length, **more)
+
+
+def tasks():
+    return [SymbolRecall(), language(), language(by_letters())]
+
+
+every_task = pytest.mark.parametrize("task", tasks(), ids=["symbols", "words", "letters"])
+
+
+def contains(row, part):
+    """At how many places `part` stands in `row`."""
+    return sum(row[i : i + len(part)] == part for i in range(len(row) - len(part) + 1))
+
+
+# --- both forms ------------------------------------------------------------------------------------------------------
+
+
+@every_task
+def test_the_seed_alone_decides_the_streams(task):
+    one, same, third = (task.stream(8, 3, generator(seed)) for seed in (5, 5, 6))
+    assert one[0].shape == one[1].shape == (8, 5 * task.segment_length)
+    assert torch.equal(one[0], same[0])
+    assert torch.equal(one[1], same[1])
+    assert (one[0][:, : task.segment_length] != third[0][:, : task.segment_length]).any(1).all()
+    assert not torch.equal(one[1], third[1])
+
+
+@every_task
+def test_only_the_last_segment_has_labels_and_they_repeat_the_ids(task):
+    ids, labels = task.stream(8, 3, generator(1))
+    silent = labels[:, : -task.segment_length]
+    assert (silent == IGNORED).all()
+    has = labels != IGNORED
+    assert has.any(1).all()
+    assert torch.equal(labels[has], ids[has])
+    assert not has[:, -task.segment_length].any(), "the first token of a segment follows from nothing in it"
+
+
+@every_task
+def test_fillers_come_from_the_pool(task):
+    pool = task.filler(4, 1, generator(9))
+    ids, _ = task.stream(16, 3, generator(1), pool)
+    middle = ids.unflatten(1, (-1, task.segment_length))[:, 1:-1].flatten(0, 1)
+    found = (middle[:, None] == pool[None]).all(-1)
+    assert found.any(1).all()
+    assert found.any(0).all()
+
+
+@every_task
+def test_take_keeps_the_rows_together(task):
+    episode = task.tell(6, generator(2))
+    part = episode.take(slice(2, 4))
+    for name in ("keys", "values", "told"):
+        assert torch.equal(getattr(part, name), getattr(episode, name)[2:4])
+
+
+@every_task
+def test_facts_tell_which_label_answers_which(task):
+    episode = task.tell(8, generator(3))
+    facts = torch.tensor([[1, 0]]).expand(8, -1)
+    question = task.ask(episode, facts, generator(4))
+    assert torch.equal(question.fact >= 0, question.labels != IGNORED)
+    for row in range(8):
+        for which in (0, 1):
+            answer = question.labels[row][question.fact[row] == which].tolist()
+            wanted = task.candidates[int(episode.values[row, which])]
+            # a segment may end within the second answer, never within the first
+            assert answer == wanted[: len(answer)]
+            assert which == 0 or answer == wanted
+    if isinstance(task, SymbolRecall):
+        assert (question.fact[question.fact >= 0].view(8, 2) == torch.tensor([1, 0])).all(), "the order is not kept"
+
+
+@every_task
+def test_facts_and_question_share_the_window(task):
+    question = task.ask_in_window(16, generator(7))
+    assert question.ids.shape == (16, task.segment_length)
+    for row in range(16):
+        places = (question.fact[row] >= 0).nonzero().flatten().tolist()
+        answer = question.labels[row, places]
+        assert torch.equal(answer, question.ids[row, places])
+        for which in {int(question.fact[row, place]) for place in places}:
+            run = [place for place in places if question.fact[row, place] == which]
+            before = 1 if isinstance(task, SymbolRecall) else len(task.questions[0]) - task.tail
+            key_and_value = question.ids[row, run[0] - before : run[-1] + 1].tolist()
+            assert contains(question.ids[row, : run[0] - 1].tolist(), key_and_value[-(len(run) + 1) :]) >= 1
+
+
+def test_floors():
+    symbols, sentences = SymbolRecall(pairs=4), language(pairs=2)
+    assert symbols.floors["chance"] == 1 / 16
+    assert symbols.floors["a stored value at random"] == pytest.approx(0.25 + 0.75 / 16)
+    assert sentences.floors["chance"] == 1 / len(THINGS)
+    assert sentences.floors["a stored value at random"] == pytest.approx(0.5 + 0.5 / len(THINGS))
+
+
+# --- symbols ---------------------------------------------------------------------------------------------------------
+
+
+def is_key(ids):
+    return (ids >= 4) & (ids < 20)
+
+
+def is_value(ids):
+    return (ids >= 20) & (ids < 36)
+
+
+def test_symbols_told_holds_exactly_the_pairs():
+    episode = SymbolRecall(segment_length=16, pairs=3).tell(64, generator(0))
+    assert episode.keys.shape == episode.values.shape == (64, 3)
+    for keys, values, told in zip(episode.keys.tolist(), episode.values.tolist(), episode.told.tolist(), strict=True):
+        assert len(set(keys)) == 3
+        pairs = [(told[i] - 4, told[i + 1] - 20) for i in range(15) if 4 <= told[i] < 20]
+        assert sorted(pairs) == sorted(zip(keys, values, strict=True))
+        assert sum(20 <= token < 36 for token in told) == 3
+        assert all(token >= 36 for token in told[8:]), "pairs lie in the first half"
+
+
+def test_symbols_filler_tells_nothing():
+    filler = SymbolRecall().filler(32, 20, generator(0))
+    assert filler.shape == (32, 640)
+    assert filler.min() == 36
+    assert filler.max() == 63
+
+
+def test_symbols_answers_follow_their_keys():
+    task = SymbolRecall(segment_length=16, pairs=3)
+    episode, facts = task.tell(64, generator(0)), torch.tensor([[2, 0]]).expand(64, -1)
+    question = task.ask(episode, facts, generator(1))
+    for row in range(64):
+        places = (question.labels[row] != IGNORED).nonzero().flatten()
+        assert len(places) == 2
+        assert (places >= 9).all()
+        assert (question.labels[row, places] - 20).tolist() == episode.values[row, [2, 0]].tolist()
+        assert (question.ids[row, places - 1] - 4).tolist() == episode.keys[row, [2, 0]].tolist()
+    assert is_key(question.ids).sum() == is_value(question.ids).sum() == 128
+    assert len({tuple(row) for row in (question.labels != IGNORED).int().tolist()}) > 3, "always asked at one place"
+
+
+def test_symbols_in_window_asks_every_pair_that_it_told():
+    task = SymbolRecall(segment_length=16, pairs=3)
+    question = task.ask_in_window(64, generator(0))
+    told, asked = question.ids[:, :8].tolist(), question.ids[:, 8:].tolist()
+    for first, second, fact in zip(told, asked, question.fact.tolist(), strict=True):
+        pairs = [{(half[i], half[i + 1]) for i in range(7) if 4 <= half[i] < 20} for half in (first, second)]
+        assert pairs[0] == pairs[1]
+        assert len(pairs[0]) == 3
+        assert sorted(which for which in fact if which >= 0) == [0, 1, 2]
+
+
+def test_too_many_pairs_for_the_segment():
+    SymbolRecall(segment_length=32, pairs=8)
+    with pytest.raises(ValueError, match="9 pairs need a segment of 36 tokens"):
+        SymbolRecall(segment_length=32, pairs=9)
+
+
+# --- language --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [by_words(), by_letters()], ids=["words", "letters"])
+def test_sentences_stand_in_the_told_segment(tokenizer):
+    task = language(tokenizer)
+    episode = task.tell(32, generator(0))
+    starts = set()
+    for keys, values, told in zip(episode.keys.tolist(), episode.values.tolist(), episode.told.tolist(), strict=True):
+        assert len(set(keys)) == 2
+        said = "".join(f" {NAMES[k]} has a {THINGS[v]}." for k, v in zip(keys, values, strict=True))
+        facts = [task.facts[k][v] for k, v in zip(keys, values, strict=True)]
+        assert contains(told, facts[0] + facts[1]) == 1
+        assert contains(tokenizer.decode(told).replace(" ", ""), said.replace(" ", "")) == 1
+        starts.add(next(i for i in range(64) if told[i : i + len(facts[0])] == facts[0]))
+    assert len(starts) > 3, "always told at one place"
+
+
+@pytest.mark.parametrize("tokenizer", [by_words(), by_letters()], ids=["words", "letters"])
+def test_one_question_opens_the_segment(tokenizer):
+    task = language(tokenizer)
+    episode = task.tell(16, generator(0))
+    asked = torch.randint(2, (16, 1), generator=generator(1))
+    question = task.ask(episode, asked, generator(2))
+    for row, which in enumerate(asked[:, 0].tolist()):
+        key, value = int(episode.keys[row, which]), int(episode.values[row, which])
+        opening = [task.stop, *task.questions[key]]
+        answer = task.candidates[value]
+        ids, labels = question.ids[row].tolist(), question.labels[row].tolist()
+        assert ids[: len(opening) + len(answer)] == opening + answer
+        assert labels == [IGNORED] * len(opening) + answer + [IGNORED] * (64 - len(opening) - len(answer))
+        assert tokenizer.decode(answer).replace(" ", "") == THINGS[value]
+
+
+@pytest.mark.parametrize("tokenizer", [by_words(), by_letters()], ids=["words", "letters"])
+def test_recite_labels_names_and_things_only(tokenizer):
+    task = language(tokenizer)
+    episode = task.tell(16, generator(0))
+    said = task.recite(episode, generator(1))
+    assert (said.fact == -1).all()
+    for row, (keys, values) in enumerate(zip(episode.keys.tolist(), episode.values.tolist(), strict=True)):
+        ids, labels = said.ids[row].tolist(), said.labels[row].tolist()
+        facts = [task.facts[k][v] for k, v in zip(keys, values, strict=True)]
+        assert ids[: 1 + sum(map(len, facts))] == [task.stop, *facts[0], *facts[1]]
+        place = 1
+        for key, value, fact in zip(keys, values, facts, strict=True):
+            name, thing = task.encode(NAMES[key]), task.candidates[value]
+            wanted = name + [IGNORED] * (len(fact) - len(name) - len(thing) - 1) + thing + [IGNORED]
+            assert labels[place : place + len(fact)] == wanted
+            place += len(fact)
+        assert set(labels[place:]) == {IGNORED}
+
+
+def test_letters_make_answers_of_several_tokens():
+    assert {len(candidate) for candidate in language(by_letters()).candidates} == {4, 5}
+
+
+def test_filler_runs_on_and_begins_again():
+    task = language()
+    filler = task.filler(32, 20, generator(0))
+    assert filler.shape == (32, 1280)
+    text = task.text.tolist() * 4
+    assert all(contains(text, row) >= 1 for row in filler.tolist()[:4])
+    assert len({tuple(row[:40]) for row in filler.tolist()}) > 4
+
+
+@pytest.mark.parametrize("merge", [("a", " "), ("l", ".")], ids=["in the question", "at the full stop"])
+def test_a_tokenizer_that_splits_fact_and_question_differently(merge):
+    with pytest.raises(ValueError, match="does not split"):
+        language(by_letters(merge))
+
+
+def test_other_things_help_against_such_a_tokenizer():
+    tokenizer = by_letters(("l", "."))
+    task = language(tokenizer, things=("car", "hat", "dog"))
+    assert task.floors["chance"] == 1 / 3
+
+
+def test_too_short_filler():
+    with pytest.raises(ValueError, match="give at least 256"):
+        LanguageRecall(by_words(), PROSE)
+
+
+def test_too_many_sentences_for_the_segment():
+    language(segment_length=16)
+    with pytest.raises(ValueError, match="do not fit a segment of 15"):
+        language(segment_length=15)
+
+
+def test_names_limits_who_is_spoken_of():
+    task = language()
+    assert task.tell(64, generator(0), names=3).keys.unique().tolist() == [0, 1, 2]
+    assert task.tell(256, generator(0)).keys.unique().tolist() == list(range(len(NAMES)))
+    few = language(names=("Tom", "Ben"), things=("car", "hat"))
+    text = by_words().decode(few.tell(16, generator(0)).told.flatten())
+    assert "Tom" in text
+    assert "Ben" in text
+    assert not any(name in text for name in NAMES if name not in ("Tom", "Ben"))
+
+
+# --- what counts as an answer ----------------------------------------------------------------------------------------
+
+
+def oracle(question, vocabulary=97):
+    """Logits that answer everything right."""
+    targets = F.pad(question.labels[:, 1:], (0, 1), value=0).clamp_min(0)
+    return F.one_hot(targets, vocabulary).float()
+
+
+@every_task
+def test_an_oracle_has_answered(task):
+    episode = task.tell(8, generator(0))
+    question = task.ask(episode, torch.zeros(8, 1, dtype=torch.long), generator(1))
+    assert bench.answered(oracle(question), question).tolist() == [True] * 8
+
+
+@every_task
+def test_one_wrong_token_is_no_answer(task):
+    episode = task.tell(4, generator(0))
+    question = task.ask(episode, torch.zeros(4, 1, dtype=torch.long), generator(1))
+    for row in range(4):
+        for place in (question.labels[row] != IGNORED).nonzero().flatten().tolist():
+            logits = oracle(question)
+            logits[row, place - 1, (question.labels[row, place] + 1) % 97] = 2
+            assert bench.answered(logits, question).tolist() == [other != row for other in range(4)]
+
+
+def test_what_is_not_asked_does_not_count():
+    labels = torch.tensor([[-100, -100, 5, 6, -100]])
+    question = Question(labels.clamp_min(0), labels, labels)
+    logits = oracle(question)
+    for place in (0, 3, 4):
+        logits[0, place, 9] = 2
+    assert bench.answered(logits, question).tolist() == [True]
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task():
+    return SymbolRecall(segment_length=16, pairs=2)
+
+
+@pytest.fixture
+def config():
+    return mnemic.EMTConfig(slots=4, dim=16, heads=2, segment_length=16)
+
+
+def test_an_untrained_memory_scores_at_chance(task, config):
+    attachment = mnemic.attach(make("gpt2"), config)
+    seen = []
+    score = bench.evaluate(attachment, task, 3, rows=48, batch=32, progress=seen.append)
+    assert (score.length, score.tokens, score.examples) == (3, 48, 96)
+    assert set(score.controls) == CONTROLS
+    assert set(score.outcomes) == {"memory", *CONTROLS}
+    assert sum(seen) == 48 * 3
+    for name, outcome in score.outcomes.items():
+        assert len(outcome) == 96
+        assert set(outcome) <= {"0", "1"}
+        share = score.score if name == "memory" else score.controls[name]
+        assert share == outcome.count("1") / 96
+        assert share < 0.25, f"{name} answers without a memory"
+        assert outcome == score.outcomes["memory"], "an untrained memory changes nothing"
+    assert score.floors == task.floors
+    assert score.details["state_bytes"] == 4 * 16 * 4
+    assert 0 <= score.ceiling < 0.25
+    assert {"margin_nats", "found_in_8_tokens", "tokens_until_value"} < set(score.details)
+
+
+def test_a_seed_numbers_a_test(task, config):
+    attachment = trained(make("gpt2"), config)
+    scores = [bench.evaluate(attachment, task, 2, rows=8, seed=seed, detail=False) for seed in (0, 0, 1)]
+    assert scores[0] == scores[1]
+    told = [task.tell(8, generator(TEST_SEEDS + 10_007 * seed)).told for seed in (0, 1)]
+    assert not torch.equal(told[0], told[1])
+    assert set(scores[0].details) == {"state_bytes"}
+
+
+def test_conditions(task, config):
+    attachment = trained(make("gpt2"), config)
+    episode = task.tell(4, generator(0))
+    stream = bench.read_stream(attachment, task, episode, 3, 1, lambda segments: None)
+    assert stream.written == (4,) * 4
+    states = bench.conditions(attachment, stream)
+    own = stream.state["slots"]
+    assert list(states) == list(bench.CONDITIONS)
+    assert states["no memory"] is None
+    assert torch.equal(states["memory"]["slots"], own)
+    assert not states["zeroed"]["slots"].any()
+    assert torch.equal(states["fresh"]["slots"], attachment.memory.init_state(4)["slots"])
+    for row in range(4):
+        assert torch.equal(states["other stream"]["slots"][row], own[row - 1])
+    ids = task.ask(episode, torch.zeros(4, 1, dtype=torch.long), generator(2)).ids
+    logits = [bench.logits_of(attachment, ids, state) for state in states.values()]
+    assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(logits, 2)), "two conditions are one"
+    with attachment.disabled(), torch.no_grad():
+        torch.testing.assert_close(logits[-1], attachment.model(ids).logits)
+
+
+def test_reading_in_parts_reads_the_same_number(task, config):
+    attachment = trained(make("gpt2"), config)
+    seen = []
+    stream = bench.read_stream(attachment, task, task.tell(3, generator(0)), 7, 1, seen.append, part=3)
+    assert seen == [9, 9, 3]
+    assert stream.seen == (8 * 16,) * 3
+
+
+def test_every_condition_is_scored_under_its_own_name(task, config, monkeypatch):
+    """Only one condition at a time is given an oracle: it alone must score."""
+    attachment = mnemic.attach(make("gpt2"), config)
+    asked = []
+    ask = task.ask
+    monkeypatch.setattr(task, "ask", lambda *given: asked.append(ask(*given)) or asked[-1])
+    names = [name for name in bench.CONDITIONS if name != "no memory"]
+    monkeypatch.setattr(bench, "conditions", lambda attachment, stream: {**{n: n for n in names}, "no memory": None})
+    for right in names:
+
+        def logits_of(attachment, ids, state, right=right):
+            good = oracle(asked[-1]) if asked and asked[-1].ids.shape == ids.shape else torch.zeros(*ids.shape, 97)
+            return good if state == right else torch.zeros_like(good)
+
+        monkeypatch.setattr(bench, "logits_of", logits_of)
+        score = bench.evaluate(attachment, task, 1, rows=8, batch=4, detail=False)
+        shares = {"memory": score.score, **score.controls}
+        assert shares == {name: float(name == right) for name in bench.CONDITIONS}
+        assert score.ceiling == 0
+
+
+@every_task
+@pytest.mark.parametrize("sign", [1, -1])
+def test_margins(task, sign, monkeypatch):
+    """Every token of the right answer lies 30 nats above or below all others."""
+    episode = task.tell(4, generator(0))
+    question = task.ask(episode, torch.zeros(4, 1, dtype=torch.long), generator(1))
+    place = (question.labels != IGNORED).long().argmax(1)
+    given = []
+
+    def logits_of(attachment, ids, state):
+        given.append(ids)
+        logits = torch.zeros(*ids.shape, 97)
+        for row in range(4):
+            for offset, token in enumerate(task.candidates[int(episode.values[row, 0])]):
+                logits[row, place[row] + offset - 1, token] = 30 * sign
+        return logits
+
+    monkeypatch.setattr(bench, "logits_of", logits_of)
+    margins = bench.margins(SimpleNamespace(), task, question, episode.values[:, 0], {})
+    assert margins.shape == (4,)
+    # answers that begin alike differ in fewer tokens; all differ in one
+    assert (sign * margins > 20).all()
+    if len(task.candidates[0]) == 1:
+        torch.testing.assert_close(margins, torch.full((4,), 30.0 * sign))
+    for candidate, ids in zip(task.candidates, given, strict=True):
+        for row in range(4):
+            assert ids[row, place[row] : place[row] + len(candidate)].tolist() == candidate
+            assert torch.equal(ids[row, : place[row]], question.ids[row, : place[row]])
