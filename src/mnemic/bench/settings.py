@@ -19,7 +19,7 @@ MakeBase = Callable[[Reporter], tuple[nn.Module, dict[str, float]]]
 SYMBOLS = Recipe(steps=2400)
 DEMO = Recipe(steps=1500)
 LANGUAGE = Recipe(
-    steps=3000,
+    steps=2600,
     rows=240,
     longest=32,
     learning_rate=3e-3,
