@@ -17,7 +17,7 @@ from mnemic.tasks.recall import LanguageRecall, SymbolRecall
 MakeBase = Callable[[Reporter], tuple[nn.Module, dict[str, float]]]
 
 SYMBOLS = Recipe(steps=2400)
-DEMO = Recipe(steps=1500)
+DEMO = Recipe(steps=1500, hold=0.75)
 LANGUAGE = Recipe(
     steps=2600,
     rows=240,
