@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from mnemic.cli.show import Show, console
@@ -70,6 +72,7 @@ def recall_language(
 def overhead(
     runs: Annotated[int, typer.Option(help="Counted runs.")] = 9,
     device: str = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Threads for PyTorch; all cores by default.")] = None,
     out: Out = Path("results"),
 ) -> None:
     """Forward with a memory against without, on the shape of GPT-2 small; the token write against plain loops."""
@@ -77,6 +80,7 @@ def overhead(
     from mnemic.bench.cost import overhead as measure
     from mnemic.memories import EMTConfig
 
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     suffix = "" if device == "cpu" else f"-{device}"
     settings = {"segment": (EMTConfig(), 512), "token": (EMTConfig.whitepaper(), 256)}
     for name, (config, tokens) in settings.items():
