@@ -55,7 +55,11 @@ def recall_curve(records: Sequence[Record], path: str | Path, title: str) -> Pat
         axes.axhline(ceiling, color="#2e7d32", linestyle="--", linewidth=1)
         axes.annotate("everything in one window", (lengths[0], ceiling), fontsize=7.5, color="#2e7d32", va="bottom")
     tokens = first.tokens // max(1, first.length) if first.length else None
-    axes.set_xscale("symlog", linthresh=1, base=4)
+    if lengths[0] > 0:
+        axes.set_xscale("log", base=4)
+        axes.set_xlim(lengths[0] / 1.7, lengths[-1] * 1.7)
+    else:
+        axes.set_xscale("symlog", linthresh=1, base=4)
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.minorticks_off()
     per = f" ({tokens} tokens each)" if tokens else ""
