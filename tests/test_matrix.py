@@ -33,7 +33,7 @@ from helpers import (
     tokens,
     trained,
 )
-from mnemic.state import nbytes
+from mnemic.state import level, nbytes
 from mnemic.stream import Stream
 
 # experts gather their tokens from all rows, so what one row routes changes the shapes that another is computed in
@@ -72,7 +72,7 @@ def test_identity_at_initialisation(config, name):
     if not attachment.memory.writes_see_reads:
         assert torch.equal(model(longer).logits, expected_longer)
     shake(attachment.memory)
-    assert_differ(model(ids).logits, expected)
+    assert_differ(model(longer).logits, expected_longer)
 
 
 @over_all
@@ -104,7 +104,7 @@ def test_identity_when_detached(config, name):
 
 @over_all
 def test_base_weights_never_change(config, name):
-    model, ids = make(name), tokens(2, SEGMENT)
+    model, ids = make(name), tokens(2, 3 * SEGMENT)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     attachment = trained(model, config)
     memory_before = [parameter.clone() for parameter in attachment.parameters()]
@@ -140,13 +140,15 @@ def test_causality_of_writes(config, name, monkeypatch):
 
     def another_write(self, hidden_btd, state, keep_bt=None):
         # not a constant: mechanisms may normalise what they hold
-        return {
-            key: tensor + torch.rand_like(tensor) for key, tensor in write(self, hidden_btd, state, keep_bt).items()
-        }
+        after = write(self, hidden_btd, state, keep_bt)
+        return {k: t + torch.rand_like(t) if t.is_floating_point() else t for k, t in after.items()}
 
     monkeypatch.setattr(type(mnemic.attached(model).memory), "write", another_write)
     logits = feed(model, ids, [SEGMENT] * 2)
-    assert torch.equal(logits[:, :SEGMENT], expected[:, :SEGMENT])
+    if mnemic.attached(model).memory.reads_own_segment:
+        assert_differ(logits[:, :SEGMENT], expected[:, :SEGMENT])
+    else:
+        assert torch.equal(logits[:, :SEGMENT], expected[:, :SEGMENT])
     assert_differ(logits[:, SEGMENT:], expected[:, SEGMENT:])
 
 
@@ -331,7 +333,7 @@ def test_padding_invariance(config, name, side, window):
     mine, its = stream(padded).select([0]), stream(alone)
     assert (mine.counts, mine.written, mine.seen) == (its.counts, its.written, its.seen)
     for key, tensor in its.state.items():
-        assert_near(mine.state[key], tensor)
+        assert_near(*level([mine.state[key], tensor]))
     assert_near(mine.waiting[:, : its.counts[0]], its.waiting)
 
 
@@ -411,8 +413,9 @@ def test_session_round_trip(config, name, tmp_path):
 
 @over_all
 @torch.no_grad()
-def test_bytes_stay_constant(config, name):
+def test_bytes_follow_the_declared_law(config, name):
     model = host(name, config)
+    memory = mnemic.attached(model).memory
     session = mnemic.Session(model, window=SEGMENT if name in DECODERS else None)
     sizes = []
     for part in tokens(1, 50 * SEGMENT).split(10 * SEGMENT, 1):
@@ -420,8 +423,12 @@ def test_bytes_stay_constant(config, name):
         sizes.append(nbytes(session.stream.state))
         # at a segment's end nothing waits and a window of one segment is empty: the memory is all there is
         assert session.nbytes == sizes[-1]
-    assert len(set(sizes)) == 1
-    assert sizes[0] == nbytes(mnemic.attached(model).memory.init_state(1))
+        assert sizes[-1] <= memory.most_bytes(session.stream.written[0])
+    if memory.most_bytes(50) == memory.most_bytes(0):
+        assert set(sizes) == {nbytes(memory.init_state(1))}
+    else:
+        # it may grow with what is written, but not all of it is kept
+        assert sizes[-1] < memory.most_bytes(50)
     assert session.stream.written == (50,)
 
 
@@ -429,7 +436,8 @@ def test_bytes_stay_constant(config, name):
 def test_bytes_grow_with_rows_only(config, name):
     memory = mnemic.attached(host(name, config)).memory
     assert nbytes(memory.init_state(3)) == 3 * nbytes(memory.init_state(1))
-    assert all(tensor.dtype == torch.float32 for tensor in memory.init_state(1).values())
+    state = memory.init_state(1)
+    assert all(tensor.dtype == torch.float32 for tensor in state.values() if tensor.is_floating_point())
 
 
 # --- 11. determinism -------------------------------------------------------------------------------------------------
@@ -467,27 +475,37 @@ def test_fast_equals_naive(config, padded):
     keep = keep if padded else None
     state = memory.init_state(3)
     # a state that is not the first one: after one write
-    state = {key: tensor.detach().double() for key, tensor in memory.write(hidden.detach() + 1, state).items()}
+    state = memory.write(hidden.detach() + 1, state)
+    if config.kind == "memoria":
+        # so many that every level is filled and something was reminded from each
+        for number in range(4):
+            state = memory.write(hidden.detach() + torch.randn(3, 1, 64, dtype=torch.float64) * number, state)
+        assert bool((state["recalled"][:, -1] >= 0).any())
+    state = {key: tensor.detach() for key, tensor in state.items()}
+    state = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     results = {}
     for path in ("fast", "naive"):
-        leaves = {key: tensor.clone().requires_grad_() for key, tensor in state.items()}
+        leaves = {k: t.clone().requires_grad_(t.is_floating_point()) for k, t in state.items()}
         if path == "fast":
-            output = memory.read(memory.read_layers[0], hidden, leaves)
-            after = memory.write(hidden, leaves, keep)
+            output, traces = memory.read_and_trace(memory.read_layers[0], hidden, leaves)
+            kept = hidden.new_ones(3, SEGMENT) if keep is None else keep.double()
+            left = {k: torch.einsum("bt,bt...->b...", kept, trace) for k, trace in traces.items()}
+            after = memory.write(hidden, {k: t + left.get(k, 0) for k, t in leaves.items()}, keep)
         else:
             output, after = memory.naive(hidden, leaves, keep)
         weights = torch.Generator().manual_seed(3)
         loss = (output * torch.randn(output.shape, generator=weights)).sum()
-        for key in sorted(after):
+        for key in sorted(key for key in after if after[key].requires_grad):
             loss = loss + (after[key] * torch.randn(after[key].shape, generator=weights)).sum()
-        wanted = {"hidden": hidden, **leaves, **dict(memory.named_parameters())}
+        wanted = {"hidden": hidden, **{k: t for k, t in leaves.items() if t.requires_grad}}
+        wanted |= dict(memory.named_parameters())
         gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
         results[path] = (output, after, dict(zip(wanted, gradients, strict=True)))
     (output, after, gradients), (expected, expected_after, expected_gradients) = results["fast"], results["naive"]
     torch.testing.assert_close(output, expected, atol=1e-9, rtol=1e-9)
     for key, tensor in expected_after.items():
         # the state is float32 whatever the memory computes in
-        torch.testing.assert_close(after[key].double(), tensor, atol=1e-6, rtol=1e-6)
+        assert_near(after[key].to(tensor.dtype), tensor, 1e-5)
     for key, gradient in expected_gradients.items():
         assert (gradients[key] is None) == (gradient is None), key
         if gradient is not None:

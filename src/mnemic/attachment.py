@@ -100,7 +100,7 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
             f"segment_length {config.segment_length} is longer than the model's {trained} positions; "
             f"set segment_length to at most {trained}"
         )
-    memory = config.build(anatomy.width, len(anatomy.blocks)).to(_device(anatomy.blocks[0]))
+    memory = config.build(anatomy.width, len(anatomy.blocks), anatomy.causal).to(_device(anatomy.blocks[0]))
     router = Router(memory, config, anatomy)
     router.train(model.training)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []

@@ -54,11 +54,34 @@ def repeat(state: State, times: int) -> State:
 
 
 def concatenate(states: Sequence[State]) -> State:
-    """Rows of several states one after another; all must hold the same names."""
+    """Rows of several states one after another, the smaller padded with zeros; all must hold the same names."""
     names = {frozenset(state) for state in states}
     if len(names) != 1:
         raise StateError(f"states to concatenate hold different tensors: {[sorted(state) for state in states]}")
-    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+    return {name: torch.cat(level([state[name] for state in states])) for name in states[0]}
+
+
+def level(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, padded with zeros to one size in every dimension but the first."""
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    return [grow(tensor, sizes) for tensor in tensors]
+
+
+def grow(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A tensor padded with zeros to `sizes` in every dimension but the first."""
+    missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
+    if not any(missing):
+        return tensor
+    return torch.nn.functional.pad(tensor, [amount for gap in reversed(missing) for amount in (0, gap)])
+
+
+def put(state: State, rows: Int[Tensor, " n"], chosen: State) -> State:
+    """The state with some rows replaced by those of `chosen`, both padded to the larger."""
+    result = {}
+    for name, tensor in state.items():
+        tensor, new = level([tensor, chosen[name]])
+        result[name] = tensor.index_copy(0, rows, new)
+    return result
 
 
 def detach(state: State) -> State:

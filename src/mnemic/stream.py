@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mnemic.memories.base import Memory
-from mnemic.state import State, StateError, append_rows, concatenate, detach, nbytes, repeat, select
+from mnemic.state import State, StateError, append_rows, concatenate, detach, nbytes, put, repeat, select
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,16 @@ class Stream:
         seen = tuple(total + new for total, new in zip(self.seen, added, strict=True))
         return replace(self, waiting=waiting, counts=tuple(counts), seen=seen)
 
+    def leave(self, traces: State, keep_bt: Bool[Tensor, "b t"] | None) -> Stream:
+        """What reading left behind joins the state: `traces` `[b, t, ...]` summed over real tokens."""
+        state = dict(self.state)
+        for name, trace in traces.items():
+            if keep_bt is not None:
+                keep_bt = keep_bt.to(trace.device)
+                trace = trace.masked_fill(~keep_bt.view(*keep_bt.shape, *[1] * (trace.ndim - 2)), 0)
+            state[name] = state[name] + trace.sum(1)
+        return replace(self, state=state)
+
     def commit(self, memory: Memory, rows: Sequence[int]) -> Stream:
         """Writes the running segment of `rows`, full or not; rows with nothing waiting stay as they are."""
         rows = [row for row in rows if self.counts[row]]
@@ -121,7 +131,7 @@ class Stream:
             keep = torch.arange(max(lengths), device=index.device) < torch.tensor(lengths, device=index.device)[:, None]
         after = memory.write(hidden, state, keep)
         if not everyone:
-            after = {name: tensor.index_copy(0, index, after[name]) for name, tensor in self.state.items()}
+            after = put(self.state, index, after)
         counts = tuple(0 if row in rows else count for row, count in enumerate(self.counts))
         written = tuple(count + (row in rows) for row, count in enumerate(self.written))
         return replace(self, state=after, waiting=self._waiting(index, counts), counts=counts, written=written)
@@ -139,7 +149,7 @@ class Stream:
         """`rows` begin again: initial state, nothing waiting, nothing counted."""
         first = memory.init_state(self.batch, self.waiting.device)
         index = torch.tensor(list(rows), device=self.waiting.device)
-        state = {name: tensor.index_copy(0, index, first[name][index]) for name, tensor in self.state.items()}
+        state = put(self.state, index, select(first, index))
         counts, written, seen = (
             tuple(0 if row in rows else value for row, value in enumerate(values))
             for values in (self.counts, self.written, self.seen)

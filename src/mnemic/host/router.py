@@ -42,6 +42,7 @@ class Call:
     pieces: list[Piece] = field(default_factory=list)
     keep: Tensor | None = None
     states: list[State] = field(default_factory=list)
+    traces: State = field(default_factory=dict)
     earlier: list[Any] = field(default_factory=list)
     private_cache: bool = False
     checkpointing: bool = False
@@ -157,7 +158,7 @@ class Router(nn.Module):
             call.restore()
             return None
         if call.layer is not None and call.stream is not None:
-            call.layer.stream = call.stream
+            call.layer.stream = call.stream.leave(call.traces, call.keep)
         if isinstance(call.cache, MemoryCache):
             call.cache.inside = False
             window = call.cache.window
@@ -181,7 +182,7 @@ class Router(nn.Module):
             raise ValueError(f"the input is empty (shape {shape}); pass at least one row and one token")
         batch, call.time = inputs.shape[:2]
         call.keep = call.stream = call.before = None
-        call.pieces, call.states = [], []
+        call.pieces, call.states, call.traces = [], [], {}
         cache = arguments.get("past_key_values")
         if not self.causal:
             self._open_encoder(call, arguments, inputs)
@@ -335,16 +336,26 @@ class Router(nn.Module):
             raise _RecordedError(hidden_btd)
         if not self.enabled or not self.calls or getattr(_threads, "recording", None) is self:
             return hidden_btd
-        call = self.calls[-1]
-        if layer == self.memory.write_layer:
+        call, memory = self.calls[-1], self.memory
+        writes = layer == memory.write_layer
+        if writes and not memory.writes_see_reads:
             self._write(call, layer, hidden_btd)
-        if layer not in self.memory.read_layers:
-            return hidden_btd
+        read_btd = self._read(call, layer, hidden_btd) if layer in memory.read_layers else hidden_btd
+        if writes and memory.writes_see_reads:
+            # after the read, for its traces; what is written is the hidden state from before it all the same
+            self._write(call, layer, hidden_btd)
+        return read_btd
+
+    def _read(self, call: Call, layer: int, hidden_btd: Tensor) -> Tensor:
         local_btd = hidden_btd.to(self.device)  # a model spread over devices keeps its memory on one
-        parts = [
-            self.memory.read(layer, local_btd[:, piece.start : piece.stop], state)
-            for piece, state in zip(call.pieces, call.states, strict=True)
-        ]
+        parts = []
+        for piece, state in zip(call.pieces, call.states, strict=True):
+            read, traces = self.memory.read_and_trace(layer, local_btd[:, piece.start : piece.stop], state)
+            parts.append(read)
+            call.traces = {
+                **call.traces,
+                **{name: call.traces[name] + trace if name in call.traces else trace for name, trace in traces.items()},
+            }
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(hidden_btd.device)
 
     @property
@@ -360,7 +371,10 @@ class Router(nn.Module):
         keep = None if keep is None else keep.to(self.device)
         if keep is not None:
             hidden_btd = hidden_btd.masked_fill(~keep[..., None], 0)
-        call.stream, call.states = self._advance(stream, hidden_btd, keep, call.pieces)
+        traces, call.traces = call.traces, {}
+        call.stream, call.states = self._advance(stream, hidden_btd, keep, call.pieces, traces)
+        if self.memory.reads_own_segment:
+            call.states = [call.stream.state]
         if call.layer is not None and not torch.is_grad_enabled():
             before, hidden = call.before, hidden_btd
             assert before is not None
@@ -376,15 +390,17 @@ class Router(nn.Module):
                     raise ValueError(f"cannot take back {-time} tokens more than the last call had")
                 kept = None if keep is None else keep[:, :time]
                 pieces = cut(before.counts, time, self.segment_length, kept) if time else []
-                return self._advance(before, hidden[:, :time], kept, pieces)[0]
+                left = {name: trace[:, :time] for name, trace in traces.items()}
+                return self._advance(before, hidden[:, :time], kept, pieces, left)[0]
 
             call.layer.replay = replay
 
     def _advance(
-        self, stream: Stream, hidden_btd: Tensor, keep: Tensor | None, pieces: list[Piece]
+        self, stream: Stream, hidden_btd: Tensor, keep: Tensor | None, pieces: list[Piece], traces: State
     ) -> tuple[Stream, list[State]]:
-        """The stream after these tokens, and the state each piece reads."""
+        """The stream after these tokens, and the state each piece reads. `traces` are left by reads of a single piece."""
         states = []
+        stream = stream.leave(traces, keep)
         for piece in pieces:
             if piece.fresh:
                 stream = stream.reset(self.memory, piece.fresh)

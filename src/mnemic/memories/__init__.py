@@ -2,5 +2,6 @@
 
 from mnemic.memories.base import CONFIGS, Card, Memory, MemoryConfig
 from mnemic.memories.emt import EMT, EMTConfig
+from mnemic.memories.memoria import Memoria, MemoriaConfig
 
-__all__ = ["CONFIGS", "EMT", "Card", "EMTConfig", "Memory", "MemoryConfig"]
+__all__ = ["CONFIGS", "EMT", "Card", "EMTConfig", "Memoria", "MemoriaConfig", "Memory", "MemoryConfig"]

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.state import State
+from mnemic.state import State, nbytes
 
 CONFIGS: dict[str, type[MemoryConfig]] = {}
 """Every mechanism by its kind; a subclass of `MemoryConfig` that names a `kind` enters by being defined."""
@@ -62,8 +62,10 @@ class MemoryConfig(ABC):
             )
 
     @abstractmethod
-    def build(self, width: int, depth: int) -> Memory:
-        """The module for a host with hidden states of `width` and `depth` blocks; raises `ValueError` if it cannot."""
+    def build(self, width: int, depth: int, causal: bool = True) -> Memory:
+        """The module for a host with hidden states of `width` and `depth` blocks, a decoder or (`causal=False`) an
+        encoder; raises `ValueError` if it cannot.
+        """
 
     @classmethod
     @abstractmethod
@@ -103,14 +105,29 @@ class Memory(nn.Module, ABC):
     write_layer: int
     reach: int | None = None
     """How many segments back a write can still be read; None for no bound."""
+    gradient_reach: int | None = None
+    """Through how many writes a gradient can pass; None for no bound."""
+    reads_own_segment: bool = False
+    """True where reads above the write layer see what the running segment wrote: encoders only, which look both ways."""
 
     @abstractmethod
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
-        """The state of `batch` new streams, float32, first dimension `batch`."""
+        """The state of `batch` new streams: values in float32, bookkeeping in integers, first dimension `batch`.
+
+        Other dimensions may grow with what is written; zeros in what they grow by must mean "nothing there".
+        """
 
     @abstractmethod
     def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """Hidden states of `layer` with what the memory adds; same shape and dtype."""
+
+    def read_and_trace(
+        self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State
+    ) -> tuple[Float[Tensor, "b t d"], State]:
+        """`read`, and what it leaves behind for the segment's write: for some names of the state values `[b, t, ...]`,
+        which the core sums over real tokens and adds to the state. Only where `writes_see_reads`.
+        """
+        return self.read(layer, hidden_btd, state), {}
 
     @abstractmethod
     def write(
@@ -129,6 +146,10 @@ class Memory(nn.Module, ABC):
 
         Does nothing unless a mechanism has something to fit. See `mnemic.calibrate`.
         """
+
+    def most_bytes(self, written: int) -> int:
+        """The law of a stream's size: most bytes of its state after `written` segments. Constant by default."""
+        return nbytes(self.init_state(1))
 
     def rate_scale(self, name: str) -> float:
         """How much faster than the learning rate the parameter `name` learns in `mnemic.train`."""

@@ -126,7 +126,7 @@ class EMTConfig(MemoryConfig):
             cls(**small, stack=2, read_layers=[0, -1], write_layer=0),
         ]
 
-    def build(self, width: int, depth: int) -> EMT:
+    def build(self, width: int, depth: int, causal: bool = True) -> EMT:
         """The module; raises `ValueError` naming a layer that the host does not have."""
         return EMT(self, width, depth)
 

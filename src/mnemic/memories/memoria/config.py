@@ -1,0 +1,120 @@
+"""The settings of Memoria."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from mnemic.memories.base import Card, MemoryConfig
+
+if TYPE_CHECKING:
+    from mnemic.memories.memoria.memoria import Memoria
+
+
+@dataclass
+class MemoriaConfig(MemoryConfig):
+    """Settings of Memoria, by default those of the paper's language models; lengths count engrams.
+
+    Each segment makes `working` engrams (N_wm); `reminded_stm` and `reminded_ltm` are how many are reminded at most,
+    `stm_capacity` how many short-term memory holds, `depth` the steps of the search (N_depth), `lifespan` what an engram
+    begins with and `alpha` how much a use extends it.
+
+    `correlation` is "exp" (the paper's, compared by its logarithm) or "distance" (the published code's). `edges` is
+    "conditional" (the paper's Count_ij / Count_ii) or "lift" (Count_ij / Count_jj, which does not favour what fires
+    always). `positive_edges` leaves out edges of count 0; `random_ltm_seeds` starts that many searches more at random
+    long-term engrams, as the published code does by accident with `stm_capacity - reminded_stm`. `ties` are broken at
+    random from `seed`, or "oldest" first.
+
+    `dim` is the inner width of the cross-attention, the host's if None; `feed_forward` that of the abstractor, four times
+    the host's if None. `read_layers` default to all blocks of a decoder, which writes after its last, and to those above
+    `write_layer` in an encoder, which by default writes after three quarters of its blocks. `grad_segments` keeps the
+    gradient through the engrams of that many segments before the last; the paper's 0 trains the abstractor through
+    working memory alone.
+    """
+
+    kind: ClassVar[str] = "memoria"
+    card: ClassVar[Card] = Card(
+        title="Memoria",
+        seam="after block",
+        trains="abstractor, cross-attention",
+        bytes_law="engrams x (4 width + 24) + 4 elders^2",
+        paper="Park & Bak, ICML 2024, arXiv 2310.03052",
+        citation=(
+            "@inproceedings{memoria, title = {Memoria: Resolving Fateful Forgetting Problem through Human-Inspired "
+            "Memory Architecture}, author = {Park, Sangjun and Bak, JinYeong}, booktitle = {ICML}, year = {2024}}"
+        ),
+    )
+
+    segment_length: int = 150
+    working: int = 50
+    reminded_stm: int = 50
+    reminded_ltm: int = 50
+    stm_capacity: int = 400
+    depth: int = 10
+    lifespan: float = 9.0
+    alpha: float = 8.0
+    heads: int = 4
+    dim: int | None = None
+    feed_forward: int | None = None
+    read_layers: list[int] | None = None
+    write_layer: int | None = None
+    correlation: Literal["exp", "distance"] = "exp"
+    edges: Literal["conditional", "lift"] = "conditional"
+    positive_edges: bool = False
+    random_ltm_seeds: int = 0
+    ties: Literal["random", "oldest"] = "random"
+    seed: int = 0
+    grad_segments: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("working", 1), ("heads", 1), ("stm_capacity", 1), ("reminded_stm", 0), ("reminded_ltm", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("depth", "random_ltm_seeds", "grad_segments", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.lifespan <= 0 or self.alpha < 0:
+            raise ValueError(f"lifespan is {self.lifespan} and alpha {self.alpha}; use a lifespan above 0, alpha from 0")
+        for name, known in (
+            ("correlation", ("exp", "distance")),
+            ("edges", ("conditional", "lift")),
+            ("ties", ("random", "oldest")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {known[0]!r} or {known[1]!r}")
+        if self.dim is not None and self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
+        if self.read_layers is not None and not self.read_layers:
+            raise ValueError("read_layers is empty; name at least one block, or leave it out for all")
+
+    @classmethod
+    def published(cls, **changes: Any) -> MemoriaConfig:
+        """The published code's rules where they are a setting: mean distance, and searches that start at random."""
+        config = cls(**{"correlation": "distance", **changes})
+        return config.replace(random_ltm_seeds=max(0, config.stm_capacity - config.reminded_stm))
+
+    @classmethod
+    def tiny(cls) -> list[MemoryConfig]:
+        """The paper's rule, and one with the other choice everywhere."""
+        small: dict[str, Any] = {"segment_length": 8, "working": 2, "reminded_stm": 2, "reminded_ltm": 3, "heads": 2}
+        small |= {"stm_capacity": 4, "depth": 2, "lifespan": 4.0, "alpha": 3.0}
+        return [
+            cls(**small),
+            cls(
+                **small,
+                correlation="distance",
+                edges="lift",
+                random_ltm_seeds=1,
+                ties="oldest",
+                grad_segments=1,
+                dim=32,
+                feed_forward=16,
+            ),
+        ]
+
+    def build(self, width: int, depth: int, causal: bool = True) -> Memoria:
+        """The module; raises `ValueError` naming a layer or width that the host does not have."""
+        from mnemic.memories.memoria.memoria import Memoria
+
+        return Memoria(self, width, depth, causal)

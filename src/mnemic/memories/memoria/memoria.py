@@ -1,0 +1,135 @@
+"""Memoria: engrams in working, short-term and long-term memory, tied when they fire together, forgotten by lifespan.
+
+Source: Park & Bak, "Memoria: Resolving Fateful Forgetting Problem through Human-Inspired Memory Architecture" (ICML
+2024), sections 3.1 to 3.4. An engram e is a vector of the host's width d with a lifespan. Step t, once a segment:
+
+    encode     M_wm = FFN(softmax(Q W_k X) W_v X)                   N_wm engrams of the segment before (encoders: this one)
+    remind     C_i = mean_j exp(-|e_i - wm_j|^2)                    short-term: the N_stm of highest C
+               E_ij = Count_ij / Count_ii                           from each the long-term engram of highest E, from there
+                                                                    N_depth steps to the highest not found before;
+                                                                    of all found the N_ltm of highest C
+    exploit    h <- h + A(h, M_wm);  h <- h + A(h, M_stm + M_ltm)   after every block, the same weights for both
+    memorise   Count_ij += 1                                        for all pairs of M_wm + M_stm + M_ltm
+               lifespan_i += w_i / sum_k w_k |M_rem| alpha          w_i: mean attention the reminded engram received
+    forget     lifespan_i -= 1;  those at 0 are removed; working memory becomes short-term, and the oldest of that beyond
+               its capacity long-term
+
+What is trained: Q, W_k, W_v, FFN and the readers A, nothing of the host. Stored engrams and the hidden states they are
+made of are constants to the gradient, so the abstractor learns through working memory alone (`grad_segments` extends it).
+A's output projection starts at zero: an untrained memory changes nothing.
+
+Where we depart: A reads after the block, not between its attention and its feed-forward, so that one hook serves every
+family. Where the published code departs from the paper we follow the paper (`docs/mechanisms/memoria.md` lists all).
+State: 4 d + 24 bytes an engram and 4 bytes for each pair of engrams older than 128 segments. The number of engrams levels
+off near alpha (N_stm + N_ltm) + lifespan N_wm.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mnemic.memories.base import Memory, resolve_layer
+from mnemic.memories.memoria import engrams, graph
+from mnemic.memories.memoria.attention import Abstractor, Reader
+from mnemic.memories.memoria.config import MemoriaConfig
+from mnemic.memories.memoria.naive import naive_read, naive_write
+from mnemic.memories.memoria.remind import remind
+from mnemic.state import State
+
+
+class Memoria(Memory):
+    """The module: one abstractor, and a reader for every read layer."""
+
+    def __init__(self, config: MemoriaConfig, width: int, depth: int, causal: bool = True) -> None:
+        super().__init__()
+        self.config, self.width = config, width
+        last = depth - 1 if causal else max(0, depth * 3 // 4 - 1)
+        self.write_layer = resolve_layer(
+            last if config.write_layer is None else config.write_layer, depth, "write_layer"
+        )
+        layers = range(0 if causal else self.write_layer + 1, depth) if config.read_layers is None else config.read_layers
+        self.read_layers = tuple(sorted({resolve_layer(layer, depth, "read_layers") for layer in layers}))
+        self.reads_own_segment = not causal
+        if causal and max(self.read_layers) > self.write_layer:
+            raise ValueError(
+                f"read layer {max(self.read_layers)} lies above write_layer {self.write_layer}: a decoder's segment is "
+                "written after all its reads, which lifespans need; leave write_layer out"
+            )
+        if not causal and (not self.read_layers or min(self.read_layers) <= self.write_layer):
+            raise ValueError(
+                f"an encoder reads above the block that writes, here {self.write_layer} of {depth}: set write_layer to at "
+                f"most {depth - 2} and read_layers above it, not {list(self.read_layers)}"
+            )
+        inner = config.dim or width
+        if inner % config.heads:
+            raise ValueError(f"dim {inner} is not divisible by {config.heads} heads; set heads= to a divisor")
+        self.abstractor = Abstractor(config.working, width, config.feed_forward or 4 * width)
+        self.readers = nn.ModuleDict({str(layer): Reader(width, inner, config.heads) for layer in self.read_layers})
+
+    @property
+    def writes_see_reads(self) -> bool:
+        """Always: what is written depends on what was read, as lifespans do on attention."""
+        return True
+
+    @property
+    def gradient_reach(self) -> int:
+        """Working memory is of the last write; `grad_segments` are those before it."""
+        return 1 + self.config.grad_segments
+
+    def init_state(self, batch: int, device: torch.device | None = None) -> State:
+        """No engrams. Slots of a row lie in order of birth: long-term, short-term, working memory, free ones (zeros).
+
+        `engram [b, n, d]` and `lifespan [b, n]` float32, `id [b, n]` int32 from 1, `levels [b, 3]` int64: how many are
+        long-term, short-term, working; `fired [b, n, 16]` uint8 and `elders [b, e, e]` int32: the graph;
+        `recalled [b, N_stm + N_ltm]` int64: reminded slots, best first, short-term before long-term, -1 for none;
+        `use`, of the same shape: the attention they received in the running segment; `step [b]` int64.
+        """
+        return engrams.empty(batch, self.width, self.config.reminded_stm + self.config.reminded_ltm, device)
+
+    def most_bytes(self, written: int) -> int:
+        """At most N_wm engrams a segment were written; how many of them live depends on the stream."""
+        slots = engrams.capacity(written * self.config.working, self.config.working)
+        fixed = 12 * (self.config.reminded_stm + self.config.reminded_ltm) + 32
+        elders = slots if written > graph.COLUMNS else 0
+        return fixed + slots * (4 * self.width + 8 + graph.COLUMNS // 8) + 4 * elders**2
+
+    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """Hidden states with what the engrams add."""
+        return self.read_and_trace(layer, hidden_btd, state)[0]
+
+    def read_and_trace(
+        self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State
+    ) -> tuple[Float[Tensor, "b t d"], State]:
+        """Hidden states, and the attention that each token paid to each reminded engram: `use [b, t, k]`."""
+        if not state["id"].shape[1]:
+            return hidden_btd, {}
+        dtype = self.parameter_dtype()
+        working = engrams.working_slots(state, self.config.working)
+        recalled = state["recalled"]
+        both = engrams.gather(state["engram"], torch.cat([working, recalled], 1)).to(dtype)
+        working_bwd, recalled_bkd = both.split([working.shape[1], recalled.shape[1]], 1)
+        reader = self.readers[str(layer)]
+        read_btd, use_btk = reader(hidden_btd.to(dtype), working_bwd, recalled_bkd, working[:, 0] >= 0, recalled >= 0)
+        return read_btd.to(hidden_btd.dtype), {"use": use_btk.float()}
+
+    def write(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> State:
+        """The state after a segment: the running step is finished, the next begins with its working memory."""
+        config = self.config
+        state = engrams.finish(state, config.alpha, config.stm_capacity)
+        kept = None
+        if config.grad_segments:
+            oldest = (state["step"] - config.grad_segments) * config.working
+            kept = state["id"] > oldest[:, None]
+        working_bwd = self.abstractor(hidden_btd.detach().to(self.parameter_dtype()), keep_bt)
+        return remind(engrams.renew(state, working_bwd, config.lifespan, kept), config)
+
+    def naive(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> tuple[Float[Tensor, "b t d"], State]:
+        """The equations above with dictionaries and loops, one engram, token and head at a time."""
+        output, traces = naive_read(self, self.read_layers[0], hidden_btd, state, keep_bt)
+        return output, naive_write(self, hidden_btd, {**state, "use": state["use"] + traces["use"]}, keep_bt)

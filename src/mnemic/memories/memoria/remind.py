@@ -1,0 +1,101 @@
+"""Reminding (paper 3.2): what resembles the working memory, and what once fired with that."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mnemic.memories.memoria import engrams
+from mnemic.memories.memoria.config import MemoriaConfig
+from mnemic.memories.memoria.graph import NEVER, Edges, seed_keys
+from mnemic.state import State
+
+# Shapes: b batch, n slots, w working memory, d width, f paths of the search, l slots of long-term memory, k reminded.
+
+
+def remind(state: State, config: MemoriaConfig) -> State:
+    """The state with `recalled`: short-term engrams by correlation, long-term ones found along the strongest ties."""
+    with torch.no_grad():
+        long_bn, short_bn, _ = engrams.level_masks(state)
+        correlation_bn = correlate(state, config)
+        short_bk = best(correlation_bn, short_bn, config.reminded_stm)
+        most = int(state["levels"][:, 0].max())
+        long_bk = short_bk.new_full((len(short_bk), config.reminded_ltm), -1)
+        if most and config.reminded_ltm:
+            found_bl = search(state, long_bn[:, :most], short_bk, config)
+            long_bk = best(correlation_bn[:, :most], found_bl, config.reminded_ltm)
+        recalled = torch.cat([short_bk, long_bk], 1)
+    return {**state, "recalled": recalled, "use": torch.zeros_like(state["use"])}
+
+
+def correlate(state: State, config: MemoriaConfig) -> Float[Tensor, "b n"]:
+    """C_i of every slot: `log mean_j exp(-|e_i - wm_j|^2)`, or `mean_j -|e_i - wm_j|^2`, which is one product with
+    the centroid. The logarithm keeps the order, and does not underflow where the exponential does.
+    """
+    engram_bnd = state["engram"].detach()
+    working_bwd = engrams.gather(engram_bnd, engrams.working_slots(state, config.working))
+    square_bn = engram_bnd.square().sum(-1)
+    if config.correlation == "distance":
+        centre_bd1 = working_bwd.mean(1)[..., None]
+        spread_b = working_bwd.square().sum(-1).mean(1)
+        return 2 * (engram_bnd @ centre_bd1).squeeze(-1) - square_bn - spread_b[:, None]
+    bias_b1w = working_bwd.square().sum(-1)[:, None]
+    distance = torch.baddbmm(bias_b1w, engram_bnd, working_bwd.transpose(1, 2), alpha=-2) + square_bn[..., None]
+    return distance.neg().logsumexp(-1) - torch.log(torch.tensor(float(config.working)))
+
+
+def best(score_bn: Float[Tensor, "b n"], among_bn: Bool[Tensor, "b n"], count: int) -> Int[Tensor, "b k"]:
+    """The `count` slots of highest score among some, best first, -1 where there are fewer."""
+    top = min(count, score_bn.shape[1])
+    values, slots = score_bn.masked_fill(~among_bn, -torch.inf).topk(top, 1)
+    slots = slots.masked_fill(values == -torch.inf, -1)
+    return torch.nn.functional.pad(slots, (0, count - top), value=-1)
+
+
+def search(
+    state: State, long_bl: Bool[Tensor, "b l"], short_bk: Int[Tensor, "b k"], config: MemoriaConfig
+) -> Bool[Tensor, "b l"]:
+    """Which long-term engrams the search finds (paper 3.2.4): from each reminded short-term engram to the one that fired
+    with it most, and on from there, `depth` times, each time to the strongest that no path had found.
+
+    All paths go abreast; two that meet go on as one. Where paths times depth outnumber the long-term memory, all its
+    counts are made at once instead of row by row.
+    """
+    edges = Edges(state, long_bl, config.seed, config.ties, config.edges == "lift")
+    least = edges.least_edge if config.positive_edges else NEVER / 2
+    value, slot = edges.scores(short_bk.clamp_min(0)).max(-1)
+    found_bl = _mark(slot, (short_bk >= 0) & (value > least), long_bl.shape[1])
+    if config.random_ltm_seeds:
+        keys = seed_keys(config.seed, state["step"], state["id"][:, : long_bl.shape[1]]).masked_fill(~long_bl, -1)
+        drawn = keys.topk(min(config.random_ltm_seeds, keys.shape[1]), 1).indices
+        found_bl = found_bl | (_mark(drawn, torch.ones_like(drawn, dtype=torch.bool), long_bl.shape[1]) & long_bl)
+    frontier_bf, going_bf = _compact(found_bl)
+    table_bll = None
+    if frontier_bf.shape[1] * config.depth > long_bl.shape[1]:
+        table_bll = edges.scores(torch.arange(long_bl.shape[1], device=slot.device).expand(len(slot), -1))
+    for _ in range(config.depth):
+        if not frontier_bf.shape[1]:
+            break
+        if table_bll is None:
+            scores = edges.scores(frontier_bf)
+        else:
+            scores = engrams.gather(table_bll, frontier_bf)
+        value, slot = scores.masked_fill_(found_bl[:, None], 2 * NEVER).max(-1)
+        next_bl = _mark(slot, going_bf & (value > least), long_bl.shape[1])
+        found_bl = found_bl | next_bl
+        frontier_bf, going_bf = _compact(next_bl)
+    return found_bl
+
+
+def _mark(slots_bf: Int[Tensor, "b f"], valid_bf: Bool[Tensor, "b f"], size: int) -> Bool[Tensor, "b l"]:
+    """A mask of `size` slots with the valid ones set."""
+    marked = torch.zeros(slots_bf.shape[0], size + 1, dtype=torch.bool, device=slots_bf.device)
+    return marked.scatter_(1, slots_bf.masked_fill(~valid_bf, size), True)[:, :size]
+
+
+def _compact(mask_bl: Bool[Tensor, "b l"]) -> tuple[Int[Tensor, "b f"], Bool[Tensor, "b f"]]:
+    """The set slots of each row, lowest first, as wide as the fullest row needs, and which of them are real."""
+    count = mask_bl.sum(1)
+    slots = torch.argsort(~mask_bl, dim=1, stable=True)[:, : int(count.max())]
+    return slots, torch.arange(slots.shape[1], device=slots.device) < count[:, None]

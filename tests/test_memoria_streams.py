@@ -1,0 +1,239 @@
+"""Memoria's fast path and its plain loops over random streams: after every write the same memory, engram by engram.
+
+The two share only the hash that breaks ties. Each row of the fast batch starts when it likes, writes when it likes, has
+segments of its own length, and must fare as it does alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import shake
+from mnemic.memories.memoria import Memoria, MemoriaConfig
+from mnemic.memories.memoria.graph import counts
+from mnemic.memories.memoria.naive import Mind, minds_from_state, naive_read, naive_write, state_from_minds, write_row
+from mnemic.state import State, select
+
+WIDTH, TIME = 6, 4
+
+
+LEVELS = ("long", "short", "working")
+
+
+def draw(dice: random.Random) -> MemoriaConfig:
+    """Small settings, in which every rule comes into play within 20 writes."""
+    return MemoriaConfig(
+        segment_length=TIME,
+        working=dice.randint(1, 5),
+        reminded_stm=dice.choice([0, 1, 2, 3, 5]),
+        reminded_ltm=dice.choice([1, 2, 3, 6]),
+        stm_capacity=dice.choice([1, 2, 4, 7]),
+        depth=dice.randint(0, 4),
+        lifespan=dice.choice([1.0, 2.0, 2.5, 3.0, 4.0, 6.0]),
+        alpha=dice.choice([0.0, 0.5, 1.0, 2.0, 4.0, 8.0]),
+        heads=2,
+        dim=dice.choice([None, 4]),
+        correlation=dice.choice(["exp", "distance"]),
+        edges=dice.choice(["conditional", "lift"]),
+        positive_edges=dice.random() < 0.3,
+        random_ltm_seeds=dice.choice([0, 0, 1, 3]),
+        ties=dice.choice(["random", "random", "oldest"]),
+        seed=dice.randint(0, 2**31),
+    )
+
+
+def join(states: list[State]) -> State:
+    """States of one row each side by side, with zeros where one holds fewer engrams."""
+    joined = {}
+    for name in states[0]:
+        tensors = [state[name] for state in states]
+        shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+        joined[name] = tensors[0].new_zeros(len(tensors), *shape)
+        for b, tensor in enumerate(tensors):
+            joined[name][(b, *map(slice, tensor.shape[1:]))] = tensor[0]
+    return joined
+
+
+def row(state: State, b: int) -> State:
+    return select(state, torch.tensor([b]))
+
+
+def advance(memory: Memoria, hidden: Tensor, state: State, keep: Tensor) -> tuple[State, Tensor]:
+    """One segment by the fast path: read at every layer, note what was used, write."""
+    output = hidden
+    for layer in memory.read_layers:
+        output, trace = memory.read_and_trace(layer, hidden, state)
+        if trace:
+            state = {**state, "use": state["use"] + (trace["use"] * keep[..., None]).sum(1)}
+    return memory.write(hidden, state, keep), output
+
+
+def advance_mind(memory: Memoria, hidden: Tensor, mind: Mind, keep: Tensor) -> Tensor:
+    """The same for one row by the loops, in place."""
+    output, state = hidden, state_from_minds([mind], memory.config, WIDTH)
+    recalled = [k for k, slot in enumerate(state["recalled"][0].tolist()) if slot >= 0]
+    for layer in memory.read_layers:
+        output, trace = naive_read(memory, layer, hidden[None], state, keep[None])
+        for i, k in zip(mind.recalled, recalled, strict=True):
+            mind.use[i] += float(trace["use"][0, k])
+    write_row(memory, mind, hidden[keep])
+    return output[0]
+
+
+def assert_same_memory(state: State, mind: Mind) -> None:
+    """A state of one row is this memory: levels, ids, what is recalled in its order and counts exactly."""
+    slots, ids = len(mind.engrams), [engram.id for engram in mind.engrams]
+    assert ids == sorted(ids)
+    assert state["levels"][0].tolist() == [len(mind.at(level)) for level in LEVELS]
+    assert [engram.level for engram in mind.engrams] == sorted(engram.level for engram in mind.engrams)
+    assert state["id"][0].tolist() == ids + [0] * (state["id"].shape[1] - slots)
+    assert int(state["step"]) == mind.step
+    assert [ids[slot] for slot in state["recalled"][0].tolist() if slot >= 0] == mind.recalled
+    assert not state["use"].any()
+    found = counts(state)[0].long()
+    assert found[:slots, :slots].tolist() == [[mind.counts.get((i, j), 0) for j in ids] for i in ids]
+    assert int(found.sum()) == sum(mind.counts.values())
+    for name, values in (
+        ("lifespan", torch.tensor([engram.lifespan for engram in mind.engrams])),
+        ("engram", torch.stack([engram.vector for engram in mind.engrams])),
+    ):
+        torch.testing.assert_close(state[name][0, :slots], values, atol=1e-5, rtol=1e-5)
+        assert not state[name][0, slots:].any()
+
+
+@torch.no_grad()
+def compare(seed: int, config: MemoriaConfig, steps: int, batch: int) -> Counter[str]:
+    """Runs one batch of ragged streams both ways and compares every row after every write; counts what happened."""
+    dice, seen = random.Random(seed), Counter()
+    torch.manual_seed(seed)
+    memory = config.build(WIDTH, depth=2).to(dice.choice([torch.float32, torch.float32]))
+    shake(memory, seed, scale=dice.choice([0.2, 0.5]))
+    noise = dice.choice([0.1, 0.5])
+    minds = [Mind(config) for _ in range(batch)]
+    states = [row(memory.init_state(batch), b) for b in range(batch)]
+    alone, means = states[0], torch.randn(batch, WIDTH)
+    starts, paces = [dice.randint(0, 8) for _ in range(batch)], [dice.choice([0.5, 0.9, 1.0]) for _ in range(batch)]
+    for step in range(steps):
+        writers = [b for b in range(batch) if step >= starts[b] and dice.random() < paces[b]]
+        if not writers:
+            continue
+        means = 0.95 * means + 0.15 * torch.randn(batch, WIDTH)
+        hidden = (means[:, None] + noise * torch.randn(batch, TIME, WIDTH))[writers]
+        keep = torch.rand(len(writers), TIME) < 0.8
+        keep[torch.arange(len(writers)), torch.randint(TIME, (len(writers),))] = True
+        state, output = advance(memory, hidden, join([states[b] for b in writers]), keep)
+        for n, b in enumerate(writers):
+            before = {engram.id for engram in minds[b].engrams}
+            expected = advance_mind(memory, hidden[n], minds[b], keep[n])
+            torch.testing.assert_close(output[n], expected, atol=1e-4, rtol=1e-4)
+            states[b] = row(state, n)
+            assert_same_memory(states[b], minds[b])
+            if b == 0:
+                alone, output_alone = advance(memory, hidden[n : n + 1], alone, keep[n : n + 1])
+                torch.testing.assert_close(output_alone[0], expected, atol=1e-4, rtol=1e-4)
+                assert_same_memory(alone, minds[b])
+            long = {engram.id for engram in minds[b].at("long")}
+            seen["writes"] += 1
+            seen["deaths"] += len(before - set(minds[b].score) - {e.id for e in minds[b].at("working")})
+            seen["long recalled"] += len(long & set(minds[b].recalled))
+            seen["long left"] += len(long - set(minds[b].recalled))
+            if dice.random() < 0.05:
+                # what either side knows is in the state
+                minds[b], states[b] = (
+                    minds_from_state(states[b], config)[0],
+                    state_from_minds([minds[b]], config, WIDTH),
+                )
+                seen["folded"] += len(minds[b].folded)
+    return seen
+
+
+@pytest.mark.parametrize("chunk", range(12))
+def test_random_streams(chunk):
+    seen = Counter()
+    for seed in range(25 * chunk, 25 * chunk + 25):
+        dice = random.Random(-1 - seed)
+        seen += compare(seed, draw(dice), steps=dice.randint(15, 40), batch=dice.randint(1, 4))
+    assert seen["long recalled"] > 100
+    assert seen["long left"] > 100
+    assert seen["deaths"] > 100
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_streams_past_the_ring_of_columns(seed):
+    """Longer than the 128 steps that are kept bit by bit, so counts of older ones are folded into sums."""
+    config = draw(random.Random(1000 + seed)).replace(
+        working=1 + seed % 2, lifespan=4.0, alpha=2.0, stm_capacity=3, reminded_stm=2, reminded_ltm=4
+    )
+    seen = compare(1000 + seed, config, steps=170, batch=2)
+    assert seen["folded"] > 0
+    assert seen["long recalled"] > 100
+
+
+def whole_numbers(memory: Memoria) -> None:
+    """Makes the abstractor pass on the mean of its segment unchanged, in whole numbers exactly."""
+    abstractor = memory.abstractor
+    abstractor.norm = torch.nn.Identity()
+    for parameter in abstractor.parameters():
+        parameter.zero_()
+    for linear, bias in ((abstractor.value, 0), (abstractor.expand, 100), (abstractor.contract, -100)):
+        linear.weight.copy_(torch.eye(WIDTH))
+        linear.bias.fill_(bias)  # where GELU is the identity
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(20))
+def test_equal_engrams(seed):
+    """Engrams on a small grid, most of them equal: every choice is a tie, and the oldest of the best is taken."""
+    dice = random.Random(seed)
+    config = draw(dice).replace(feed_forward=WIDTH)
+    torch.manual_seed(seed)
+    memory = config.build(WIDTH, depth=1)
+    shake(memory, seed)
+    whole_numbers(memory)
+    mind, state, keep = Mind(config), memory.init_state(1), torch.ones(1, 1, dtype=torch.bool)
+    for _ in range(25):
+        hidden = torch.zeros(1, 1, WIDTH)
+        hidden[..., :2] = torch.randint(-1, 2, (2,))
+        state, _ = advance(memory, hidden, state, keep)
+        advance_mind(memory, hidden[0], mind, keep[0])
+        assert_same_memory(state, mind)
+        assert torch.equal(mind.at("working")[0].vector, hidden[0, 0])
+
+
+@pytest.mark.parametrize("grad_segments", [0, 1, 3])
+def test_gradients(grad_segments):
+    """Through working memory, and through the engrams of as many segments before it as were asked for."""
+    config = MemoriaConfig(
+        segment_length=TIME, working=2, reminded_stm=3, reminded_ltm=3, stm_capacity=3, depth=2, lifespan=5.0, heads=2
+    ).replace(grad_segments=grad_segments)
+    memory = config.build(WIDTH, depth=1).double()
+    shake(memory, scale=0.5)
+    hidden = torch.randn(7, 2, TIME, WIDTH, dtype=torch.double, requires_grad=True)
+    keep = torch.rand(7, 2, TIME) < 0.7
+    keep[:, :, 0] = True
+    weights = torch.randn(2, TIME, WIDTH, dtype=torch.double)
+    gradients = []
+    for naive in (False, True):
+        state, losses = memory.init_state(2), []
+        for segment, kept in zip(hidden, keep, strict=True):
+            if naive:
+                output, trace = naive_read(memory, 0, segment, state, kept)
+                state = naive_write(memory, segment, {**state, "use": state["use"] + trace["use"]}, kept)
+            else:
+                state, output = advance(memory, segment, state, kept)
+            losses.append((output * weights).sum())
+        assert int(state["levels"][:, 0].min()) > 0
+        wanted = [hidden, *memory.parameters()]
+        gradients.append(torch.autograd.grad(losses[-1], wanted, allow_unused=True))
+    for fast, slow in zip(*gradients, strict=True):
+        assert (fast is None) == (slow is None)
+        if fast is not None:
+            torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+    # the last segment reads what the one before it wrote, and `grad_segments` more; at 0 it reaches no hidden states
+    reached = [bool(segment.any()) for segment in gradients[0][0]]
+    assert reached == [0 < 6 - n <= grad_segments + 1 and grad_segments > 0 for n in range(6)] + [True]
