@@ -11,7 +11,21 @@ import transformers as hf
 
 import mnemic
 from families import COMMON, POSITIONS, make
-from helpers import CONFIGS, SEGMENT, carrier, feed, host, matrix, over_decoders, stream, tokens, trained
+from helpers import (
+    CONFIGS,
+    SEGMENT,
+    assert_same_stream,
+    carrier,
+    every_kind,
+    feed,
+    host,
+    matrix,
+    over_decoders,
+    positions_of,
+    stream,
+    tokens,
+    trained,
+)
 from mnemic import EMTConfig
 
 CONFIG = CONFIGS["emt-0"]
@@ -194,18 +208,20 @@ def test_not_a_number_in_a_batch(window):
     refuse_call(model, message, window=window, error=mnemic.StateError, inputs_embeds=embeddings)
 
 
+@every_kind
 @torch.no_grad()
-def test_padding_may_be_anything():
-    # what stands where the mask is 0 never reaches the memory
-    model, mask = host("llama", CONFIG), torch.ones(1, 11, dtype=torch.long)
-    mask[0, 8:] = 0
-    embeddings = model.get_input_embeddings()(tokens(1, 11)).clone()
+def test_padding_may_be_anything(config):
+    # what stands where the mask is 0 never reaches the memory, before, between or after real tokens
+    model, mask = host("llama", config), torch.ones(1, 35, dtype=torch.long)
+    mask[0, :3] = mask[0, 13:17] = mask[0, 32:] = 0
+    real = mask[0].bool()
+    embeddings = model.get_input_embeddings()(tokens(1, 35)).clone()
     plain, spoilt = carrier(model), carrier(model)
-    model(inputs_embeds=embeddings[:, :8], past_key_values=plain)
-    embeddings[0, 8:] = 1e4
-    model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=spoilt)
-    for key, tensor in stream(plain).state.items():
-        torch.testing.assert_close(stream(spoilt).state[key], tensor)
+    model(inputs_embeds=embeddings[:, real], past_key_values=plain)
+    embeddings[0, ~real] = 1e4
+    model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions_of(mask), past_key_values=spoilt)
+    assert stream(plain).written == (3,)
+    assert_same_stream(stream(spoilt), stream(plain))
 
 
 def test_a_stream_on_another_device():

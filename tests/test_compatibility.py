@@ -223,10 +223,17 @@ def test_trainer(config, name, tmp_path):
     for checkpointing in (False, True):
         model = host(name, config, **quiet)
         attachment = mnemic.attached(model)
-        one = attachment.memory.writes_see_reads or name == "bert"
+        memory = attachment.memory
+        # a call of an encoder is one segment; what starts empty learns nothing from a single one
+        one = name == "bert" or (memory.writes_see_reads and not memory.starts_empty)
+        length = SEGMENT if one else 3 * SEGMENT
         before = [parameter.clone() for parameter in attachment.parameters()]
         base = {k: v.clone() for k, v in model.state_dict().items() if ".mnemic." not in k}
-        train_two_steps(model, SEGMENT if one else 3 * SEGMENT, tmp_path, checkpointing)
+        if checkpointing and memory.writes_see_reads and not one:
+            with pytest.raises(ValueError, match=r"gradient checkpointing drops the base's keys.*MemoryCache"):
+                train_two_steps(model, length, tmp_path, checkpointing)
+            return
+        train_two_steps(model, length, tmp_path, checkpointing)
         after = model.state_dict()
         assert all(torch.equal(after[key], tensor) for key, tensor in base.items())
         assert any(not torch.equal(p, b) for p, b in zip(attachment.parameters(), before, strict=True))
@@ -237,7 +244,8 @@ def test_trainer(config, name, tmp_path):
 
 @matrix(SOME)
 def test_gradient_checkpointing(config, name):
-    # the first parameter gradients with and without recomputation, over several segments
+    # the first parameter gradients with and without recomputation, over several segments: in one call, or, where that
+    # is refused, in a call a segment on a cache of that window, as the error says
     gradients, ids = [], tokens(2, 3 * SEGMENT)
     for checkpointing in (False, True):
         model = host(name, config)
@@ -250,14 +258,19 @@ def test_gradient_checkpointing(config, name):
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        if checkpointing and mnemic.attached(model).memory.writes_see_reads:
-            with pytest.raises(ValueError, match=r"gradient checkpointing drops the base's keys.*MemoryCache"):
-                model(ids, labels=ids)
-            return
-        model(ids, labels=ids).loss.backward()
+        if mnemic.attached(model).memory.writes_see_reads:
+            if checkpointing:
+                with pytest.raises(ValueError, match=r"gradient checkpointing drops the base's keys.*MemoryCache"):
+                    model(ids, labels=ids)
+            cache = mnemic.memory_cache(model, SEGMENT)
+            parts = ids.split(SEGMENT, 1)
+            loss = sum(model(part, labels=part, past_key_values=cache).loss for part in parts)
+        else:
+            loss = model(ids, labels=ids).loss
+        loss.backward()
         gradients.append([parameter.grad for parameter in mnemic.attached(model).parameters()])
     for plain_gradient, checkpointed in zip(*gradients, strict=True):
-        assert_near(checkpointed, plain_gradient, 1e-5)
+        assert_near(checkpointed, plain_gradient, 1e-5, size=float(plain_gradient.abs().max()))
         assert plain_gradient.abs().sum() > 0 or plain_gradient.numel() <= 64
 
 
@@ -287,7 +300,7 @@ def test_peft(config, name, tmp_path):
     # attaching with freeze=False leaves the adapter to train beside the memory
     both = peft.get_peft_model(make(name), settings)
     mnemic.attach(both, config, freeze=False)
-    both(ids[:, :SEGMENT], labels=ids[:, :SEGMENT]).loss.backward()
+    both(ids, labels=ids).loss.backward()
     trained_names = {key for key, parameter in both.named_parameters() if parameter.grad is not None}
     assert any("lora_" in key for key in trained_names)
     assert any(".mnemic." in key for key in trained_names)
@@ -332,7 +345,7 @@ def test_bfloat16(config, name):
     carried = carrier(model)
     logits, reference = feed(model, longer, carried=carried), feed(wide, longer)
     assert logits.dtype == torch.bfloat16
-    assert all(tensor.dtype == torch.float32 for tensor in stream(carried).state.values())
+    assert all(t.dtype == torch.float32 for t in stream(carried).state.values() if t.is_floating_point())
     error = (logits.float() - reference).abs().mean() / reference.abs().mean()
     assert error < 0.1, error
     changed = longer.clone()

@@ -67,10 +67,10 @@ def test_one_novel(shelf, tmp_path):
 
 
 def test_novels_that_cannot_be_read(shelf, tmp_path):
-    with pytest.raises(FileNotFoundError, match="none does not exist; pass a folder, a tar archive or a .txt file"):
+    with pytest.raises(FileNotFoundError, match=r"none does not exist; pass a folder, a tar archive or a \.txt file"):
         novels(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no .txt file"):
+    with pytest.raises(ValueError, match=r"has no \.txt file"):
         novels(tmp_path / "empty")
     with pytest.raises(ValueError, match="is not a tar archive"):
         novels(shelf / "readme.md")
@@ -140,7 +140,7 @@ def test_a_token_has_its_bytes():
     text = "the é a"
     tokens = tokenize(text, byte_level())
     pieces = byte_level().convert_ids_to_tokens(tokens.ids.tolist())
-    assert pieces == ["the", "Ġ", "Ã", "©", "Ġa"]  # noqa: RUF001
+    assert pieces == ["the", "Ġ", "Ã", "©", "Ġa"]
     assert tokens.lengths.tolist() == [3, 1, 2, 0, 2]
 
 
@@ -249,13 +249,11 @@ def test_targets_are_the_next_tokens_with_their_bytes():
 
 
 def test_every_byte_behind_the_first_token_is_scored_once():
-    text = TEXT[: len(TEXT) // 2]
-    tokens = tokenize(text, byte_level())
-    segment = next(size for size in range(2, len(tokens)) if len(tokens) % size == 0)
-    batches = list(DocumentStream([tokens], 1, segment, epochs=1))
-    scored = sum(int(batch.target_bytes.sum()) for batch in batches)
-    assert scored == len(text.encode()) - int(tokens.lengths[0])
-    assert sum(int((batch.targets != IGNORED).sum()) for batch in batches) == len(tokens) - 1
+    tokens = tokenize(TEXT, byte_level())
+    used = len(tokens) // 7 * 7
+    batches = list(DocumentStream([tokens], 1, 7, epochs=1))
+    assert sum(int(batch.target_bytes.sum()) for batch in batches) == int(tokens.lengths[1:used].sum())
+    assert sum(int((batch.targets != IGNORED).sum()) for batch in batches) == used - 1
 
 
 def test_streams_that_cannot_be():
@@ -265,7 +263,7 @@ def test_streams_that_cannot_be():
         DocumentStream(books(30), 0, 10)
     with pytest.raises(ValueError, match=r"document 1 is \[2, 3\] torch.int64; give 1-D token ids"):
         DocumentStream([torch.arange(9), torch.zeros(2, 3, dtype=torch.long)], 1, 4)
-    with pytest.raises(ValueError, match="torch.float32"):
+    with pytest.raises(ValueError, match="float32"):
         DocumentStream([torch.zeros(9)], 1, 4)
 
 

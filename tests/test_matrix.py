@@ -478,9 +478,10 @@ def test_fast_equals_naive(config, padded):
     state = memory.write(hidden.detach() + 1, state)
     if config.kind == "memoria":
         # so many that every level is filled and something was reminded from each
-        for number in range(4):
-            state = memory.write(hidden.detach() + torch.randn(3, 1, 64, dtype=torch.float64) * number, state)
-        assert bool((state["recalled"][:, -1] >= 0).any())
+        for _ in range(4):
+            state["use"] = torch.rand_like(state["use"])
+            state = memory.write(torch.randn(3, SEGMENT, 64, dtype=torch.float64), state)
+        assert bool((state["recalled"][:, config.reminded_stm :] >= 0).any())
     state = {key: tensor.detach() for key, tensor in state.items()}
     state = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     results = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,12 +18,9 @@ from helpers import shake
 from mnemic.memories.memoria import Memoria, MemoriaConfig
 from mnemic.memories.memoria.graph import counts
 from mnemic.memories.memoria.naive import Mind, minds_from_state, naive_read, naive_write, state_from_minds, write_row
-from mnemic.state import State, select
+from mnemic.state import State, concatenate, select
 
 WIDTH, TIME = 6, 4
-
-
-LEVELS = ("long", "short", "working")
 
 
 def draw(dice: random.Random) -> MemoriaConfig:
@@ -35,9 +33,11 @@ def draw(dice: random.Random) -> MemoriaConfig:
         stm_capacity=dice.choice([1, 2, 4, 7]),
         depth=dice.randint(0, 4),
         lifespan=dice.choice([1.0, 2.0, 2.5, 3.0, 4.0, 6.0]),
-        alpha=dice.choice([0.0, 0.5, 1.0, 2.0, 4.0, 8.0]),
+        # no sum of lifespans gained and steps lost is 0 but for rounding
+        alpha=1.0317 * dice.choice([0.0, 0.5, 1.0, 2.0, 4.0, 8.0]),
         heads=2,
         dim=dice.choice([None, 4]),
+        read_layers=dice.choice([[0], [1], [0, 1]]),
         correlation=dice.choice(["exp", "distance"]),
         edges=dice.choice(["conditional", "lift"]),
         positive_edges=dice.random() < 0.3,
@@ -45,18 +45,6 @@ def draw(dice: random.Random) -> MemoriaConfig:
         ties=dice.choice(["random", "random", "oldest"]),
         seed=dice.randint(0, 2**31),
     )
-
-
-def join(states: list[State]) -> State:
-    """States of one row each side by side, with zeros where one holds fewer engrams."""
-    joined = {}
-    for name in states[0]:
-        tensors = [state[name] for state in states]
-        shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-        joined[name] = tensors[0].new_zeros(len(tensors), *shape)
-        for b, tensor in enumerate(tensors):
-            joined[name][(b, *map(slice, tensor.shape[1:]))] = tensor[0]
-    return joined
 
 
 def row(state: State, b: int) -> State:
@@ -76,34 +64,48 @@ def advance(memory: Memoria, hidden: Tensor, state: State, keep: Tensor) -> tupl
 def advance_mind(memory: Memoria, hidden: Tensor, mind: Mind, keep: Tensor) -> Tensor:
     """The same for one row by the loops, in place."""
     output, state = hidden, state_from_minds([mind], memory.config, WIDTH)
-    recalled = [k for k, slot in enumerate(state["recalled"][0].tolist()) if slot >= 0]
+    places = [k for k, slot in enumerate(state["recalled"][0].tolist()) if slot >= 0]
     for layer in memory.read_layers:
         output, trace = naive_read(memory, layer, hidden[None], state, keep[None])
-        for i, k in zip(mind.recalled, recalled, strict=True):
+        for i, k in zip(mind.recalled, places, strict=True):
             mind.use[i] += float(trace["use"][0, k])
     write_row(memory, mind, hidden[keep])
     return output[0]
 
 
 def assert_same_memory(state: State, mind: Mind) -> None:
-    """A state of one row is this memory: levels, ids, what is recalled in its order and counts exactly."""
+    """A state of one row is this memory: levels, ids and counts exactly, vectors and lifespans nearly."""
     slots, ids = len(mind.engrams), [engram.id for engram in mind.engrams]
     assert ids == sorted(ids)
-    assert state["levels"][0].tolist() == [len(mind.at(level)) for level in LEVELS]
     assert [engram.level for engram in mind.engrams] == sorted(engram.level for engram in mind.engrams)
+    assert state["levels"][0].tolist() == [len(mind.at(level)) for level in ("long", "short", "working")]
     assert state["id"][0].tolist() == ids + [0] * (state["id"].shape[1] - slots)
     assert int(state["step"]) == mind.step
-    assert [ids[slot] for slot in state["recalled"][0].tolist() if slot >= 0] == mind.recalled
     assert not state["use"].any()
     found = counts(state)[0].long()
     assert found[:slots, :slots].tolist() == [[mind.counts.get((i, j), 0) for j in ids] for i in ids]
     assert int(found.sum()) == sum(mind.counts.values())
-    for name, values in (
-        ("lifespan", torch.tensor([engram.lifespan for engram in mind.engrams])),
-        ("engram", torch.stack([engram.vector for engram in mind.engrams])),
-    ):
-        torch.testing.assert_close(state[name][0, :slots], values, atol=1e-5, rtol=1e-5)
+    vectors, lifespans = torch.stack([e.vector for e in mind.engrams]), torch.tensor([e.lifespan for e in mind.engrams])
+    torch.testing.assert_close(state["engram"][0, :slots], vectors, atol=1e-5, rtol=1e-5)
+    # a step may add N_rem * alpha, of which float32 keeps seven digits
+    torch.testing.assert_close(state["lifespan"][0, :slots], lifespans, atol=1e-5 * max(1, max(lifespans)), rtol=0)
+    for name in ("engram", "lifespan", "fired"):
         assert not state[name][0, slots:].any()
+
+
+def recalled(state: State) -> list[int]:
+    """The ids of what a state of one row recalls, in its order."""
+    return [int(state["id"][0, slot]) for slot in state["recalled"][0].tolist() if slot >= 0]
+
+
+def near_tie(mind: Mind) -> bool:
+    """Two engrams of one level correlate so nearly alike with working memory that float32 may order them otherwise."""
+    rounding = 1e-6 * (1 + max(float(engram.vector.square().sum()) for engram in mind.engrams))
+    for level in ("short", "long"):
+        scores = sorted(mind.score[engram.id] for engram in mind.at(level))
+        if any(high - low < rounding for low, high in pairwise(scores)):
+            return True
+    return False
 
 
 @torch.no_grad()
@@ -111,34 +113,43 @@ def compare(seed: int, config: MemoriaConfig, steps: int, batch: int) -> Counter
     """Runs one batch of ragged streams both ways and compares every row after every write; counts what happened."""
     dice, seen = random.Random(seed), Counter()
     torch.manual_seed(seed)
-    memory = config.build(WIDTH, depth=2).to(dice.choice([torch.float32, torch.float32]))
+    memory = config.build(WIDTH, depth=2).to(dice.choice([torch.float32, torch.float64]))
     shake(memory, seed, scale=dice.choice([0.2, 0.5]))
     noise = dice.choice([0.1, 0.5])
     minds = [Mind(config) for _ in range(batch)]
     states = [row(memory.init_state(batch), b) for b in range(batch)]
     alone, means = states[0], torch.randn(batch, WIDTH)
-    starts, paces = [dice.randint(0, 8) for _ in range(batch)], [dice.choice([0.5, 0.9, 1.0]) for _ in range(batch)]
+    starts, paces = [dice.randint(0, 8) for _ in range(batch)], [dice.choice([0.7, 0.9, 1.0]) for _ in range(batch)]
     for step in range(steps):
         writers = [b for b in range(batch) if step >= starts[b] and dice.random() < paces[b]]
         if not writers:
             continue
         means = 0.95 * means + 0.15 * torch.randn(batch, WIDTH)
         hidden = (means[:, None] + noise * torch.randn(batch, TIME, WIDTH))[writers]
-        keep = torch.rand(len(writers), TIME) < 0.8
-        keep[torch.arange(len(writers)), torch.randint(TIME, (len(writers),))] = True
-        state, output = advance(memory, hidden, join([states[b] for b in writers]), keep)
+        # at least two real tokens: with one all of working memory is equal
+        keep = torch.rand(len(writers), TIME) < 0.6
+        keep[:, -2:] |= keep.sum(1, keepdim=True) < 2
+        state, output = advance(memory, hidden, concatenate([states[b] for b in writers]), keep)
         for n, b in enumerate(writers):
             before = {engram.id for engram in minds[b].engrams}
             expected = advance_mind(memory, hidden[n], minds[b], keep[n])
-            torch.testing.assert_close(output[n], expected, atol=1e-4, rtol=1e-4)
             states[b] = row(state, n)
-            assert_same_memory(states[b], minds[b])
+            found = [(states[b], output[n])]
             if b == 0:
                 alone, output_alone = advance(memory, hidden[n : n + 1], alone, keep[n : n + 1])
-                torch.testing.assert_close(output_alone[0], expected, atol=1e-4, rtol=1e-4)
-                assert_same_memory(alone, minds[b])
+                found.append((alone, output_alone[0]))
+            for state_b, output_b in found:
+                torch.testing.assert_close(output_b, expected, atol=1e-4, rtol=1e-4)
+                assert_same_memory(state_b, minds[b])
+            if any(recalled(state_b) != minds[b].recalled for state_b, _ in found):
+                assert near_tie(minds[b]), (recalled(states[b]), minds[b].recalled)
+                seen["near ties"] += 1
+                minds[b] = minds_from_state(states[b], config)[0]
+                alone = states[b] if b == 0 else alone
+                continue
             long = {engram.id for engram in minds[b].at("long")}
             seen["writes"] += 1
+            seen["folded"] += len(minds[b].folded)
             seen["deaths"] += len(before - set(minds[b].score) - {e.id for e in minds[b].at("working")})
             seen["long recalled"] += len(long & set(minds[b].recalled))
             seen["long left"] += len(long - set(minds[b].recalled))
@@ -148,7 +159,6 @@ def compare(seed: int, config: MemoriaConfig, steps: int, batch: int) -> Counter
                     minds_from_state(states[b], config)[0],
                     state_from_minds([minds[b]], config, WIDTH),
                 )
-                seen["folded"] += len(minds[b].folded)
     return seen
 
 
@@ -161,16 +171,18 @@ def test_random_streams(chunk):
     assert seen["long recalled"] > 100
     assert seen["long left"] > 100
     assert seen["deaths"] > 100
+    assert seen["near ties"] <= 5
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_streams_past_the_ring_of_columns(seed):
     """Longer than the 128 steps that are kept bit by bit, so counts of older ones are folded into sums."""
     config = draw(random.Random(1000 + seed)).replace(
-        working=1 + seed % 2, lifespan=4.0, alpha=2.0, stm_capacity=3, reminded_stm=2, reminded_ltm=4
+        working=1, lifespan=60.0, alpha=8.0, stm_capacity=3, reminded_stm=2, reminded_ltm=4
     )
-    seen = compare(1000 + seed, config, steps=170, batch=2)
-    assert seen["folded"] > 0
+    seen = compare(1000 + seed, config, steps=200, batch=2)
+    assert seen["folded"] > 100
+    assert seen["deaths"] > 10
     assert seen["long recalled"] > 100
 
 
@@ -192,7 +204,7 @@ def test_equal_engrams(seed):
     dice = random.Random(seed)
     config = draw(dice).replace(feed_forward=WIDTH)
     torch.manual_seed(seed)
-    memory = config.build(WIDTH, depth=1)
+    memory = config.build(WIDTH, depth=2)
     shake(memory, seed)
     whole_numbers(memory)
     mind, state, keep = Mind(config), memory.init_state(1), torch.ones(1, 1, dtype=torch.bool)
@@ -202,6 +214,7 @@ def test_equal_engrams(seed):
         state, _ = advance(memory, hidden, state, keep)
         advance_mind(memory, hidden[0], mind, keep[0])
         assert_same_memory(state, mind)
+        assert recalled(state) == mind.recalled
         assert torch.equal(mind.at("working")[0].vector, hidden[0, 0])
 
 

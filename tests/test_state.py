@@ -13,8 +13,11 @@ from mnemic.state import (
     batch_size,
     concatenate,
     detach,
+    grow,
+    level,
     map_state,
     nbytes,
+    put,
     read_file,
     repeat,
     select,
@@ -49,6 +52,91 @@ def test_operations_leave_their_argument_alone(state):
     repeat(state, 2)["slots"].zero_()
     concatenate([state, state])["slots"].zero_()
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+
+
+# --- states that grow ------------------------------------------------------------------------------------------------
+
+
+def test_grow_pads_with_zeros():
+    table = torch.arange(1.0, 13.0).view(2, 2, 3)
+    grown = grow(table, (4, 3))
+    assert grown.shape == (2, 4, 3)
+    assert torch.equal(grown[:, :2], table)
+    assert not grown[:, 2:].any()
+    both = grow(table, (3, 5))
+    assert torch.equal(both[:, :2, :3], table)
+    assert both.sum() == table.sum()
+    assert grow(table, (2, 3)) is table
+    assert grow(torch.ones(3), ()).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8, torch.int32, torch.bool])
+def test_grow_keeps_the_dtype(dtype):
+    grown = grow(torch.ones(2, 1, dtype=dtype), (3,))
+    assert grown.dtype == dtype
+    assert grown.long().tolist() == [[1, 0, 0]] * 2
+    assert grow(torch.ones(2, 0, 4, dtype=dtype), (2, 4)).shape == (2, 2, 4)
+
+
+def test_level_takes_the_largest_of_every_dimension():
+    tensors = [torch.full((1, 2, 5), 1), torch.full((3, 4, 1), 2), torch.full((2, 0, 0), 3)]
+    levelled = level(tensors)
+    assert [tuple(tensor.shape) for tensor in levelled] == [(1, 4, 5), (3, 4, 5), (2, 4, 5)]
+    assert [int(tensor.sum()) for tensor in levelled] == [10, 24, 0]
+    assert levelled[1][2, 3].tolist() == [2, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="zip"):
+        level([torch.zeros(1, 2), torch.zeros(1, 2, 2)])
+
+
+NONE = {"id": torch.zeros(1, 0, dtype=torch.long), "pair": torch.zeros(1, 0, 0, dtype=torch.int32)}
+"""A row with nothing in it."""
+
+
+@pytest.fixture
+def grown():
+    """Two rows that hold more than those of `small`."""
+    return {"id": torch.arange(1, 9).view(2, 4), "pair": torch.ones(2, 4, 4, dtype=torch.int32)}
+
+
+@pytest.fixture
+def small():
+    return {"id": torch.tensor([[-1, -2], [-3, -4], [-5, -6]]), "pair": torch.full((3, 1, 1), 7, dtype=torch.int32)}
+
+
+def test_concatenate_states_of_different_sizes(grown, small):
+    joined = concatenate([small, grown, NONE])
+    assert joined["id"].tolist() == [
+        [-1, -2, 0, 0],
+        [-3, -4, 0, 0],
+        [-5, -6, 0, 0],
+        [1, 2, 3, 4],
+        [5, 6, 7, 8],
+        [0, 0, 0, 0],
+    ]
+    assert joined["pair"].shape == (6, 4, 4)
+    assert joined["pair"].sum((1, 2)).tolist() == [7, 7, 7, 16, 16, 0]
+    assert joined["pair"].dtype == torch.int32
+
+
+def test_put_replaces_rows_and_pads_either(grown, small):
+    kept = {name: tensor.clone() for name, tensor in small.items()}
+    after = put(small, torch.tensor([2, 0]), grown)
+    assert after["id"].tolist() == [[5, 6, 7, 8], [-3, -4, 0, 0], [1, 2, 3, 4]]
+    assert after["pair"].sum((1, 2)).tolist() == [16, 7, 16]
+    assert all(torch.equal(small[name], tensor) for name, tensor in kept.items())
+    # nothing of a row's longer past stays behind what replaces it
+    after = put(grown, torch.tensor([1]), select(small, torch.tensor([0])))
+    assert after["id"].tolist() == [[1, 2, 3, 4], [-1, -2, 0, 0]]
+    assert after["pair"][1].tolist() == [[7, 0, 0, 0], *[[0, 0, 0, 0]] * 3]
+    assert put(small, torch.tensor([0]), NONE)["id"].tolist() == [[0, 0], [-3, -4], [-5, -6]]
+
+
+def test_put_carries_gradients():
+    old, new = torch.ones(3, 2, requires_grad=True), torch.ones(1, 3, requires_grad=True)
+    after = put({"slots": old}, torch.tensor([1]), {"slots": new})["slots"]
+    (after * torch.arange(9.0).view(3, 3)).sum().backward()
+    assert new.grad.tolist() == [[3, 4, 5]]
+    assert old.grad.tolist() == [[0, 1], [0, 0], [6, 7]]
 
 
 def test_bytes_and_detach(state):

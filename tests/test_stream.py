@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import CONFIGS, SEGMENT
-from mnemic.state import StateError, append_rows
+from mnemic.state import StateError, append_rows, grow
 from mnemic.stream import Piece, Stream, check_finite, cut
 
 
@@ -152,6 +153,86 @@ def test_detach_cuts_the_gradient(memory, ragged):
     stream = ragged.commit(memory, [0, 1])
     assert stream.state["slots"].requires_grad
     assert not stream.detach().state["slots"].requires_grad
+
+
+# --- states that grow, and traces ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Diary:
+    """A memory in so far as a stream needs it: every write adds one page, the sum of its tokens, and `ink` dries."""
+
+    def init_state(self, batch, device=None):
+        return {
+            "pages": torch.zeros(batch, 0),
+            "count": torch.zeros(batch, dtype=torch.long),
+            "ink": torch.zeros(batch, 2),
+        }
+
+    def write(self, hidden, state, keep=None):
+        keep = torch.ones(hidden.shape[:2]) if keep is None else keep.float()
+        count = state["count"] + 1
+        pages = grow(state["pages"], (max(state["pages"].shape[1], int(count.max())),))
+        page = (hidden.sum(-1) * keep).sum(1, keepdim=True)
+        pages = pages.scatter(1, count[:, None] - 1, page)
+        return {"pages": pages, "count": count, "ink": torch.zeros_like(state["ink"])}
+
+
+@pytest.fixture
+def diary():
+    """Three rows whose segments hold 2, 1 and no tokens."""
+    keep = torch.tensor([[True, True], [False, True], [False, False]])
+    hidden = torch.tensor([[1.0, 2.0], [9.0, 4.0], [9.0, 9.0]])[..., None]
+    return Stream.new(Diary(), 3, torch.empty(0, 1)).append(hidden, keep)
+
+
+def test_rows_grow_apart(diary):
+    memory, one = Diary(), torch.ones(3, 1, 1)
+    after = diary.commit(memory, [0])
+    assert after.state["pages"].tolist() == [[3], [0], [0]]
+    for _ in range(2):
+        after = after.append(one, torch.tensor([[True], [False], [False]])).commit(memory, [0])
+    after = after.append(5 * one, None).commit(memory, [0, 1, 2])
+    assert after.state["pages"].tolist() == [[3, 1, 1, 5], [9, 0, 0, 0], [5, 0, 0, 0]]
+    assert (after.written, after.state["count"].tolist()) == ((4, 1, 1), [4, 1, 1])
+    begun = after.reset(memory, [0])
+    assert begun.state["pages"].tolist() == [[0, 0, 0, 0], [9, 0, 0, 0], [5, 0, 0, 0]]
+    again = begun.append(one, None).commit(memory, [0, 1, 2])
+    assert again.state["pages"].tolist() == [[1, 0, 0, 0], [9, 1, 0, 0], [5, 1, 0, 0]]
+    assert diary.state["pages"].shape == (3, 0)
+    short = Stream.concatenate([diary.select([1]), after.select([0, 2])])
+    assert short.state["pages"].tolist() == [[0, 0, 0, 0], [3, 1, 1, 5], [5, 0, 0, 0]]
+    assert (short.counts, short.written) == ((1, 0, 0), (0, 4, 1))
+
+
+def test_what_reading_leaves_is_summed_over_real_tokens(diary):
+    trace = torch.tensor([[[1.0, 10.0], [2.0, 20.0]], [[3.0, 30.0], [4.0, 40.0]], [[5.0, 50.0], [6.0, 60.0]]])
+    assert diary.leave({"ink": trace}, None).state["ink"].tolist() == [[3, 30], [7, 70], [11, 110]]
+    keep = torch.tensor([[True, True], [False, True], [False, False]])
+    left = diary.leave({"ink": trace}, keep)
+    assert left.state["ink"].tolist() == [[3, 30], [4, 40], [0, 0]]
+    twice = left.leave({"ink": trace[:, :1]}, None)
+    assert twice.state["ink"].tolist() == [[4, 40], [7, 70], [5, 50]]
+    # the stream it came from, its ledgers and all other tensors stay
+    assert not diary.state["ink"].any()
+    assert (left.counts, left.seen, left.written) == (diary.counts, diary.seen, diary.written)
+    assert left.state["pages"] is diary.state["pages"]
+    assert diary.leave({}, keep).state.keys() == diary.state.keys()
+    assert not twice.commit(Diary(), [0, 1]).state["ink"][:2].any()
+    assert twice.commit(Diary(), [0, 1]).state["ink"][2].tolist() == [5, 50]
+
+
+def test_padding_may_leave_anything(diary):
+    trace = torch.full((3, 2, 2), torch.nan)
+    trace[:, 0] = 1
+    left = diary.leave({"ink": trace}, torch.tensor([[True, False]] * 3))
+    assert left.state["ink"].tolist() == [[1, 1]] * 3
+
+
+def test_scalar_traces_join_too(diary):
+    state = {**diary.state, "steps": torch.zeros(3)}
+    left = replace(diary, state=state).leave({"steps": torch.ones(3, 2)}, torch.tensor([[True, False]] * 3))
+    assert left.state["steps"].tolist() == [1, 1, 1]
 
 
 def test_check_finite_names_the_place():

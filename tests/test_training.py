@@ -16,6 +16,7 @@ from helpers import (
     assert_near,
     assert_same_stream,
     call,
+    every_kind,
     feed,
     host,
     tokens,
@@ -187,9 +188,10 @@ def gradients(model, ids, labels, **more):
     return unrolled, found
 
 
+@every_kind
 @pytest.mark.parametrize("reach", [None, 1])
-def test_without_advance_loss_and_gradients_are_the_same(reach):
-    model, (ids, labels) = host("gpt2", CONFIG), labelled()
+def test_without_advance_loss_and_gradients_are_the_same(reach, config):
+    model, (ids, labels) = host("gpt2", config), labelled()
     whole, one = gradients(model, ids, labels, bptt_segments=reach)
     short, two = gradients(model, ids, labels, bptt_segments=reach, advance=False)
     assert_near(short.loss, whole.loss, 1e-6)
@@ -212,8 +214,9 @@ def test_a_memo_changes_no_loss():
             assert_near(two[name], gradient, 1e-6)
 
 
-def test_rows_and_targets_go_together():
-    model, (ids, labels) = host("gpt2", CONFIG), labelled()
+@every_kind
+def test_rows_and_targets_go_together(config):
+    model, (ids, labels) = host("gpt2", config), labelled()
     unrolled = unroll(model, ids, labels)
     assert unrolled.rows.tolist() == [row for row in range(3) for _ in range(8)]
     assert torch.equal(unrolled.targets, labels[labels != IGNORED])
@@ -226,8 +229,9 @@ def test_rows_and_targets_go_together():
 # --- the trainer -----------------------------------------------------------------------------------------------------
 
 
-def test_training_lowers_the_loss():
-    model, fixed = start(), batches(0)
+@every_kind
+def test_training_lowers_the_loss(config):
+    model, fixed = start(config=config), batches(0)
     base = {name: p.clone() for name, p in training.base_parameters(model).items()}
     steps = list(train(model, lambda step: fixed, steps=40, learning_rate=0.01))
     assert [step.step for step in steps] == list(range(40))
@@ -310,13 +314,14 @@ def test_the_average_of_a_few_steps(steps):
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
+@every_kind
 @pytest.mark.parametrize(("steps", "stop", "average"), [(8, 4, 0.0), (8, 4, 0.9), (10, 9, 0.9)])
-def test_a_resumed_run_equals_a_straight_one(tmp_path, steps, stop, average):
+def test_a_resumed_run_equals_a_straight_one(tmp_path, steps, stop, average, config):
     """(10, 9) is stopped within the last fifth, so the checkpoint holds an average that is begun."""
     more = {"steps": steps, "learning_rate": 0.01, "weight_decay": 0.1, "average": average}
-    straight = start()
+    straight = start(config=config)
     losses = [step.loss for step in train(straight, batches, **more)]
-    file, first, notes, model = tmp_path / "sub" / "run.safetensors", [], {"stage": 0.0}, start()
+    file, first, notes, model = tmp_path / "sub" / "run.safetensors", [], {"stage": 0.0}, start(config=config)
     for step in train(model, batches, notes=notes, checkpoint=file, checkpoint_seconds=-1, **more):
         if step.step == stop:
             break  # the checkpoint tells of the `stop` steps before
@@ -324,15 +329,17 @@ def test_a_resumed_run_equals_a_straight_one(tmp_path, steps, stop, average):
         notes["stage"] = step.step + 0.5
     assert first == losses[:stop]
     notes["stage"] = -1.0
-    resumed, restored = start(seed=1), {"stage": 0.0}
-    assert apart(weights(resumed), weights(start())) > 0.1, "the new process would begin like the old one anyway"
+    resumed, restored = start(1, config), {"stage": 0.0}
+    assert apart(weights(resumed), weights(start(config=config))) > 0.1, (
+        "the new process would begin like the old one anyway"
+    )
     rest = train(resumed, batches, notes=restored, checkpoint=file, checkpoint_seconds=1e9, **more)
     step = next(rest)
     assert restored == {"stage": stop - 0.5}
     assert [step.loss, *(step.loss for step in rest)] == losses[stop:]
     assert_equal(weights(resumed), weights(straight))
     # a finished run has nothing left to do and gives its result
-    again = start(seed=2)
+    again = start(2, config)
     assert list(train(again, batches, checkpoint=file, **more)) == []
     assert_equal(weights(again), weights(straight))
 

@@ -7,7 +7,20 @@ import torch
 
 import mnemic
 from families import DECODERS, make
-from helpers import CONFIGS, SEGMENT, assert_differ, assert_near, feed, host, other, tokens, trained
+from helpers import (
+    CONFIGS,
+    SEGMENT,
+    assert_differ,
+    assert_near,
+    assert_same_stream,
+    every_kind,
+    feed,
+    host,
+    other,
+    stream,
+    tokens,
+    trained,
+)
 from mnemic.host.cache import Window
 
 CONFIG = CONFIGS["emt-0"]
@@ -106,25 +119,33 @@ def test_without_a_window_positions_run_out_with_an_error():
         feed(model, tokens(1, 1), carried=cache)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+# every family with one mechanism, every mechanism with one family
+RAGGED = [(CONFIG, name) for name in DECODERS]
+RAGGED += [(CONFIGS[f"{kind}-0"], "llama") for kind in mnemic.CONFIGS if CONFIGS[f"{kind}-0"] is not CONFIG]
+
+
+@pytest.mark.parametrize(("config", "name"), RAGGED, ids=[f"{config.kind}-{name}" for config, name in RAGGED])
 @pytest.mark.parametrize("window", [SEGMENT, 3 * SEGMENT])
 @torch.no_grad()
-def test_ragged_rows_equal_each_alone(name, window):
-    model, time = host(name, CONFIG), 45
+def test_ragged_rows_equal_each_alone(config, name, window):
+    model, time = host(name, config), 45
     ids, mask = tokens(3, time), torch.ones(3, time, dtype=torch.long)
     mask[0, :7] = 0
     mask[1, 13:19] = 0  # a pause in the middle, as when one of several users types nothing
     mask[2, 40:] = 0
-    logits = feed(model, ids, [20, 1, 9, 15], mask, mnemic.memory_cache(model, window))
+    together = mnemic.memory_cache(model, window)
+    logits = feed(model, ids, [20, 1, 9, 15], mask, together)
     for row in range(3):
-        real = mask[row].bool()
-        alone = feed(model, ids[row : row + 1, real], carried=mnemic.memory_cache(model, window))
+        real, cache = mask[row].bool(), mnemic.memory_cache(model, window)
+        alone = feed(model, ids[row : row + 1, real], carried=cache)
         assert_near(logits[row, real], alone[0])
+        assert_same_stream(stream(together).select([row]), stream(cache))
 
 
+@every_kind
 @torch.no_grad()
-def test_cache_operations_keep_rows_together():
-    model, ids = host("llama", CONFIG), tokens(3, 21)
+def test_cache_operations_keep_rows_together(config):
+    model, ids = host("llama", config), tokens(3, 21)
     more = tokens(3, 11, 4)
 
     def after(operation, rows):
@@ -142,9 +163,10 @@ def test_cache_operations_keep_rows_together():
     after(lambda cache: cache.batch_select_indices(torch.tensor([False, True, True])), [1, 2])
 
 
+@every_kind
 @torch.no_grad()
-def test_reset_and_fork_of_a_cache():
-    model, ids = host("llama", CONFIG), tokens(2, 21)
+def test_reset_and_fork_of_a_cache(config):
+    model, ids = host("llama", config), tokens(2, 21)
     cache = mnemic.memory_cache(model, 2 * SEGMENT)
     first = feed(model, ids, carried=cache)
     fork = cache.fork()

@@ -78,8 +78,8 @@ def unroll(
         stream: where the streams stand; new ones by default. Its values are constants to the gradient.
         parallel: True or False to insist on one of the two ways; by default the faster where it is exact.
         memo: keeps what the base makes of segments that come again, when they run all at once.
-        advance: False leaves the stream where the last labelled segment begins, which saves time when only the loss is
-            wanted and segments run all at once.
+        advance: False leaves the stream somewhere in the last labelled segment, which saves time when only the loss is
+            wanted.
 
     Raises:
         ValueError: tokens that are not whole segments, no labels, or `parallel=True` where it would not be exact.
@@ -106,7 +106,13 @@ def unroll(
         logits, stream = _all_at_once(model, router, ids, labelled, used, bptt_segments, stream, memo, advance)
         wanted = wanted[:, :, :used]
     else:
-        logits, stream = _one_after_another(model, router, ids, labelled, window, bptt_segments, stream)
+        # nothing after the last labelled token has a part in the loss
+        count = len(ids) if advance else labelled[-1] + 1
+        used = length if advance else int((wanted[labelled[-1]] != IGNORED).any(0).nonzero().max()) + 1
+        ids = ids[:count]
+        logits, stream = _one_after_another(
+            model, router, ids, labelled, used, window, bptt_segments, stream, advance
+        )
     chosen = wanted[labelled] != IGNORED
     order, rows = _by_row(chosen)
     logits_nv, targets_n = logits[chosen][order], wanted[labelled][chosen][order]
@@ -144,32 +150,41 @@ def _one_after_another(
     router: Router,
     ids: Tensor,
     labelled: list[int],
+    used: int,
     window: int,
     reach: int | None,
     stream: Stream | None,
+    advance: bool,
 ) -> tuple[Tensor, Stream]:
     cache = memory_cache(model, window)
     cache.memory.stream = stream.detach() if stream is not None else None
 
     def run(cache: MemoryCache, s: int) -> Tensor:
-        return model(input_ids=ids[s], past_key_values=cache, use_cache=True).logits
+        part = ids[s, :, :used] if s == len(ids) - 1 else ids[s]
+        logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits
+        return F.pad(logits, (0, 0, 0, ids.shape[2] - part.shape[1]))
 
     if reach is None:
         outputs = [run(cache, s) for s in range(len(ids))]
         return torch.stack([outputs[s] for s in labelled]), _stream_of(cache, router, ids)
     # the loss of segment s is run again from the cache as it stood `reach` segments before, a constant there
-    past, logits = [cache], []
+    past, logits = {0: cache}, []
     for s in range(len(ids)):
+        first = max(0, s - reach)
         if s in labelled and torch.is_grad_enabled():
-            branch = past[max(0, len(past) - 1 - reach)].fork()
-            first = max(0, s - reach)
+            branch = past[first].fork()
             logits.append([run(branch, step) for step in range(first, s + 1)][-1])
+            if s == len(ids) - 1 and not advance:
+                cache = branch
+        if torch.is_grad_enabled() and not advance and s >= labelled[-1] - reach:
+            continue  # no branch begins later
         with torch.no_grad():
             cache = cache.fork()
             plain = run(cache, s)
         if s in labelled and not torch.is_grad_enabled():
             logits.append(plain)
-        past = [*past, cache][-(reach + 1) :]
+        past[s + 1] = cache
+        past.pop(s - reach, None)
     return torch.stack(logits), _stream_of(cache, router, ids)
 
 
@@ -374,6 +389,8 @@ def train(
 ) -> Iterator[Step]:
     """Trains the memory of `model` for `steps` steps of AdamW, yielding after each; stop by leaving the loop.
 
+    The base's own weights train too where it was attached with `freeze=False`.
+
     `batches(step)` makes the batch of a step: the same step, the same batch, so that a run resumed from `checkpoint`
     (a file, written every `checkpoint_seconds` and at the end) equals one that was not interrupted. What else batches
     depend on, such as the stage of a curriculum, belongs in `notes`, which is kept in the checkpoint.
@@ -387,7 +404,10 @@ def train(
     """
     memory = router_of(model).memory
     named = {name: parameter for name, parameter in memory.named_parameters() if parameter.requires_grad}
-    parameters, scales = list(named.values()), [memory.rate_scale(name) for name in named]
+    scales = [memory.rate_scale(name) for name in named]
+    # the base's own weights, where it was attached with freeze=False
+    base = [parameter for parameter in base_parameters(model).values() if parameter.requires_grad]
+    parameters, scales = [*named.values(), *base], [*scales, *[1.0] * len(base)]
     groups = [{"params": [parameter], "scale": scale} for parameter, scale in zip(parameters, scales, strict=True)]
     optimizer = torch.optim.AdamW(groups, learning_rate, betas=betas, weight_decay=weight_decay)
     averages: list[Tensor] = []

@@ -109,6 +109,8 @@ class Memory(nn.Module, ABC):
     """Through how many writes a gradient can pass; None for no bound."""
     reads_own_segment: bool = False
     """True where reads above the write layer see what the running segment wrote: encoders only, which look both ways."""
+    starts_empty: bool = False
+    """True where a new stream has nothing to read: its first segment is the base's own and trains nothing."""
 
     @abstractmethod
     def init_state(self, batch: int, device: torch.device | None = None) -> State:

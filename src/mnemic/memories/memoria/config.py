@@ -30,6 +30,11 @@ class MemoriaConfig(MemoryConfig):
     `write_layer` in an encoder, which by default writes after three quarters of its blocks. `grad_segments` keeps the
     gradient through the engrams of that many segments before the last; the paper's 0 trains the abstractor through
     working memory alone.
+
+    Not in the paper, and off by default: `interference` lets new engrams take lifespan from stored ones that resemble
+    them, that much for each new one in all; `graded` drops the border between short and long term: all stored engrams are
+    reminded by similarity and by ties, and the longer their lifespan the more easily; `reservoir` is the size of an
+    unbiased sample of all tokens that is read beside them.
     """
 
     kind: ClassVar[str] = "memoria"
@@ -65,17 +70,28 @@ class MemoriaConfig(MemoryConfig):
     ties: Literal["random", "oldest"] = "random"
     seed: int = 0
     grad_segments: int = 0
+    interference: float = 0.0
+    graded: bool = False
+    reservoir: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("working", 1), ("heads", 1), ("stm_capacity", 1), ("reminded_stm", 0), ("reminded_ltm", 0)):
+        for name, least in (
+            ("working", 1),
+            ("heads", 1),
+            ("stm_capacity", 1),
+            ("reminded_stm", 0),
+            ("reminded_ltm", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("depth", "random_ltm_seeds", "grad_segments", "seed"):
+        for name in ("depth", "random_ltm_seeds", "grad_segments", "seed", "interference", "reservoir"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.lifespan <= 0 or self.alpha < 0:
-            raise ValueError(f"lifespan is {self.lifespan} and alpha {self.alpha}; use a lifespan above 0, alpha from 0")
+            raise ValueError(
+                f"lifespan is {self.lifespan} and alpha {self.alpha}; use a lifespan above 0, alpha from 0"
+            )
         for name, known in (
             ("correlation", ("exp", "distance")),
             ("edges", ("conditional", "lift")),
@@ -108,6 +124,9 @@ class MemoriaConfig(MemoryConfig):
                 random_ltm_seeds=1,
                 ties="oldest",
                 grad_segments=1,
+                interference=0.1,
+                graded=True,
+                reservoir=3,
                 dim=32,
                 feed_forward=16,
             ),

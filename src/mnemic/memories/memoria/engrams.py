@@ -18,11 +18,8 @@ from mnemic.state import State
 
 
 def capacity(most: int, working: int) -> int:
-    """Slots of a table whose fullest row holds `most` engrams: `working` times a power of two, or none at all."""
-    slots = working if most else 0
-    while slots < most:
-        slots *= 2
-    return slots
+    """Slots of a table whose fullest row holds `most` engrams: the next multiple of `working`."""
+    return -(-most // working) * working
 
 
 def empty(batch: int, width: int, reminded: int, device: torch.device | None = None) -> State:
@@ -129,12 +126,11 @@ def renew(
 
     old = state["engram"]
     stored = old.detach() if kept_bn is None else torch.where(kept_bn[..., None], old, old.detach())
-    if old.shape[1]:
-        engram = gather(stored, order).masked_fill(free[..., None], 0)
-    else:
-        engram = new_bwd.new_zeros(batch, slots, width)
+    engram = gather(stored, order).flatten(0, 1) if old.shape[1] else old.new_zeros(batch * slots, width)
+    # in place on what was just made: a table is copied once a step
+    engram = engram.index_fill_(0, free.flatten().nonzero().flatten(), 0)
     flat = (place + torch.arange(batch, device=device)[:, None] * slots).flatten()
-    engram = engram.view(-1, width).index_copy(0, flat, new_bwd.float().flatten(0, 1)).view(batch, slots, width)
+    engram = engram.index_copy_(0, flat, new_bwd.to(engram.dtype).flatten(0, 1)).view(batch, slots, width)
 
     number = state["step"][:, None] * working + torch.arange(1, working + 1, device=device)
 

@@ -116,42 +116,38 @@ class Edges:
     """
 
     def __init__(self, state: State, open_bl: Bool[Tensor, "b l"], seed: int, ties: str, lift: bool) -> None:
-        self.state, self.seed, self.size = state, seed, open_bl.shape[1]
-        self.random = ties == "random"
+        size = open_bl.shape[1]
+        self.elders_bee = state["elders"]
         self.bias_b1l = torch.zeros(open_bl.shape, device=open_bl.device).masked_fill(~open_bl, NEVER)[:, None]
-        self.scale_b1l = fires(state)[:, None, : self.size].clamp_min(1).float().reciprocal() if lift else None
-        bits = unpack(state["fired"][:, : self.size])
-        if self.random:
-            into = tie_vectors(seed, state["step"], state["id"][:, : self.size], role=1)
-            self.into_blr = into * (RATIO_TIE_SCALE if lift else TIE_SCALE)
-        else:
-            self.into_blr = bits[..., :0]
-        # what tells a count of 1 from none: ties move a score by less than 16^3 of their unit
+        self.scale_b1l = fires(state)[:, None, :size].clamp_min(1).float().reciprocal() if lift else None
+        # what tells a count of 1 from none: ties move a score by at most 16^3 of their unit
         self.least_edge = 16**3 * RATIO_TIE_SCALE if lift else 0.5
-        # one product gives counts and ties at once, unless counts are scaled on the way
-        self.joined = bits if lift else torch.cat([bits, self.into_blr], -1)
+        bits_bnh = unpack(state["fired"])
+        source, target = bits_bnh[..., :0], bits_bnh[:, :size, :0]
+        if ties == "random":
+            source = tie_vectors(seed, state["step"], state["id"], role=0)
+            target = tie_vectors(seed, state["step"], state["id"][:, :size], role=1)
+            target = target * (RATIO_TIE_SCALE if lift else TIE_SCALE)
+        # one product gives counts and ties at once
+        self.from_bnr = torch.cat([bits_bnh, source], -1)
+        self.into_brl = torch.cat([bits_bnh[:, :size], target], -1).transpose(1, 2)
 
     def scores(self, slots_bf: Int[Tensor, "b f"]) -> Float[Tensor, "b f l"]:
         """Edge from each slot to each engram of long-term memory, ties broken; `NEVER` where there is none."""
-        bits = unpack(self.state["fired"].gather(1, _wide(slots_bf, self.state["fired"].shape[2])))
-        elders = self.state["elders"]
-        known = min(elders.shape[1], self.size)
-        from_bfr = bits[..., :0]
-        if self.random:
-            ids = self.state["id"].gather(1, slots_bf)
-            from_bfr = tie_vectors(self.seed, self.state["step"], ids, role=0)
+        from_bfr = self.from_bnr.gather(1, _wide(slots_bf, self.from_bnr.shape[2]))
         if self.scale_b1l is None:
-            score = torch.baddbmm(self.bias_b1l, torch.cat([bits, from_bfr], -1), self.joined.transpose(1, 2))
-        else:
-            score = bits @ self.joined.transpose(1, 2)
-        if known:
-            old = slots_bf < elders.shape[1]
-            rows = elders.gather(1, _wide(slots_bf.clamp_max(elders.shape[1] - 1), elders.shape[2]))[..., :known]
-            score[..., :known] += rows.masked_fill(~old[..., None], 0)
-        if self.scale_b1l is not None:
-            score = torch.addcmul(self.bias_b1l, score, self.scale_b1l)
-            score = torch.baddbmm(score, from_bfr, self.into_blr.transpose(1, 2)) if self.random else score
-        return score
+            return self._add_elders(torch.baddbmm(self.bias_b1l, from_bfr, self.into_brl), slots_bf)
+        score_bfl = self._add_elders(from_bfr[..., :COLUMNS] @ self.into_brl[:, :COLUMNS], slots_bf)
+        score_bfl = torch.addcmul(self.bias_b1l, score_bfl, self.scale_b1l)
+        return torch.baddbmm(score_bfl, from_bfr[..., COLUMNS:], self.into_brl[:, COLUMNS:])
+
+    def _add_elders(self, score_bfl: Tensor, slots_bf: Tensor) -> Tensor:
+        size = self.elders_bee.shape[1]
+        if size:
+            known = min(size, score_bfl.shape[2])
+            rows = self.elders_bee.gather(1, _wide(slots_bf.clamp_max(size - 1), size))[..., :known]
+            score_bfl[..., :known] += rows.masked_fill((slots_bf >= size)[..., None], 0)
+        return score_bfl
 
 
 def _wide(slots_bf: Tensor, width: int) -> Tensor:
@@ -172,6 +168,12 @@ def tie_vectors(seed: int, step: Int[Tensor, " b"], ids: Int[Tensor, "b n"], rol
 def seed_keys(seed: int, step: Int[Tensor, " b"], ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
     """A random number in [0, 1) for each engram and step, float64: those of the highest are drawn."""
     return (_hash(seed, step, ids, 2) & (2**52 - 1)).double() / 2**52
+
+
+def token_keys(seed: int, number_bt: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    """A random number in (0, 1] for each token of a stream by its number, float32."""
+    key = _mix(_mix(number_bt + (seed + 1) * 0x632BE5AB) + 3)
+    return ((key & (2**24 - 1)) + 1).float() / 2**24
 
 
 def _hash(seed: int, step: Tensor, ids: Tensor, role: int) -> Tensor:

@@ -31,11 +31,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mnemic.memories.base import Memory, resolve_layer
-from mnemic.memories.memoria import engrams, graph
+from mnemic.memories.memoria import engrams, graph, reservoir
 from mnemic.memories.memoria.attention import Abstractor, Reader
 from mnemic.memories.memoria.config import MemoriaConfig
 from mnemic.memories.memoria.naive import naive_read, naive_write
-from mnemic.memories.memoria.remind import remind
+from mnemic.memories.memoria.remind import advance
 from mnemic.state import State
 
 
@@ -49,9 +49,11 @@ class Memoria(Memory):
         self.write_layer = resolve_layer(
             last if config.write_layer is None else config.write_layer, depth, "write_layer"
         )
-        layers = range(0 if causal else self.write_layer + 1, depth) if config.read_layers is None else config.read_layers
+        layers = (
+            range(0 if causal else self.write_layer + 1, depth) if config.read_layers is None else config.read_layers
+        )
         self.read_layers = tuple(sorted({resolve_layer(layer, depth, "read_layers") for layer in layers}))
-        self.reads_own_segment = not causal
+        self.reads_own_segment, self.starts_empty = not causal, causal
         if causal and max(self.read_layers) > self.write_layer:
             raise ValueError(
                 f"read layer {max(self.read_layers)} lies above write_layer {self.write_layer}: a decoder's segment is "
@@ -86,12 +88,18 @@ class Memoria(Memory):
         `recalled [b, N_stm + N_ltm]` int64: reminded slots, best first, short-term before long-term, -1 for none;
         `use`, of the same shape: the attention they received in the running segment; `step [b]` int64.
         """
-        return engrams.empty(batch, self.width, self.config.reminded_stm + self.config.reminded_ltm, device)
+        config = self.config
+        state = engrams.empty(batch, self.width, config.reminded_stm + config.reminded_ltm, device)
+        return {**state, **reservoir.empty(batch, config.reservoir, self.width, device)} if config.reservoir else state
 
     def most_bytes(self, written: int) -> int:
         """At most N_wm engrams a segment were written; how many of them live depends on the stream."""
         slots = engrams.capacity(written * self.config.working, self.config.working)
-        fixed = 12 * (self.config.reminded_stm + self.config.reminded_ltm) + 32
+        fixed = (
+            12 * (self.config.reminded_stm + self.config.reminded_ltm)
+            + 40
+            + self.config.reservoir * 4 * (self.width + 1)
+        )
         elders = slots if written > graph.COLUMNS else 0
         return fixed + slots * (4 * self.width + 8 + graph.COLUMNS // 8) + 4 * elders**2
 
@@ -108,24 +116,30 @@ class Memoria(Memory):
         dtype = self.parameter_dtype()
         working = engrams.working_slots(state, self.config.working)
         recalled = state["recalled"]
-        both = engrams.gather(state["engram"], torch.cat([working, recalled], 1)).to(dtype)
+        both = engrams.gather(state["engram"], torch.cat([working, recalled], 1))
         working_bwd, recalled_bkd = both.split([working.shape[1], recalled.shape[1]], 1)
-        reader = self.readers[str(layer)]
-        read_btd, use_btk = reader(hidden_btd.to(dtype), working_bwd, recalled_bkd, working[:, 0] >= 0, recalled >= 0)
-        return read_btd.to(hidden_btd.dtype), {"use": use_btk.float()}
+        real_bk = recalled >= 0
+        if self.config.reservoir:
+            recalled_bkd = torch.cat([recalled_bkd, state["sample"]], 1)
+            real_bk = torch.cat([real_bk, state["sample_key"] > 0], 1)
+        begun_b, reader = working[:, 0] >= 0, self.readers[str(layer)]
+        read_btd, use_btk = reader(
+            hidden_btd.to(dtype), working_bwd.to(dtype), recalled_bkd.to(dtype), begun_b, real_bk
+        )
+        return read_btd.to(hidden_btd.dtype), {"use": use_btk[..., : recalled.shape[1]].to(state["use"].dtype)}
 
     def write(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:
         """The state after a segment: the running step is finished, the next begins with its working memory."""
-        config = self.config
-        state = engrams.finish(state, config.alpha, config.stm_capacity)
         kept = None
-        if config.grad_segments:
-            oldest = (state["step"] - config.grad_segments) * config.working
+        if self.config.grad_segments:
+            oldest = (state["step"] - self.config.grad_segments) * self.config.working
             kept = state["id"] > oldest[:, None]
+        if self.config.reservoir:
+            state = reservoir.draw(state, hidden_btd, keep_bt, self.config.seed)
         working_bwd = self.abstractor(hidden_btd.detach().to(self.parameter_dtype()), keep_bt)
-        return remind(engrams.renew(state, working_bwd, config.lifespan, kept), config)
+        return advance(state, working_bwd, self.config, kept)
 
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnemic.memories.memoria.engrams import capacity
-from mnemic.memories.memoria.graph import seed_keys, tie_vectors
+from mnemic.memories.memoria.graph import seed_keys, tie_vectors, token_keys
 from mnemic.state import State
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ class Mind:
         self.recalled: list[int] = []
         self.use: dict[int, float] = {}
         self.step = 0
+        self.direct: set[int] = set()
+        self.sample: list[tuple[float, Tensor]] = []
+        self.tokens = 0
 
     def at(self, *levels: str) -> list[Engram]:
         """The engrams of these levels, oldest first."""
@@ -74,7 +77,9 @@ class Mind:
         total = sum(self.use.values())
         for engram in self.engrams:
             if total > 0 and engram.id in self.use:
-                engram.lifespan += self.use[engram.id] / total * len(self.recalled) * self.config.alpha
+                gain = self.use[engram.id] / total * len(self.recalled) * self.config.alpha
+                # in the float32 that the state keeps: a gain below its precision saves nobody
+                engram.lifespan = float(torch.tensor(engram.lifespan + gain, dtype=torch.float32))
             engram.lifespan -= 1
         self.engrams = [engram for engram in self.engrams if engram.lifespan > 0]
         alive = {engram.id for engram in self.engrams}
@@ -114,10 +119,37 @@ class Mind:
         working = [engram.vector.tolist() for engram in self.at("working")]
         self.score = {engram.id: self.correlation(engram, working) for engram in self.at("short", "long")}
         self.leaves, self.arrives = self.noise(role=0), self.noise(role=1)
+        self.interfere()
+        if self.config.graded:
+            # the longer an engram will live the more easily it comes to mind
+            for engram in self.at("short", "long"):
+                self.score[engram.id] += math.log(max(engram.lifespan, 1e-6))
         short = self.remind_short()
+        self.direct = set(short)
         found = self.search(self.start_points(short))
         self.recalled = short + self.best(found, self.config.reminded_ltm)
         self.use = dict.fromkeys(self.recalled, 0.0)
+
+    def interfere(self) -> None:
+        """Not in the paper: new engrams take lifespan from stored ones, in proportion to exp(C_i)."""
+        if not self.config.interference or not self.score:
+            return
+        nearest = max(self.score.values())
+        total = sum(math.exp(score - nearest) for score in self.score.values())
+        for engram in self.at("short", "long"):
+            share = math.exp(self.score[engram.id] - nearest) / total
+            engram.lifespan -= self.config.interference * self.config.working * share
+
+    def draw(self, tokens: list[Tensor]) -> None:
+        """Not in the paper: of all tokens so far those of the highest random keys."""
+        if not self.config.reservoir:
+            return
+        for token in tokens:
+            self.tokens += 1
+            key = token_keys(self.config.seed, torch.tensor([[self.tokens]])).item()
+            self.sample.append((key, F.layer_norm(token, token.shape).float()))
+        highest = sorted(self.sample, key=lambda pair: -pair[0])[: self.config.reservoir]
+        self.sample = [(key, token.detach()) for key, token in highest]
 
     def correlation(self, engram: Engram, working: list[list[float]]) -> float:
         """C_i = log mean_j exp(-|e_i - wm_j|^2), or the published code's mean_j -|e_i - wm_j|^2."""
@@ -134,11 +166,18 @@ class Mind:
 
     def remind_short(self) -> list[int]:
         """The N_stm engrams of short-term memory that correlate most with working memory."""
-        return self.best((engram.id for engram in self.at("short")), self.config.reminded_stm)
+        levels = ("short", "long") if self.config.graded else ("short",)
+        return self.best((engram.id for engram in self.at(*levels)), self.config.reminded_stm)
+
+    def reachable(self) -> list[int]:
+        """What the search may find: LTM, or (`graded`) all that is stored and not reminded yet."""
+        if self.config.graded:
+            return [engram.id for engram in self.at("short", "long") if engram.id not in self.direct]
+        return [engram.id for engram in self.at("long")]
 
     def start_points(self, short: list[int]) -> set[int]:
         """From every reminded STM engram i the LTM engram arg max_j E_ij, and `random_ltm_seeds` others at random."""
-        long = [engram.id for engram in self.at("long")]
+        long = self.reachable()
         starts = {j for i in short if (j := self.neighbour(i, long)) is not None}
         if long and self.config.random_ltm_seeds:
             drawn = seed_keys(self.config.seed, torch.tensor([self.step]), torch.tensor([long]))[0].tolist()
@@ -148,7 +187,7 @@ class Mind:
 
     def search(self, starts: set[int]) -> set[int]:
         """Depth-first, all paths abreast: N_depth times each goes on to the best engram not found before this depth."""
-        long = [engram.id for engram in self.at("long")]
+        long = self.reachable()
         found, ends = set(starts), set(starts)
         for _ in range(self.config.depth):
             new = [j for j in long if j not in found]
@@ -208,6 +247,10 @@ def minds_from_state(state: State, config: MemoriaConfig) -> list[Mind]:
             if slot >= 0:
                 mind.recalled.append(ids[slot])
                 mind.use[ids[slot]] = use
+        reserved = range(config.reservoir)
+        mind.direct = {ids[s] for s in state["recalled"][b, : config.reminded_stm].tolist() if s >= 0}
+        mind.sample = [(key, state["sample"][b, k]) for k in reserved if (key := state["sample_key"][b, k].item())]
+        mind.tokens = int(state["tokens"][b]) if reserved else 0
         minds.append(mind)
     return minds
 
@@ -237,11 +280,17 @@ def state_from_minds(minds: list[Mind], config: MemoriaConfig, width: int) -> St
                 state["fired"][b, slot, step % COLUMNS // 8] |= 1 << step % 8
         for (i, j), count in mind.folded.items():
             state["elders"][b, slots[b][i], slots[b][j]] = count
-        long = {engram.id for engram in mind.at("long")}
         places = [*range(config.reminded_stm)], [*range(config.reminded_stm, reminded)]
         for i in mind.recalled:
-            place = places[i in long].pop(0)
+            place = places[i not in mind.direct].pop(0)
             state["recalled"][b, place], state["use"][b, place] = slots[b][i], mind.use[i]
+    if config.reservoir:
+        state["sample"] = torch.zeros(batch, config.reservoir, width)
+        state["sample_key"] = torch.zeros(batch, config.reservoir)
+        state["tokens"] = torch.tensor([mind.tokens for mind in minds])
+        for b, mind in enumerate(minds):
+            for k, (key, token) in enumerate(mind.sample):
+                state["sample"][b, k], state["sample_key"][b, k] = token, key
     return state
 
 
@@ -270,10 +319,10 @@ def naive_write(memory: Memoria, hidden_btd: Tensor, state: State, keep_bt: Tens
 
 def write_row(memory: Memoria, mind: Mind, hidden_td: Tensor) -> None:
     """One row's write, in place; `hidden_td` holds its real tokens."""
-    if memory.config.grad_segments == 0:
-        hidden_td = hidden_td.detach()
+    tokens = list(hidden_td.detach().to(memory.parameter_dtype()))
     mind.finish()
-    mind.begin(abstract(memory.abstractor, list(hidden_td.to(memory.parameter_dtype()))))
+    mind.draw(tokens)
+    mind.begin(abstract(memory.abstractor, tokens))
 
 
 def naive_read(
@@ -290,15 +339,17 @@ def naive_read(
         held = engrams[long + short : long + short + working]
         places = [k for k, slot in enumerate(state["recalled"][b].tolist()) if slot >= 0]
         recalled = [engrams[int(state["recalled"][b, k])] for k in places]
+        keys = state["sample_key"][b].tolist() if memory.config.reservoir else []
+        sample = [state["sample"][b, k].to(dtype) for k, key in enumerate(keys) if key]
         for t in range(hidden_btd.shape[1]):
             token = hidden_btd[b, t].to(dtype)
             if held:
                 token = token + attend(reader, reader.norm_working(token), held)[0]
-            if recalled:
-                received, weights = attend(reader, reader.norm_recalled(token), recalled)
+            if recalled or sample:
+                received, weights = attend(reader, reader.norm_recalled(token), recalled + sample)
                 token = token + received
                 if keep_bt is None or keep_bt[b, t]:
-                    for k, weight in zip(places, weights, strict=True):
+                    for k, weight in zip(places, weights, strict=False):  # the sample has no lifespan to extend
                         use[b, k] += weight
             output[b, t] = token.to(hidden_btd.dtype)
     return output, {"use": use}

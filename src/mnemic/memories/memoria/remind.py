@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -14,35 +16,62 @@ from mnemic.state import State
 # Shapes: b batch, n slots, w working memory, d width, f paths of the search, l slots of long-term memory, k reminded.
 
 
+def advance(
+    state: State, working_bwd: Float[Tensor, "b w d"], config: MemoriaConfig, kept_bn: Tensor | None = None
+) -> State:
+    """One step: the running one is memorised and forgotten, the next begins with `working_bwd` and is reminded by it."""
+    state = engrams.finish(state, config.alpha, config.stm_capacity)
+    return remind(engrams.renew(state, working_bwd, config.lifespan, kept_bn), config)
+
+
 def remind(state: State, config: MemoriaConfig) -> State:
     """The state with `recalled`: short-term engrams by correlation, long-term ones found along the strongest ties."""
     with torch.no_grad():
         long_bn, short_bn, _ = engrams.level_masks(state)
-        correlation_bn = correlate(state, config)
-        short_bk = best(correlation_bn, short_bn, config.reminded_stm)
-        most = int(state["levels"][:, 0].max())
+        engram_bnd = state["engram"].detach()
+        working_bwd = engrams.gather(engram_bnd, engrams.working_slots(state, config.working))
+        fewest, most = (int(value) for value in state["levels"][:, 0].aminmax())
+        if config.interference or config.graded:
+            fewest = 0
+        # no row's short-term memory begins below `fewest`
+        score_bn = correlate(engram_bnd[:, fewest:], working_bwd, config.correlation)
+        if config.interference:
+            share_bn = score_bn.masked_fill(~(long_bn | short_bn), -torch.inf).softmax(1).nan_to_num()
+            lost = config.interference * config.working * share_bn
+            state = {**state, "lifespan": state["lifespan"] - lost.to(state["lifespan"].dtype)}
+        strength_bn = state["lifespan"].clamp_min(1e-6).log() * config.graded
+        if config.graded:
+            short_bn, most = long_bn | short_bn, int(state["levels"][:, :2].sum(1).max())
+            score_bn = score_bn + strength_bn
+        short_bk = best(score_bn, short_bn[:, fewest:], config.reminded_stm)
+        short_bk = torch.where(short_bk < 0, short_bk, short_bk + fewest)
+        if config.graded:
+            long_bn = short_bn & ~_mark(short_bk, short_bk >= 0, short_bn.shape[1])
         long_bk = short_bk.new_full((len(short_bk), config.reminded_ltm), -1)
         if most and config.reminded_ltm:
-            found_bl = search(state, long_bn[:, :most], short_bk, config)
-            long_bk = best(correlation_bn[:, :most], found_bl, config.reminded_ltm)
+            slots_bf, real_bf = _compact(search(state, long_bn[:, :most], short_bk, config))
+            if slots_bf.shape[1]:
+                found_bf = correlate(engrams.gather(engram_bnd, slots_bf), working_bwd, config.correlation)
+                place_bk = best(found_bf + strength_bn.gather(1, slots_bf), real_bf, config.reminded_ltm)
+                long_bk = slots_bf.gather(1, place_bk.clamp_min(0)).masked_fill(place_bk < 0, -1)
         recalled = torch.cat([short_bk, long_bk], 1)
     return {**state, "recalled": recalled, "use": torch.zeros_like(state["use"])}
 
 
-def correlate(state: State, config: MemoriaConfig) -> Float[Tensor, "b n"]:
-    """C_i of every slot: `log mean_j exp(-|e_i - wm_j|^2)`, or `mean_j -|e_i - wm_j|^2`, which is one product with
-    the centroid. The logarithm keeps the order, and does not underflow where the exponential does.
+def correlate(
+    engram_bnd: Float[Tensor, "b n d"], working_bwd: Float[Tensor, "b w d"], rule: str
+) -> Float[Tensor, "b n"]:
+    """C_i: "exp" is `log mean_j exp(-|e_i - wm_j|^2)`, whose logarithm keeps the order and does not underflow where the
+    exponential does; "distance" is `mean_j -|e_i - wm_j|^2`, one product with the centroid.
     """
-    engram_bnd = state["engram"].detach()
-    working_bwd = engrams.gather(engram_bnd, engrams.working_slots(state, config.working))
-    square_bn = engram_bnd.square().sum(-1)
-    if config.correlation == "distance":
+    square_bn = torch.linalg.vector_norm(engram_bnd, dim=-1).square()
+    if rule == "distance":
         centre_bd1 = working_bwd.mean(1)[..., None]
         spread_b = working_bwd.square().sum(-1).mean(1)
         return 2 * (engram_bnd @ centre_bd1).squeeze(-1) - square_bn - spread_b[:, None]
     bias_b1w = working_bwd.square().sum(-1)[:, None]
     distance = torch.baddbmm(bias_b1w, engram_bnd, working_bwd.transpose(1, 2), alpha=-2) + square_bn[..., None]
-    return distance.neg().logsumexp(-1) - torch.log(torch.tensor(float(config.working)))
+    return distance.neg().logsumexp(-1) - math.log(working_bwd.shape[1])
 
 
 def best(score_bn: Float[Tensor, "b n"], among_bn: Bool[Tensor, "b n"], count: int) -> Int[Tensor, "b k"]:

@@ -1,0 +1,290 @@
+"""What Memoria costs: a step against the published package, growth with the number of engrams, an endless stream, and a
+forward pass against the base's.
+
+Every measurement runs in a process of its own, so that its peak of memory is its own. The package (`memoria-pytorch`, an
+extra) begins where our engine stands after the long-term memory has filled: the same engrams, counts, levels and
+lifespans, then the same input. So both are timed at the same size, and filling does not take the package an hour.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mnemic.attachment import attach, memory_cache
+from mnemic.bench.cost import Progress, alternate, gpt2_small, ratio
+from mnemic.bench.results import Record
+from mnemic.memories.memoria import MemoriaConfig, engrams, graph
+from mnemic.memories.memoria.remind import advance
+from mnemic.state import State, nbytes
+
+SETTINGS: dict[str, tuple[MemoriaConfig, int, int]] = {
+    "lm": (MemoriaConfig(), 768, 60),
+    "sorting": (
+        MemoriaConfig(working=128, reminded_stm=256, reminded_ltm=640, stm_capacity=512, lifespan=5.0),
+        512,
+        60,
+    ),
+    "enwik8": (MemoriaConfig(working=170, reminded_stm=170, reminded_ltm=170, stm_capacity=1360), 512, 40),
+}
+"""The paper's settings: config, width, and the steps after which long-term memory has filled."""
+
+RULES = ("paper", "seeds", "lift")
+
+
+def with_rule(config: MemoriaConfig, rule: str) -> MemoriaConfig:
+    """The same settings under one way of reminding: the paper's letter, its published code's random starts, or lift."""
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}; use one of {', '.join(RULES)}")
+    if rule == "seeds":
+        return config.replace(random_ltm_seeds=config.stm_capacity - config.reminded_stm)
+    return config.replace(edges="lift") if rule == "lift" else config
+
+
+def drifting(config: MemoriaConfig, batch: int, width: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless synthetic steps: working memory around a mean that drifts, and random attention to what is reminded."""
+    source = torch.Generator().manual_seed(seed)
+    mean = torch.zeros(batch, 1, width)
+    while True:
+        mean = 0.95 * mean + 0.15 * torch.randn(batch, 1, width, generator=source)
+        working = mean + 0.5 * torch.randn(batch, config.working, width, generator=source)
+        yield working, torch.randn(batch, config.reminded_stm + config.reminded_ltm, generator=source).softmax(1)
+
+
+def run(config: MemoriaConfig, state: State, working: Tensor, use: Tensor) -> State:
+    """One step of our engine, without the network around it."""
+    return advance({**state, "use": use * (state["recalled"] >= 0)}, working, config)
+
+
+def filled(config: MemoriaConfig, batch: int, width: int, steps: int) -> tuple[State, Iterator[tuple[Tensor, Tensor]]]:
+    """The state after `steps` synthetic steps, and the input that goes on from there."""
+    source = drifting(config, batch, width)
+    state = engrams.empty(batch, width, config.reminded_stm + config.reminded_ltm)
+    for _ in range(steps):
+        state = run(config, state, *next(source))
+    return state, source
+
+
+# --- a step against the package --------------------------------------------------------------------------------------
+
+
+def measure_ours(config: MemoriaConfig, batch: int, width: int, steps: int, runs: int) -> dict[str, Any]:
+    """Milliseconds of our step after `steps` others, with sizes and the peak of memory."""
+    base = _peak()
+    state, source = filled(config, batch, width, steps)
+    times = []
+    for _ in range(runs):
+        working, use = next(source)
+        begun = time.perf_counter()
+        state = run(config, state, working, use)
+        times.append(time.perf_counter() - begun)
+    return {
+        "ms": 1e3 * statistics.median(times),
+        "least ms": 1e3 * min(times),
+        "engrams": int(state["levels"].sum(1).max()),
+        "long-term": state["levels"][:, 0].float().mean().item(),
+        "reminded long-term": (state["recalled"][:, config.reminded_stm :] >= 0).sum(1).float().mean().item(),
+        "graph bytes": nbytes({name: state[name] for name in ("fired", "elders")}),
+        "state bytes": nbytes(state),
+        "peak bytes": _peak() - base,
+    }
+
+
+def measure_package(config: MemoriaConfig, batch: int, width: int, steps: int, runs: int) -> dict[str, Any]:
+    """The same of the published package, begun from the state of our engine."""
+    from memoria import EngramType, Memoria  # pyright: ignore[reportMissingImports]
+    from memoria.engram import Engrams  # pyright: ignore[reportMissingImports]
+
+    base = _peak()
+    state, source = filled(config, batch, width, steps)
+    long, short, working = engrams.level_masks(state)
+    kinds = torch.full(long.shape, EngramType.NULL.value)
+    for mask, kind in ((long, EngramType.LONGTERM), (short, EngramType.SHORTTERM), (working, EngramType.SHORTTERM)):
+        kinds[mask] = kind.value
+    free = state["id"] == 0
+    counts = graph.counts(state).masked_fill(free[:, None] | free[..., None], -1)
+    theirs = Memoria(
+        num_reminded_stm=config.reminded_stm,
+        stm_capacity=config.stm_capacity,
+        ltm_search_depth=config.depth,
+        initial_lifespan=int(config.lifespan),
+        num_final_ltms=config.reminded_ltm,
+    )
+    lifespan = state["lifespan"].masked_fill(free, -1)
+    theirs.engrams = Engrams(state["engram"].clone(), counts, kinds, lifespan)
+    del state, counts
+    times = []
+    for _ in range(runs):
+        working, use = next(source)
+        begun = time.perf_counter()
+        theirs.add_working_memory(working)
+        _, indices = theirs.remind()
+        # it may return a column of padding more than can be reminded
+        share = torch.nn.functional.pad(use, (0, 1), value=1e-9)[:, : indices.shape[1]] * (indices >= 0)
+        gain = share / share.sum(1, keepdim=True) * (indices >= 0).sum(1, keepdim=True) * config.alpha
+        theirs.adjust_lifespan_and_memories(indices, gain)
+        times.append(time.perf_counter() - begun)
+    table = theirs.engrams.induce_counts
+    return {
+        "ms": 1e3 * statistics.median(times),
+        "least ms": 1e3 * min(times),
+        "engrams": theirs.engrams.memory_length,
+        "long-term": theirs.engrams.longterm_memory_mask.sum(1).float().mean().item(),
+        "graph bytes": table.numel() * table.element_size(),
+        "peak bytes": _peak() - base,
+    }
+
+
+def _peak() -> int:
+    """The most memory that this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def apart(function: str, **arguments: Any) -> dict[str, Any]:
+    """The result of a function of this module in a new process."""
+    program = (
+        "import json, sys; from mnemic.bench import memoria as m; from mnemic.memories import MemoriaConfig; "
+        "import torch; a = json.loads(sys.argv[2]); torch.set_num_threads(a.pop('threads')); "
+        "a['config'] = MemoriaConfig.from_dict(a['config']); print(json.dumps(getattr(m, sys.argv[1])(**a)))"
+    )
+    arguments["config"] = arguments["config"].to_dict()
+    values = json.dumps({"threads": torch.get_num_threads(), **arguments})
+    done = subprocess.run([sys.executable, "-c", program, function, values], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{function} failed in its process:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def against_package(setting: str, batch: int, progress: Progress, runs: int = 5) -> Record:
+    """Our step against the package's at one of the paper's settings, by the paper's rule and with random starts."""
+    config, width, steps = SETTINGS[setting]
+    measures: dict[str, Any] = {"batch": batch, "width": width, "steps before": steps, "runs": runs}
+    for rule in ("paper", "seeds"):
+        ruled = with_rule(config, rule)
+        common = {"config": ruled, "batch": batch, "width": width, "steps": steps}
+        progress(f"{setting}, batch {batch}, {rule}: the package")
+        theirs = apart("measure_package", **common, runs=runs)
+        progress(f"{setting}, batch {batch}, {rule}: ours")
+        ours = apart("measure_ours", **common, runs=3 * runs)
+        centre = apart("measure_ours", **{**common, "config": ruled.replace(correlation="distance")}, runs=3 * runs)
+        measures[rule] = {
+            "package": theirs,
+            "ours": ours,
+            "ours, distance": centre,
+            "times faster": theirs["ms"] / ours["ms"],
+            "times faster, distance": theirs["ms"] / centre["ms"],
+            "graph bytes ratio": ours["graph bytes"] / theirs["graph bytes"],
+            "peak bytes ratio": ours["peak bytes"] / theirs["peak bytes"],
+        }
+    return Record(
+        task=f"memoria-step-{setting}-{batch}",
+        mechanism="memoria",
+        host="none: the step alone, synthetic input",
+        seed=0,
+        config=config.to_dict(),
+        measures=measures,
+    )
+
+
+def growth(progress: Progress, alphas: tuple[float, ...] = (4, 8, 16, 32, 64), batch: int = 8) -> Record:
+    """A step by the number of engrams: longer lives (`alpha`) at otherwise equal settings, by both rules."""
+    measures: dict[str, Any] = {}
+    for rule in ("paper", "seeds"):
+        rows = []
+        for alpha in alphas:
+            progress(f"alpha {alpha:g}, {rule}")
+            config = with_rule(MemoriaConfig(alpha=alpha), rule)
+            rows.append(
+                apart("measure_ours", config=config, batch=batch, width=256, steps=int(60 + 4 * alpha), runs=15)
+            )
+        sizes, times = ([math.log(row[key]) for row in rows] for key in ("engrams", "ms"))
+        slope = statistics.linear_regression(sizes, times).slope
+        measures[rule] = {"alphas": list(alphas), "rows": rows, "exponent": slope}
+    return Record("memoria-growth", "memoria", "none: the step alone", 0, MemoriaConfig().to_dict(), measures=measures)
+
+
+# --- an endless stream -----------------------------------------------------------------------------------------------
+
+
+def endless(rule: str, progress: Progress, steps: int = 100_000, width: int = 64, every: int = 1_000) -> Record:
+    """One stream of many steps at the paper's settings for language: time, engrams, bytes and memory of the process."""
+    config = with_rule(MemoriaConfig(), rule)
+    state, source = filled(config, 1, width, 0)
+    rows: list[dict[str, Any]] = []
+    times: list[float] = []
+    for step in range(1, steps + 1):
+        working, use = next(source)
+        begun = time.perf_counter()
+        state = run(config, state, working, use)
+        times.append(time.perf_counter() - begun)
+        if step % every == 0:
+            rows.append(
+                {
+                    "step": step,
+                    "ms": 1e3 * statistics.median(times),
+                    "levels": state["levels"][0].tolist(),
+                    "elders": state["elders"].shape[1],
+                    "oldest": int(state["step"]) - int(state["id"][0, 0] - 1) // config.working,
+                    "reminded long-term": int((state["recalled"][0, config.reminded_stm :] >= 0).sum()),
+                    "state bytes": nbytes(state),
+                    "resident bytes": resident(),
+                }
+            )
+            times = []
+            progress(f"{rule}: step {step:,}, {sum(rows[-1]['levels'])} engrams, {rows[-1]['ms']:.1f} ms")
+    record = Record(f"memoria-endless-{rule}", "memoria", "none: the step alone", 0, config.to_dict())
+    record.measures = {"width": width, "rows": rows}
+    return record
+
+
+def resident() -> int:
+    """Bytes this process holds now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+# --- a forward pass --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def overhead(
+    configs: dict[str, MemoriaConfig], *, batch: int = 8, tokens: int = 150, runs: int = 7, segments: int = 30
+) -> Record:
+    """Forward of a GPT-2-small shape over one segment with Memoria, its long-term memory filled, against without."""
+    measures: dict[str, Any] = {"batch": batch, "tokens": tokens, "runs": runs, "segments before": segments}
+    for name, config in configs.items():
+        model = gpt2_small()
+        torch.manual_seed(0)
+        attachment = attach(model, config.replace(segment_length=tokens))
+        ids = torch.randint(0, model.config.vocab_size, (batch, tokens))
+        cache = memory_cache(model, tokens)
+        state, source = filled(config, batch, model.config.hidden_size, segments)
+        stream = attachment.router.new_stream(batch, run(config, state, *next(source)))
+
+        def with_memory(model: Any = model, cache: Any = cache, stream: Any = stream, ids: Tensor = ids) -> Any:
+            fresh = cache.fork()
+            fresh.memory.stream = stream
+            return model(ids, past_key_values=fresh, use_cache=True)
+
+        def base(model: Any = model, attachment: Any = attachment, ids: Tensor = ids) -> Any:
+            with attachment.disabled():
+                return model(ids, use_cache=True)
+
+        times = alternate({"base": base, "with memory": with_memory}, runs)
+        measures[name] = {
+            "with memory / base": ratio(times, "with memory", "base"),
+            "parameters": sum(parameter.numel() for parameter in attachment.parameters()),
+            "state bytes a row": nbytes(stream.state) // batch,
+        }
+    host = "GPT-2 small shape, random weights, cpu, float32"
+    return Record("overhead-memoria", "memoria", host, 0, next(iter(configs.values())).to_dict(), measures=measures)
