@@ -475,7 +475,7 @@ def test_fast_equals_naive(config, padded):
     keep = keep if padded else None
     state = memory.init_state(3)
     # a state that is not the first one: after one write
-    state = memory.write(hidden.detach() + 1, state)
+    state = memory.write(torch.randn(3, SEGMENT, 64, dtype=torch.float64), state)
     if config.kind == "memoria":
         # so many that every level is filled and something was reminded from each
         for _ in range(4):

@@ -170,7 +170,7 @@ def walk(row: Row, depth: int) -> tuple[set[int], bool] | None:
 
 
 def draw_table(dice: random.Random, slots: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A random table of what fired when, as its counts, and as we keep it: bits of the last steps and sums of before."""
+    """A random table of what fired when: its counts, and what we keep: bits of the last steps and sums of before."""
     rate = torch.rand(slots, 1) * 0.8 + 0.1
     ring = (torch.rand(slots, COLUMNS) < rate).long()
     now = (step - 1) % COLUMNS
@@ -214,7 +214,7 @@ def draw(dice: random.Random) -> tuple[Row, MemoriaConfig, int]:
 @pytest.mark.parametrize("chunk", range(4))
 def test_the_same_step_where_departures_do_nothing(chunk, monkeypatch):
     """Reminded, counted, forgotten and promoted alike: one row, all short-term memory reminded, arg maxes unique."""
-    # one float16 random number in 2,048 is 0; then the package takes slot 0 however unique the arg max
+    # the package's random numbers are float16, some of them 0: then it takes slot 0, however unique the arg max
     monkeypatch.setattr(torch, "rand_like", torch.ones_like)
     seen = Counter()
     for seed in range(60 * chunk, 60 * chunk + 60):
@@ -243,8 +243,9 @@ def test_the_same_step_where_departures_do_nothing(chunk, monkeypatch):
         assert torch.equal(counts(finished)[0], package.engrams.induce_counts[0])
         assert not torch.equal(counts(finished)[0], row.counts)
 
-        gained = dict(zip(state["recalled"][0].tolist(), (use / use.sum() * len(reminded) * config.alpha)[0].tolist()))
-        increments = torch.tensor([[gained.get(i, 0.0) if i >= 0 else 0.0 for i in indices[0].tolist()]])
+        gain = (use / use.sum() * len(reminded) * config.alpha)[0].tolist()
+        gains = dict(zip(state["recalled"][0].tolist(), gain, strict=True)) | {-1: 0.0}
+        increments = torch.tensor([[gains[i] for i in indices[0].tolist()]])
         package.adjust_lifespan_and_memories(indices, increments)
         new = torch.randn(1, working, row.vectors.shape[1])
         after = advance({**state, "use": use}, new, config)
@@ -353,9 +354,9 @@ def test_departure_7_mean_of_exponentials():
 
     Distances of 768 numbers are such that their exponentials are 0 in float32; their logarithms keep the order.
     """
-    case, config = [row([], [3.0, 0.0], [-3.0, 3.0])], settings(working=2, reminded_stm=1, reminded_ltm=1)
-    assert ours(case, config.replace(correlation="exp")) == [{0}]
-    assert ours(case, config) == [{1}]
+    case, config = [row([0.0], [3.0, 0.0], [-3.0, 3.0])], settings(working=2, reminded_stm=1, reminded_ltm=1)
+    assert ours(case, config.replace(correlation="exp")) == [{0, 1}]
+    assert ours(case, config) == [{0, 2}]
     stored, working = torch.randn(1, 50, 768), torch.randn(1, 8, 768)
     squares = (stored.double()[:, :, None] - working.double()[:, None]).square().sum(-1)
     exact = squares.neg().logsumexp(-1) - torch.tensor(8.0).log()
@@ -366,11 +367,7 @@ def test_departure_7_mean_of_exponentials():
     assert torch.equal(found.argsort(1), exact.argsort(1))
     # nor by size, which the centroid's rule prefers
     assert not torch.equal(found.argsort(1), squares.mean(-1).neg().argsort(1))
-    # index 0 is returned in any case: there is no long-term memory (departure 2)
-    memory = package_of(case, config)
-    long, short = memory.engrams.get_working_memory()[0], memory.engrams.get_shortterm_memory()
-    weight = memory._calculate_memory_weight(long, short[0])
-    assert memory._remind_shortterm_memory(weight, short[1]).tolist() == [[-1, 1]]
+    assert theirs(case, config) == [{0, 2}]
 
 
 def test_departure_8_ties_have_a_generator_of_their_own():
@@ -410,7 +407,7 @@ def test_departure_8_ties_have_a_generator_of_their_own():
 
 
 def test_departure_9_edges_of_count_zero():
-    """An arg max over all long-term memory follows edges that never were: by the letter, and unless `positive_edges`."""
+    """By the letter an arg max over all long-term memory follows edges that never were; not with `positive_edges`."""
     case, config = [row([0.0] * 3, [1.0], [1.0], {(3, 1): 2})], settings(reminded_stm=1, reminded_ltm=3, depth=1)
     found = [ours(case, config, step)[0] for step in range(200, 220)]
     assert all(len(slots) == 3 and {1, 3} < slots for slots in found)
@@ -484,7 +481,7 @@ def test_departure_11_shares_of_attention():
 
 @torch.no_grad()
 def test_departure_12_the_feed_forward_has_an_activation():
-    """Two linear maps in a row are one: with attention spread evenly, the package's engrams are affine in the tokens."""
+    """Two linear maps in a row are one: where attention is even, the package's engrams are affine in the tokens."""
 
     def bend(abstract: Any) -> Tensor:
         """How far `abstract` is from affine."""
@@ -562,19 +559,20 @@ def test_departure_14_a_step_is_a_segment():
 
 
 def test_departure_15_gradient_checkpointing():
-    """Published models pass the wrong arguments when recomputing; our side only: the same gradients with and without."""
+    """Published models pass the wrong arguments when recomputing; our side only: the same gradients either way."""
     gradients, ids = [], tokens(2, 3 * SEGMENT)
     for checkpointing in (False, True):
         model = make("gpt2", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-        attachment = trained(model, CONFIGS["memoria-0"])
+        attachment, ran = trained(model, CONFIGS["memoria-0"]), Counter()
+        model.transformer.h[0].mlp.register_forward_hook(lambda *_, ran=ran: ran.update(["forward"]))
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-            assert model.is_gradient_checkpointing
         cache = mnemic.memory_cache(model, SEGMENT)
         loss = sum(model(part, labels=part, past_key_values=cache).loss for part in ids.split(SEGMENT, 1))
         loss.backward()
         gradients.append([parameter.grad for parameter in attachment.parameters()])
+        assert ran["forward"] == (6 if checkpointing else 3)
         assert stream_of(cache).state["step"].tolist() == [3, 3]
     for plain, again in zip(*gradients, strict=True):
         assert plain.any()
@@ -627,11 +625,14 @@ def test_departure_17_a_module_over_explicit_state():
     again = MemoriaConfig.tiny()[0].build(8, depth=1)
     again.load_state_dict(memory.state_dict())
     hidden = torch.randn(8, 3, 8, 8)
-    # an empty memory adds nothing, and can be reminded
+    # an empty memory adds nothing, alone and beside one that is not
     empty = memory.init_state(3)
     assert torch.equal(memory.read(0, hidden[0], empty), hidden[0])
-    assert remind(empty, memory.config)["recalled"].eq(-1).all()
     state = grown(memory, hidden[:5], empty)
+    beside = concatenate([memory.init_state(1), select(state, torch.tensor([1]))])
+    output = memory.read(0, hidden[5, :2], beside)
+    assert torch.equal(output[0], hidden[5, 0])
+    assert_near(output[1], memory.read(0, hidden[5], state)[1], 1e-5)
     assert not torch.equal(memory.read(0, hidden[5], state), hidden[5])
     assert torch.equal(again.read(0, hidden[5], state), memory.read(0, hidden[5], state))
     # the batch may change between calls
@@ -651,7 +652,8 @@ def test_departure_17_a_module_over_explicit_state():
     narrow.load_state_dict(memory.state_dict())
     output = narrow.read(0, half, state)
     assert output.dtype == torch.bfloat16
-    assert_near(output.float(), memory.read(0, half.float(), state), 0.1)
+    wanted = memory.read(0, half.float(), state)
+    assert (output.float() - wanted).abs().mean() < 0.02 * wanted.abs().mean()
     assert narrow.write(half, state)["engram"].dtype == torch.float32
     # and nothing that was passed was changed
     assert all(torch.equal(tensor, wide[name]) for name, tensor in state.items())
@@ -663,9 +665,8 @@ def test_departure_17_a_module_over_explicit_state():
     peer = new()
     assert not isinstance(peer, torch.nn.Module)
     assert not hasattr(peer, "state_dict")
-    with pytest.raises(Exception, match=r".") as raised:
+    with pytest.raises((RuntimeError, IndexError)):
         peer.remind()
-    assert isinstance(raised.value, RuntimeError | IndexError)
     peer.add_working_memory(torch.randn(2, 2, 8, dtype=torch.bfloat16))
     peer.remind()
     indices = torch.tensor([[0, -5], [1, -5]])
@@ -673,5 +674,5 @@ def test_departure_17_a_module_over_explicit_state():
     assert indices.tolist() == [[0, -1], [1, -1]]
     peer.add_working_memory(torch.randn(2, 2, 8, dtype=torch.bfloat16))
     assert peer.remind()[0].dtype == torch.float32
-    with pytest.raises(RuntimeError, match="[Ss]ize"):
+    with pytest.raises(RuntimeError, match=r"[Ss]ize"):
         peer.add_working_memory(torch.randn(1, 2, 8))

@@ -152,7 +152,7 @@ def draw_graph(
     """Figure 9, a panel for each graph: engrams on rings by level, oldest first, and their strongest ties.
 
     A tie has the colour of the engram that it leaves, and the stronger the thicker; of more than `most` a fair choice is
-    drawn. Engrams that are reminded are ringed. `colours` gives a colour and a test of an engram's attributes for each
+    drawn. Engrams that are reminded have a tick. `colours` gives a colour and a test of an engram's attributes for each
     name in the legend, levels by default; the first that fits counts.
     """
     colours = colours or {
@@ -160,15 +160,15 @@ def draw_graph(
     }
     figure, axes = _figure(1, len(graphs), size=(4.6 * len(graphs), 5.2))
     for panel, (name, directed) in zip(axes[0], graphs.items(), strict=True):
-        _draw_ties(panel, directed, most, [pair for pair in colours.values()])
+        _draw_ties(panel, directed, most, list(colours.values()))
         reminded = sum(about for _, about in directed.nodes(data="reminded"))
         panel.set_title(f"{name}: {len(directed):,} engrams, {reminded} reminded", fontsize=10)
     lines = require("matplotlib.lines")
     dots: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 7}
     handles = [lines.Line2D([], [], color=colour, label=name, **dots) for name, (colour, _) in colours.items()]
-    ring = {"markerfacecolor": "none", "markeredgecolor": "#111111"}
-    handles.append(lines.Line2D([], [], label="reminded now", **dots, **ring))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    handles.append(lines.Line2D([], [], color="#111111", linestyle="", marker="|", label="reminded now"))
+    columns = len(handles) if len(graphs) > 1 else 2
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     return _save(figure, path)
 
@@ -202,19 +202,21 @@ def _draw_ties(panel: Any, directed: nx.DiGraph, most: int, colours: list[Any]) 
             zorder=1,
         )
     )
-    engrams = list(directed.nodes(data=True))
+    engrams = sorted(directed.nodes(data=True))
     where = np.array([place[engram] for engram, _ in engrams])
     size = np.array([2.0 + 3.0 * np.log2(1 + about["fires"]) for _, about in engrams])
     panel.scatter(*where.T, s=size, c=[colour[engram] for engram, _ in engrams], linewidths=0, zorder=2)
-    ringed = np.array([about["reminded"] for _, about in engrams], dtype=bool)
-    panel.scatter(
-        *where[ringed].T, s=size[ringed] + 10, facecolors="none", edgecolors="#111111", linewidths=0.7, zorder=3
-    )
+    ticked = where[np.array([about["reminded"] for _, about in engrams], dtype=bool)]
+    ticks = [(spot * (1 + 0.025 / norm), spot * (1 + 0.065 / norm)) for spot in ticked if (norm := np.hypot(*spot))]
+    panel.add_collection(lines.LineCollection(ticks, colors="#111111", linewidths=0.9, zorder=3))
     panel.set_aspect("equal")
     panel.set_xlim(-1.08, 1.08)
     panel.set_ylim(-1.08, 1.08)
     panel.axis("off")
-    panel.annotate("newest \u2192|\u2192 oldest", (0, 1.05), ha="center", fontsize=8, color="#666666")
+    for engram, word, align in ((engrams[0][0], "oldest", "right"), (engrams[-1][0], "newest", "center")):
+        spot = np.array(place[engram])
+        spot = spot + (-0.03, 0) if align == "right" else spot * 1.13
+        panel.annotate(word, spot, ha=align, va="center", fontsize=8, color="#555555")
 
 
 # --- text seen twice -------------------------------------------------------------------------------------------------
