@@ -564,7 +564,7 @@ def test_departure_15_gradient_checkpointing():
     for checkpointing in (False, True):
         model = make("gpt2", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
         attachment, ran = trained(model, CONFIGS["memoria-0"]), Counter()
-        model.transformer.h[0].mlp.register_forward_hook(lambda *_, ran=ran: ran.update(["forward"]))
+        model.transformer.h[1].mlp.register_forward_pre_hook(lambda *_, ran=ran: ran.update(["forward"]))
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable()

@@ -80,7 +80,7 @@ def extend_lifespans(state: State, alpha: float) -> Float[Tensor, "b n"]:
 
     Paper 3.4: `lifespan_i += w_i / sum_k w_k * N_rem * alpha`, then `lifespan_i -= 1`.
     """
-    recalled, use, lifespan = state["recalled"], state["use"], state["lifespan"]
+    recalled, use, lifespan = state["recalled"], state["use"].detach(), state["lifespan"].detach()
     real = recalled >= 0
     share = use / use.sum(1, keepdim=True).clamp_min(torch.finfo(use.dtype).tiny)
     gain = (share * real.sum(1, keepdim=True) * alpha).masked_fill(~real, 0)
