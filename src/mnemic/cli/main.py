@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.table import Table
 
+import mnemic.cli.memoria  # noqa: F401, its commands join `bench`
 from mnemic.cli.bench import bench
 from mnemic.cli.show import Show, console
 
