@@ -437,8 +437,8 @@ def test_counts_equal_a_tally_through_folding():
 
 def test_rows_that_start_apart_fold_apart():
     # rows 0 and 1 are 5 steps apart, so their bytes leave the ring at different writes
-    count, tallies = COLUMNS + 40, [Tally(2 * COLUMNS + 96) for _ in range(2)]
-    memory = built(SMALL.replace(alpha=12.0))
+    count, tallies = 2 * COLUMNS, [Tally(4 * COLUMNS + 10) for _ in range(2)]
+    memory = built(SMALL.replace(alpha=12.0, ties="oldest"))
     (*_, ahead) = steps(memory, 5)
     ahead_alone = list(steps(memory, 5))
     for state in ahead_alone[:-1]:
@@ -469,17 +469,18 @@ def assert_nothing_in_free_slots(state):
 
 
 def test_nothing_stays_in_free_slots():
-    memory, shrunk = built(SMALL.replace(alpha=6.0)), 0
-    for before, after in _pairs(steps(memory, COLUMNS + 20, rows=3)):
+    memory, shrunk = built(SMALL.replace(alpha=12.0, ties="oldest")), 0
+    for before, after in _pairs(steps(memory, COLUMNS + 40, rows=3)):
         assert_nothing_in_free_slots(after)
         shrunk += int((after["levels"].sum(1) < before["levels"].sum(1)).sum())
     assert shrunk, "no row ever had fewer engrams than before"
     # then nothing is used: most of what was is forgotten, tables shrink
-    size = after["id"].shape[1]
-    for _ in range(40):
+    size, elders = after["id"].shape[1], after["elders"].shape[1]
+    for _ in range(int(after["lifespan"].max()) + 1):
         after = memory.write(torch.randn(3, 4, WIDTH), {**after, "use": torch.zeros_like(after["use"])})
         assert_nothing_in_free_slots(after)
     assert after["id"].shape[1] < size
+    assert after["elders"].shape[1] < elders
 
 
 @torch.no_grad()
@@ -552,10 +553,13 @@ def test_use_is_the_attention_of_all_tokens_so_far(config, monkeypatch):
     traces = [trace["use"] for _, (_, trace) in reads]
     assert [tuple(trace.shape) for trace in traces] == [(2, 5, 5)] * len(traces)
     assert_near(after.state["use"], before.state["use"] + sum(trace.sum(1) for trace in traces), 1e-6)
-    # attention sums to 1: one for each real token of the segment and each layer, where anything is reminded
-    reminded = (after.state["recalled"] >= 0).any(1)
-    assert reminded.all()
-    assert_near(after.state["use"].sum(1), len(memory.read_layers) * torch.tensor([7.0, 5.0]), 1e-4)
+    # attention sums to 1: one for each real token of the segment and each layer, if all of it goes to engrams
+    assert (after.state["recalled"] >= 0).any(1).all()
+    most = len(memory.read_layers) * torch.tensor([7.0, 5.0])
+    if config.reservoir:
+        assert (after.state["use"].sum(1) < most).all()
+    else:
+        assert_near(after.state["use"].sum(1), most, 1e-4)
     # nothing else of the state moves before the segment ends
     for name, tensor in before.state.items():
         if name != "use":

@@ -1,7 +1,7 @@
 """What a Memoria memory does while it reads: ages, autocorrelation of reminding, the engram graph, text seen twice.
 
-After the engram analyses of the paper (Park & Bak, ICML 2024, arXiv 2310.03052: table 7, figures 5, 6, 9, 10). All of it
-is read off states, so a saved session, a batch of streams or a model reading a text will do. Pictures are drawn by
+After the engram analyses of the paper (Park & Bak, ICML 2024, arXiv 2310.03052: table 7, figures 5, 6, 9, 10). All is
+read off states, so a saved session, a batch of streams or a model reading a text will do. Pictures are drawn by
 `mnemic.analysis.memoria_pictures`; the graph needs `mnemic[plot]`.
 
 An engram's *age* is how many segments back the text lies that it was made of: `step - born`, 1 for working memory.
@@ -32,9 +32,9 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 LAGS = (1, 2, 5, 15)
 """The lags of the paper's table 7."""
-PAPER = dict(zip(LAGS, (0.575, 0.529, 0.461, 0.321), strict=True))
+PAPER: dict[int, float] = dict(zip(LAGS, (0.575, 0.529, 0.461, 0.321), strict=True))
 """Table 7: share of reminded long-term engrams that were also reminded that many steps earlier."""
-PUBLISHED = dict(zip(LAGS, (0.57, 0.48, 0.31, 0.09), strict=True))
+PUBLISHED: dict[int, float] = dict(zip(LAGS, (0.57, 0.48, 0.31, 0.09), strict=True))
 """The same share in the published code, memoria-pytorch 1.1.0, measured on synthetic input."""
 
 
@@ -73,9 +73,9 @@ def with_rule(config: MemoriaConfig, rule: str) -> MemoriaConfig:
 class Moment:
     """One stream right after a write: who is alive, and who was reminded by the new working memory.
 
-    `ids` and `lifespans` are those of all engrams in order of birth, `levels` how many of them are long-term, short-term
-    and working memory; `short` and `long` the ids reminded, best first. `starts` and `found` count the long-term engrams
-    where the search began and all it found, where they are known.
+    `ids` and `lifespans` are those of all engrams in order of birth, `levels` how many of them are long-term,
+    short-term and working memory; `short` and `long` the ids reminded, best first. `starts` and `found` count the
+    long-term engrams where the search began and all that it found, where they are known.
     """
 
     step: int
@@ -98,7 +98,7 @@ class Moment:
         slots = state["recalled"][0].numpy(force=True)
         slots = slots[slots >= 0]
         starts = found = None
-        if config is not None:
+        if config is not None and not config.graded:
             starts, found = _finds(state, config)
         return cls(
             step=int(state["step"][0]),
@@ -248,7 +248,7 @@ def autocorrelation(
     """Table 7, figure 6: of the engrams reminded at step t, the share that was also reminded, at the same level, at
     t - lag; the mean over steps t >= `since` and streams, nan where there is none.
 
-    With `chance` what reminding at random would give: the share of the engrams *alive* at t that was reminded at t - lag.
+    With `chance` what reminding at random would give: the share of all engrams alive at t that was reminded at t - lag.
     """
     shares: dict[int, list[float]] = {lag: [] for lag in lags}
     for row in history.rows:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnemic.analysis.memoria import PAPER, PUBLISHED, History, SeenTwice, ages, autocorrelation, require
+from mnemic.analysis.memoria import PAPER, PUBLISHED, History, Level, SeenTwice, ages, autocorrelation, require
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -33,11 +34,14 @@ def _figure(*grid: int, size: tuple[float, float], **options: Any) -> tuple[Any,
     return figure, axes
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def _save(figure: Any, path: str | Path, dots: int = 150) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dots)
     require("matplotlib.pyplot").close(figure)
+    # a palette: hundreds of translucent lines make a file several times as large without
+    require("PIL.Image").open(drawn).convert("RGB").quantize(256).save(path, format="PNG", optimize=True)
     return path
 
 
@@ -57,9 +61,9 @@ def draw_ages(histories: Mapping[str, History], path: str | Path, title: str) ->
     for panel, (name, history), colour in zip(axes[0], histories.items(), COLOURS, strict=False):
         found = ages(history)
         width = max(1, len(found.step) // 60)
-        panel.plot(found.step, found.step, color="#bbbbbb", linestyle=":", linewidth=1, label="made of the first segment")
+        panel.plot(found.step, found.step, color="#bbbbbb", linestyle=":", linewidth=1)
         low, high = _smooth(found.low, width), _smooth(found.high, width)
-        panel.fill_between(found.step, low, high, color=colour, alpha=0.18, linewidth=0, label="10th to 90th percentile")
+        panel.fill_between(found.step, low, high, color=colour, alpha=0.18, linewidth=0)
         panel.plot(found.step, _smooth(found.alive, width), color="#444444", linestyle="--", linewidth=1.2)
         panel.plot(found.step, _smooth(found.mean, width), color=colour, linewidth=2.2)
         panel.set_title(name, fontsize=10, color=colour)
@@ -89,7 +93,8 @@ def draw_autocorrelation(
 ) -> Path:
     """Figure 6, long-term memory beside short-term memory, with the paper's and the published code's values."""
     figure, axes = _figure(1, 2, size=(9.6, 4.0), sharey=True)
-    for panel, level, name in ((axes[0, 0], "long", "long-term memory"), (axes[0, 1], "short", "short-term memory")):
+    sides: tuple[tuple[Level, str], ...] = (("long", "long-term memory"), ("short", "short-term memory"))
+    for panel, (level, name) in zip(axes[0], sides, strict=True):
         for (label, history), colour, marker in zip(histories.items(), COLOURS, MARKERS, strict=False):
             lags = range(1, longest + 1)
             shares = autocorrelation(history, level, lags, since=since)
@@ -104,7 +109,7 @@ def draw_autocorrelation(
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("lag, segments")
         panel.set_xlim(0, longest + 1)
-        panel.set_ylim(-2, 102)
+    axes[0, 0].set_ylim(bottom=-2)
     axes[0, 0].set_ylabel("reminded that many segments before, too, %")
     lines = require("matplotlib.lines")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -126,7 +131,7 @@ RINGS = {"long": 1.0, "short": 0.84, "working": 0.72}
 
 
 def places(directed: nx.DiGraph) -> dict[int, tuple[float, float]]:
-    """Where each engram is drawn: on its level's ring, clockwise from the oldest at the top, segments a little apart."""
+    """Where each engram is drawn: on its level's ring, clockwise from the oldest at the top, segments set apart."""
     place, angle, before = {}, 0.0, None
     order = sorted(directed.nodes(data="born"))
     segments = len({born for _, born in order})
@@ -146,14 +151,14 @@ def draw_graph(
     path: str | Path,
     title: str,
     *,
-    most: int = 400,
+    most: int = 300,
     colours: Mapping[str, tuple[str, Callable[[dict[str, Any]], bool]]] | None = None,
 ) -> Path:
     """Figure 9, a panel for each graph: engrams on rings by level, oldest first, and their strongest ties.
 
-    A tie has the colour of the engram that it leaves, and the stronger the thicker; of more than `most` a fair choice is
-    drawn. Engrams that are reminded have a tick. `colours` gives a colour and a test of an engram's attributes for each
-    name in the legend, levels by default; the first that fits counts.
+    A tie has the colour of the engram that it leaves, and the stronger the thicker; of more than `most` every second,
+    third or so is drawn. Engrams that are reminded have a tick. `colours` gives a colour and a test of an engram's
+    attributes for each name in the legend, levels by default; the first that fits counts.
     """
     colours = colours or {
         LEVEL_NAMES[level]: (colour, functools.partial(_is_of, level)) for level, colour in LEVEL_COLOURS.items()
@@ -161,7 +166,7 @@ def draw_graph(
     figure, axes = _figure(1, len(graphs), size=(4.6 * len(graphs), 5.2))
     for panel, (name, directed) in zip(axes[0], graphs.items(), strict=True):
         _draw_ties(panel, directed, most, list(colours.values()))
-        reminded = sum(about for _, about in directed.nodes(data="reminded"))
+        reminded = sum(about["reminded"] for _, about in directed.nodes(data=True))
         panel.set_title(f"{name}: {len(directed):,} engrams, {reminded} reminded", fontsize=10)
     lines = require("matplotlib.lines")
     dots: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 7}
@@ -170,7 +175,7 @@ def draw_graph(
     columns = len(handles) if len(graphs) > 1 else 2
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
-    return _save(figure, path)
+    return _save(figure, path, dots=110)
 
 
 def _is_of(level: str, about: dict[str, Any]) -> bool:
@@ -215,7 +220,7 @@ def _draw_ties(panel: Any, directed: nx.DiGraph, most: int, colours: list[Any]) 
     panel.axis("off")
     for engram, word, align in ((engrams[0][0], "oldest", "right"), (engrams[-1][0], "newest", "center")):
         spot = np.array(place[engram])
-        spot = spot + (-0.03, 0) if align == "right" else spot * 1.13
+        spot = spot - np.array([0.03, 0.0]) if align == "right" else spot * 1.13
         panel.annotate(word, spot, ha=align, va="center", fontsize=8, color="#555555")
 
 

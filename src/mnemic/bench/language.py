@@ -30,12 +30,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mnemic.attachment import Attachment, attach, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.memories.base import MemoryConfig
+from mnemic.state import StateError, read_file, write_file
 from mnemic.stream import Stream
 from mnemic.tasks.documents import DocumentBatch, DocumentStream, Tokens, novels, tokenize
 from mnemic.tasks.recall import generator
@@ -43,6 +44,7 @@ from mnemic.training import IGNORED, hold_then_fall, unroll
 
 CONDITIONS = ("memory", "other document", "last segment", "empty", "no memory")
 TRAINED_WITHOUT = "trained without"
+CHECKPOINT_SECONDS = 60.0
 STARTS = (0, 1, 2, 4, 8, 16, 32, 64)
 """Where the ranges of positions begin, in segments of the document."""
 
@@ -139,22 +141,19 @@ def apart(names: Sequence[str]) -> list[int]:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def byte_model(length: int, seed: int, layers: int = 3, width: int = 128) -> nn.Module:
-    """A GPT-2 over bytes with random weights, as long as one segment."""
+def small_model(vocabulary: int, length: int, seed: int, layers: int, width: int) -> nn.Module:
+    """A Llama with random weights, for one segment. They begin larger than usual, as it has few steps to learn."""
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=256,
-            n_positions=length,
-            n_embd=width,
-            n_layer=layers,
-            n_head=4,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=length,
+            tie_word_embeddings=True,
+            initializer_range=0.06,
         )
     )
 
@@ -167,17 +166,20 @@ def fit(
     seed: int,
     attachment: Attachment | None = None,
     advance: Callable[..., None] = lambda steps, **values: None,
+    checkpoint: Path | None = None,
 ) -> float:
     """Trains everything of the model that is not frozen; with the memory, if it has one. Returns seconds.
 
-    Without an attachment segments are rows of their own, and the same tokens are predicted.
+    Without an attachment segments are rows of their own, and the same tokens are predicted. A run that was stopped goes
+    on from `checkpoint`, with the streams as they stood.
     """
     model.eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=recipe.betas, weight_decay=recipe.weight_decay)
     chunks = DocumentStream(excerpts, recipe.rows, recipe.chunk * length, seed)
-    stream, begun = None, time.monotonic()
-    for step in range(recipe.steps):
+    first, spent, stream = resume(checkpoint, parameters, optimizer) if checkpoint else (0, 0.0, None)
+    begun = saved = time.monotonic()
+    for step in range(first, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         if attachment is None:
@@ -191,7 +193,53 @@ def fit(
         torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
         advance(1, loss=loss.item())
-    return time.monotonic() - begun
+        if checkpoint and (time.monotonic() - saved > CHECKPOINT_SECONDS or step + 1 == recipe.steps):
+            saved = time.monotonic()
+            keep(checkpoint, parameters, optimizer, stream, step + 1, spent + saved - begun)
+    return spent + time.monotonic() - begun
+
+
+def keep(
+    path: Path,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    stream: Stream | None,
+    step: int,
+    seconds: float,
+) -> None:
+    """Writes what `resume` needs to go on behind `step` steps."""
+    tensors: dict[str, Tensor] = {}
+    for i, parameter in enumerate(parameters):
+        tensors[f"parameter.{i}"] = parameter
+        tensors |= {f"{name}.{i}": value for name, value in optimizer.state[parameter].items()}
+    meta: dict[str, Any] = {"content": "language training", "step": step, "seconds": seconds}
+    if stream is not None:
+        tensors |= {f"stream.{name}": tensor for name, tensor in stream.tensors().items()}
+        meta["stream"] = {"counts": stream.counts, "written": stream.written, "seen": stream.seen}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, tensors, meta)
+
+
+def resume(
+    path: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, float, Stream | None]:
+    """Steps and seconds of the checkpoint and its streams; nothing done where there is none."""
+    if not path.is_file():
+        return 0, 0.0, None
+    tensors, meta = read_file(path)
+    shapes = [tuple(tensors[f"parameter.{i}"].shape) for i in range(len(parameters)) if f"parameter.{i}" in tensors]
+    if meta.get("content") != "language training" or shapes != [tuple(each.shape) for each in parameters]:
+        raise StateError(f"{path} is not a checkpoint of this training; remove it to start anew")
+    with torch.no_grad():
+        for i, parameter in enumerate(parameters):
+            parameter.copy_(tensors[f"parameter.{i}"])
+            optimizer.state[parameter] = {name: tensors[f"{name}.{i}"] for name in ("step", "exp_avg", "exp_avg_sq")}
+    stream = None
+    if "stream" in meta:
+        named = {name.removeprefix("stream."): tensor for name, tensor in tensors.items() if name.startswith("stream.")}
+        state = {name.removeprefix("state."): named[name] for name in named if name != "waiting"}
+        stream = Stream(state, named["waiting"], **{name: tuple(values) for name, values in meta["stream"].items()})
+    return meta["step"], meta["seconds"], stream
 
 
 def alone(model: nn.Module, batch: DocumentBatch, length: int) -> Tensor:
@@ -331,11 +379,14 @@ def summary(bits: Bits) -> dict[str, Any]:
 
 @dataclass
 class Experiment:
-    """What is trained on what. `model` is a folder or hub id of a base to freeze; None trains bytes from scratch."""
+    """What is trained on what: a memory on the frozen base `model`, a folder or hub id, or, without one, a memory and a
+    small Llama together, over the tokens of `tokenizer` (a folder, a hub id or "bytes").
+    """
 
     config: MemoryConfig
     recipe: Recipe
     model: str | None = None
+    tokenizer: str = "bytes"
     segments: int = 128
     seed: int = 0
     layers: int = 3
@@ -346,19 +397,25 @@ class Experiment:
         """The name of its records."""
         return "novels-scratch" if self.model is None else "novels-frozen"
 
-    def run(self, path: str | os.PathLike[str], reporter: Reporter | None = None) -> Record:
-        """Trains and measures; the record is not saved yet."""
+    def run(
+        self, path: str | os.PathLike[str], reporter: Reporter | None = None, checkpoints: Path | None = None
+    ) -> Record:
+        """Trains and measures on the novels at `path`; the record is not saved yet."""
         reporter, length, recipe = reporter or Silent(), self.config.segment_length, self.recipe
-        tokenizer = "bytes" if self.model is None else AutoTokenizer.from_pretrained(self.model)
+        name = self.model or self.tokenizer
+        tokenizer = name if name == "bytes" else AutoTokenizer.from_pretrained(name)
+        self.vocabulary = 256 if isinstance(tokenizer, str) else len(tokenizer)
         excerpts = -(-recipe.steps * recipe.rows * recipe.chunk // recipe.excerpt)
-        corpus = texts(
-            path, tokenizer, train=recipe.excerpt * length, test=self.segments * length, excerpts=excerpts
-        )
+        corpus = texts(path, tokenizer, train=recipe.excerpt * length, test=self.segments * length, excerpts=excerpts)
         seconds: dict[str, float] = {}
         model = self._base()
         attachment = attach(model, self.config, freeze=self.model is not None)
         reporter.phase("train with the memory", recipe.steps)
-        seconds["training"] = fit(model, corpus.train, length, recipe, self.seed, attachment, reporter.advance)
+        stem = f"{self.task}-{self.config.kind}-{self.seed}"
+        files = [checkpoints / f"{stem}{end}.safetensors" if checkpoints else None for end in ("", "-without")]
+        seconds["training"] = fit(
+            model, corpus.train, length, recipe, self.seed, attachment, reporter.advance, files[0]
+        )
         reporter.phase("read other novels", self.segments)
         begun = time.monotonic()
         bits = measure(model, corpus.test, length, attachment, reporter.advance)
@@ -367,14 +424,14 @@ class Experiment:
             bare = self._base()
             reporter.phase("train without", recipe.steps)
             seconds["training without"] = fit(
-                bare, corpus.train, length, recipe, self.seed, advance=reporter.advance
+                bare, corpus.train, length, recipe, self.seed, None, reporter.advance, files[1]
             )
             bits.bits.update(measure(bare, corpus.test, length).bits)
         return self._record(bits, corpus, attachment, seconds)
 
     def _base(self) -> nn.Module:
         if self.model is None:
-            model = byte_model(self.config.segment_length, self.seed, self.layers, self.width)
+            model = small_model(self.vocabulary, self.config.segment_length, self.seed, self.layers, self.width)
         else:
             model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
         torch.manual_seed(self.seed)
@@ -383,7 +440,7 @@ class Experiment:
     def _record(self, bits: Bits, corpus: Texts, attachment: Attachment, seconds: dict[str, float]) -> Record:
         own = sum(parameter.numel() for parameter in attachment.parameters())
         host = (
-            f"GPT-2 over bytes, {self.layers} blocks, width {self.width}, trained with its memory"
+            f"Llama of {self.layers} blocks, width {self.width}, {self.vocabulary} tokens, trained with its memory"
             if self.model is None
             else f"{Path(self.model).name}, frozen"
         )

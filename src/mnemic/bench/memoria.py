@@ -1,8 +1,8 @@
 """What Memoria costs: a step against the published package, growth with the number of engrams, an endless stream, and a
 forward pass against the base's.
 
-Every measurement runs in a process of its own, so that its peak of memory is its own. The package (`memoria-pytorch`, an
-extra) begins where our engine stands after the long-term memory has filled: the same engrams, counts, levels and
+Every measurement runs in a process of its own, so that its peak of memory is its own. The package (`memoria-pytorch`,
+an extra) begins where our engine stands after the long-term memory has filled: the same engrams, counts, levels and
 lifespans, then the same input. So both are timed at the same size, and filling does not take the package an hour.
 """
 
@@ -211,6 +211,79 @@ def growth(progress: Progress, alphas: tuple[float, ...] = (4, 8, 16, 32, 64), b
         slope = statistics.linear_regression(sizes, times).slope
         measures[rule] = {"alphas": list(alphas), "rows": rows, "exponent": slope}
     return Record("memoria-growth", "memoria", "none: the step alone", 0, MemoriaConfig().to_dict(), measures=measures)
+
+
+# --- what to keep of the graph --------------------------------------------------------------------------------------
+# --- what to keep of the graph -----------------------------------------------------------------------------------------
+
+
+def representations(progress: Progress, runs: int = 7) -> Record:
+    """Three ways to keep counts, at the paper's settings for language: bits of who fired when (ours), a table of all
+    pairs, and a sorted list of the pairs that are not 0. Milliseconds to add a step, and to give the rows of 30 and of
+    350 engrams ten times over, as a search of depth 10 asks for; bytes.
+    """
+    config, _, steps = SETTINGS["lm"]
+    state, _ = filled(config, 8, 64, steps)
+    table = graph.counts(state)
+    long = engrams.level_masks(state)[0]
+    active = engrams.activated(state)
+    everyone = torch.ones(8, dtype=torch.bool)
+    size = int(state["levels"][:, 0].max())
+    edges = graph.Edges(state, long[:, :size], 0, "oldest", False)
+    pairs = [row.nonzero() for row in table]
+    keys = [pair[:, 0] * table.shape[1] + pair[:, 1] for pair in pairs]
+    values = [row[pair[:, 0], pair[:, 1]] for row, pair in zip(table, pairs, strict=True)]
+
+    def sparse_add() -> None:
+        for row in range(8):
+            slots = active[row].nonzero().flatten()
+            new = (slots[:, None] * table.shape[1] + slots).flatten()
+            joined, place = torch.cat([keys[row], new]).unique(return_inverse=True)
+            counts = torch.cat([values[row], torch.ones_like(new, dtype=torch.int32)])
+            torch.zeros_like(joined, dtype=torch.int32).index_add_(0, place, counts)
+
+    def sparse_rows(count: int) -> None:
+        for row in range(8):
+            asked = (torch.arange(count)[:, None] * table.shape[1] + torch.arange(size)).flatten()
+            place = torch.searchsorted(keys[row], asked).clamp_max(len(keys[row]) - 1)
+            torch.where(keys[row][place] == asked, values[row][place], 0)
+
+    def ten(function: Any) -> None:
+        for _ in range(10):
+            function()
+
+    slots = {count: torch.arange(count).expand(8, -1) for count in (30, 350)}
+    fired = active.int()
+    ways: dict[str, dict[str, Any]] = {
+        "bits": {
+            "add": lambda: graph.fire(state, active, state["step"] - 1, everyone),
+            "rows of 30": lambda: ten(lambda: edges.scores(slots[30])),
+            "rows of 350": lambda: ten(lambda: edges.scores(slots[350])),
+        },
+        "table": {
+            "add": lambda: table + fired[:, :, None] * fired[:, None],
+            "rows of 30": lambda: ten(lambda: table[:, :30, :size].float()),
+            "rows of 350": lambda: ten(lambda: table[:, :350, :size].float()),
+        },
+        "pairs": {
+            "add": sparse_add,
+            "rows of 30": lambda: ten(lambda: sparse_rows(30)),
+            "rows of 350": lambda: ten(lambda: sparse_rows(350)),
+        },
+    }
+    size_of = {
+        "bits": nbytes({name: state[name] for name in ("fired", "elders")}),
+        "table": table.numel() * table.element_size(),
+        "pairs": sum(12 * len(key) for key in keys),
+    }
+    measures: dict[str, Any] = {"engrams": int(state["levels"].sum(1).max()), "batch": 8, "runs": runs}
+    for name, functions in ways.items():
+        progress(name)
+        times = alternate(functions, runs)
+        measures[name] = {key: 1e3 * statistics.median(found) for key, found in times.items()} | {
+            "bytes": size_of[name]
+        }
+    return Record("memoria-graph", "memoria", "none: the graph alone", 0, config.to_dict(), measures=measures)
 
 
 # --- an endless stream -----------------------------------------------------------------------------------------------

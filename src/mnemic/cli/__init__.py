@@ -1,4 +1,4 @@
-"""The command line: `mnemic demo | list | bench | report`."""
+"""The command line: `mnemic demo | list | bench | analyse | inspect | report`."""
 
 from mnemic.cli.main import app
 

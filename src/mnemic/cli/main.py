@@ -12,13 +12,17 @@ import typer
 from rich.table import Table
 
 import mnemic.cli.memoria  # noqa: F401, its commands join `bench`
+from mnemic.cli.analyse import analyse
 from mnemic.cli.bench import bench
+from mnemic.cli.inspect import inspect
 from mnemic.cli.show import Show, console
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Persistent memory for any Hugging Face transformer."
 )
 app.add_typer(bench, name="bench")
+app.add_typer(analyse, name="analyse")
+app.command()(inspect)
 
 
 @app.callback()

@@ -52,6 +52,18 @@ def memoria_growth(threads: Threads = None, out: Out = Path("results")) -> None:
     console.print(f"results {record.save(out, 'memoria-growth.json')}")
 
 
+@bench.command("memoria-graph")
+def memoria_graph(threads: Threads = None, out: Out = Path("results")) -> None:
+    """Three ways to keep the counts: bits, a table of all pairs, a list of pairs."""
+    from mnemic.bench.memoria import representations
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    record = representations(console.print)
+    for name in ("bits", "table", "pairs"):
+        console.print(name, {key: round(value, 1) for key, value in record.measures[name].items()})
+    console.print(f"results {record.save(out, 'memoria-graph.json')}")
+
+
 @bench.command("memoria-stream")
 def memoria_stream(
     rule: Annotated[str, typer.Option(help="paper, seeds or lift.")] = "paper",

@@ -108,7 +108,7 @@ class Memory(nn.Module, ABC):
     gradient_reach: int | None = None
     """Through how many writes a gradient can pass; None for no bound."""
     reads_own_segment: bool = False
-    """True where reads above the write layer see what the running segment wrote: encoders only, which look both ways."""
+    """True where reads above the write layer see what the running segment wrote: encoders, which look both ways."""
     starts_empty: bool = False
     """True where a new stream has nothing to read: its first segment is the base's own and trains nothing."""
 

@@ -1,4 +1,4 @@
-"""The two attentions of Memoria: the abstractor makes engrams of a segment, the reader lets tokens attend to engrams."""
+"""The attentions of Memoria: the abstractor makes engrams of a segment, the reader lets tokens attend to engrams."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class Abstractor(nn.Module):
     """Encoding (paper 3.1): `M_wm = FFN(softmax(Q W_k X) W_v X)`, Q learned queries. `[b, t, d] -> [b, w, d]`.
 
-    X are the hidden states behind a layer norm: the paper's come behind the host's last one, ours straight from a block.
+    X are hidden states behind a layer norm: the paper's come behind the host's last one, ours straight from a block.
     """
 
     def __init__(self, working: int, width: int, feed_forward: int) -> None:

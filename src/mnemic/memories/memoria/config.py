@@ -16,8 +16,8 @@ class MemoriaConfig(MemoryConfig):
     """Settings of Memoria, by default those of the paper's language models; lengths count engrams.
 
     Each segment makes `working` engrams (N_wm); `reminded_stm` and `reminded_ltm` are how many are reminded at most,
-    `stm_capacity` how many short-term memory holds, `depth` the steps of the search (N_depth), `lifespan` what an engram
-    begins with and `alpha` how much a use extends it.
+    `stm_capacity` how many short-term memory holds, `depth` the steps of the search (N_depth), `lifespan` what an
+    engram begins with and `alpha` how much a use extends it.
 
     `correlation` is "exp" (the paper's, compared by its logarithm) or "distance" (the published code's). `edges` is
     "conditional" (the paper's Count_ij / Count_ii) or "lift" (Count_ij / Count_jj, which does not favour what fires
@@ -25,15 +25,15 @@ class MemoriaConfig(MemoryConfig):
     long-term engrams, as the published code does by accident with `stm_capacity - reminded_stm`. `ties` are broken at
     random from `seed`, or "oldest" first.
 
-    `dim` is the inner width of the cross-attention, the host's if None; `feed_forward` that of the abstractor, four times
-    the host's if None. `read_layers` default to all blocks of a decoder, which writes after its last, and to those above
-    `write_layer` in an encoder, which by default writes after three quarters of its blocks. `grad_segments` keeps the
-    gradient through the engrams of that many segments before the last; the paper's 0 trains the abstractor through
-    working memory alone.
+    `dim` is the inner width of the cross-attention, the host's if None; `feed_forward` that of the abstractor, four
+    times the host's if None. `read_layers` default to all blocks of a decoder, which writes after its last, and to
+    those above `write_layer` in an encoder, which by default writes after three quarters of its blocks.
+    `grad_segments` keeps the gradient through the engrams of that many segments before the last; the paper's 0 trains
+    the abstractor through working memory alone.
 
     Not in the paper, and off by default: `interference` lets new engrams take lifespan from stored ones that resemble
-    them, that much for each new one in all; `graded` drops the border between short and long term: all stored engrams are
-    reminded by similarity and by ties, and the longer their lifespan the more easily; `reservoir` is the size of an
+    them, that much for each new one in all; `graded` drops the border between short and long term: all stored engrams
+    are reminded by similarity and by ties, and the longer their lifespan the more easily; `reservoir` is the size of an
     unbiased sample of all tokens that is read beside them.
     """
 

@@ -7,8 +7,8 @@ fired then. Slots are in order of birth, so those are the first ones, and few: w
 engrams outlive `COLUMNS` steps, and the whole by the number alive, however long the stream.
 
 Ties between counts are broken at random by `tie_vectors`: a score is count + <p_i, q_j> / 2^14 with vectors of small
-integers drawn from (seed, step, id), so a tie is broken the same way in any batch, at no cost beyond the product itself,
-and exactly: every term is a multiple of 2^-14, which float32 holds without rounding for counts below 1,024.
+integers drawn from (seed, step, id). So a tie is broken the same way in any batch, at no cost beyond the product, and
+exactly: every term is a multiple of 2^-14, which float32 holds without rounding for counts below 1,024.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mnemic.state import State
 
 COLUMNS = 128
 TIE_WIDTH, TIE_SCALE = 16, 2.0**-14
-RATIO_TIE_SCALE = 2.0**-24
+RATIO_TIE_SCALE = 2.0**-40
 NEVER = -1e9
 """The score of what cannot be reached."""
 
@@ -119,7 +119,8 @@ class Edges:
         size = open_bl.shape[1]
         self.elders_bee = state["elders"]
         self.bias_b1l = torch.zeros(open_bl.shape, device=open_bl.device).masked_fill(~open_bl, NEVER)[:, None]
-        self.scale_b1l = fires(state)[:, None, :size].clamp_min(1).float().reciprocal() if lift else None
+        # in float64, where equal ratios are equal numbers and ties are smaller than any difference of ratios
+        self.fires_b1l = fires(state)[:, None, :size].clamp_min(1).double() if lift else None
         # what tells a count of 1 from none: ties move a score by at most 16^3 of their unit
         self.least_edge = 16**3 * RATIO_TIE_SCALE if lift else 0.5
         bits_bnh = unpack(state["fired"])
@@ -135,11 +136,11 @@ class Edges:
     def scores(self, slots_bf: Int[Tensor, "b f"]) -> Float[Tensor, "b f l"]:
         """Edge from each slot to each engram of long-term memory, ties broken; `NEVER` where there is none."""
         from_bfr = self.from_bnr.gather(1, _wide(slots_bf, self.from_bnr.shape[2]))
-        if self.scale_b1l is None:
+        if self.fires_b1l is None:
             return self._add_elders(torch.baddbmm(self.bias_b1l, from_bfr, self.into_brl), slots_bf)
         score_bfl = self._add_elders(from_bfr[..., :COLUMNS] @ self.into_brl[:, :COLUMNS], slots_bf)
-        score_bfl = torch.addcmul(self.bias_b1l, score_bfl, self.scale_b1l)
-        return torch.baddbmm(score_bfl, from_bfr[..., COLUMNS:], self.into_brl[:, COLUMNS:])
+        ratio_bfl = score_bfl.double() / self.fires_b1l + self.bias_b1l
+        return torch.baddbmm(ratio_bfl, from_bfr[..., COLUMNS:].double(), self.into_brl[:, COLUMNS:].double())
 
     def _add_elders(self, score_bfl: Tensor, slots_bf: Tensor) -> Tensor:
         size = self.elders_bee.shape[1]

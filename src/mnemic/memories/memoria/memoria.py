@@ -3,25 +3,25 @@
 Source: Park & Bak, "Memoria: Resolving Fateful Forgetting Problem through Human-Inspired Memory Architecture" (ICML
 2024), sections 3.1 to 3.4. An engram e is a vector of the host's width d with a lifespan. Step t, once a segment:
 
-    encode     M_wm = FFN(softmax(Q W_k X) W_v X)                   N_wm engrams of the segment before (encoders: this one)
-    remind     C_i = mean_j exp(-|e_i - wm_j|^2)                    short-term: the N_stm of highest C
-               E_ij = Count_ij / Count_ii                           from each the long-term engram of highest E, from there
-                                                                    N_depth steps to the highest not found before;
-                                                                    of all found the N_ltm of highest C
-    exploit    h <- h + A(h, M_wm);  h <- h + A(h, M_stm + M_ltm)   after every block, the same weights for both
-    memorise   Count_ij += 1                                        for all pairs of M_wm + M_stm + M_ltm
-               lifespan_i += w_i / sum_k w_k |M_rem| alpha          w_i: mean attention the reminded engram received
-    forget     lifespan_i -= 1;  those at 0 are removed; working memory becomes short-term, and the oldest of that beyond
+    encode     M_wm = FFN(softmax(Q W_k X) W_v X)                  N_wm engrams of the segment before (encoders: this)
+    remind     C_i = mean_j exp(-|e_i - wm_j|^2)                   short-term: the N_stm of highest C
+               E_ij = Count_ij / Count_ii                          from each the long-term engram of highest E, from
+                                                                   there N_depth steps to the highest not yet found;
+                                                                   of all found the N_ltm of highest C
+    exploit    h <- h + A(h, M_wm);  h <- h + A(h, M_stm + M_ltm)  after every block, the same weights for both
+    memorise   Count_ij += 1                                       for all pairs of M_wm + M_stm + M_ltm
+               lifespan_i += w_i / sum_k w_k |M_rem| alpha         w_i: mean attention the reminded engram received
+    forget     lifespan_i -= 1;  those at 0 are removed; working memory becomes short-term, the oldest of that beyond
                its capacity long-term
 
 What is trained: Q, W_k, W_v, FFN and the readers A, nothing of the host. Stored engrams and the hidden states they are
-made of are constants to the gradient, so the abstractor learns through working memory alone (`grad_segments` extends it).
-A's output projection starts at zero: an untrained memory changes nothing.
+made of are constants to the gradient, so the abstractor learns through working memory alone (`grad_segments` extends
+it). A's output projection starts at zero: an untrained memory changes nothing.
 
 Where we depart: A reads after the block, not between its attention and its feed-forward, so that one hook serves every
 family. Where the published code departs from the paper we follow the paper (`docs/mechanisms/memoria.md` lists all).
-State: 4 d + 24 bytes an engram and 4 bytes for each pair of engrams older than 128 segments. The number of engrams levels
-off near alpha (N_stm + N_ltm) + lifespan N_wm.
+State: 4 d + 24 bytes an engram and 4 bytes for each pair of engrams older than 128 segments. The number of engrams
+levels off near alpha (N_stm + N_ltm) + lifespan N_wm.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Memoria(Memory):
         )
         self.read_layers = tuple(sorted({resolve_layer(layer, depth, "read_layers") for layer in layers}))
         self.reads_own_segment, self.starts_empty = not causal, causal
+        self.gradient_reach = 1 + config.grad_segments  # working memory is of the last write
         if causal and max(self.read_layers) > self.write_layer:
             raise ValueError(
                 f"read layer {max(self.read_layers)} lies above write_layer {self.write_layer}: a decoder's segment is "
@@ -61,8 +62,8 @@ class Memoria(Memory):
             )
         if not causal and (not self.read_layers or min(self.read_layers) <= self.write_layer):
             raise ValueError(
-                f"an encoder reads above the block that writes, here {self.write_layer} of {depth}: set write_layer to at "
-                f"most {depth - 2} and read_layers above it, not {list(self.read_layers)}"
+                f"an encoder reads above the block that writes, here {self.write_layer} of {depth}: set write_layer to "
+                f"at most {depth - 2} and read_layers above it, not {list(self.read_layers)}"
             )
         inner = config.dim or width
         if inner % config.heads:
@@ -74,11 +75,6 @@ class Memoria(Memory):
     def writes_see_reads(self) -> bool:
         """Always: what is written depends on what was read, as lifespans do on attention."""
         return True
-
-    @property
-    def gradient_reach(self) -> int:
-        """Working memory is of the last write; `grad_segments` are those before it."""
-        return 1 + self.config.grad_segments
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """No engrams. Slots of a row lie in order of birth: long-term, short-term, working memory, free ones (zeros).

@@ -332,7 +332,8 @@ def naive_read(
 
     `use[k]` is what the k-th recalled engram receives at this layer: the mean over heads, summed over real tokens.
     """
-    reader, dtype = memory.readers[str(layer)], memory.parameter_dtype()
+    reader: Any = memory.readers[str(layer)]
+    dtype = memory.parameter_dtype()
     output, use = hidden_btd.clone(), torch.zeros(state["recalled"].shape)
     for b, (long, short, working) in enumerate(state["levels"].tolist()):
         engrams = list(state["engram"][b].to(dtype))

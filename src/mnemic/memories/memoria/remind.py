@@ -19,13 +19,15 @@ from mnemic.state import State
 def advance(
     state: State, working_bwd: Float[Tensor, "b w d"], config: MemoriaConfig, kept_bn: Tensor | None = None
 ) -> State:
-    """One step: the running one is memorised and forgotten, the next begins with `working_bwd` and is reminded by it."""
+    """One step: the running one is memorised and forgotten, the next begins with `working_bwd` and its reminding."""
     state = engrams.finish(state, config.alpha, config.stm_capacity)
     return remind(engrams.renew(state, working_bwd, config.lifespan, kept_bn), config)
 
 
 def remind(state: State, config: MemoriaConfig) -> State:
     """The state with `recalled`: short-term engrams by correlation, long-term ones found along the strongest ties."""
+    if not state["id"].shape[1]:
+        return state
     with torch.no_grad():
         long_bn, short_bn, _ = engrams.level_masks(state)
         engram_bnd = state["engram"].detach()
@@ -64,29 +66,29 @@ def correlate(
     """C_i: "exp" is `log mean_j exp(-|e_i - wm_j|^2)`, whose logarithm keeps the order and does not underflow where the
     exponential does; "distance" is `mean_j -|e_i - wm_j|^2`, one product with the centroid.
     """
-    square_bn = torch.linalg.vector_norm(engram_bnd, dim=-1).square()
+    # around the centre of working memory, where differences of large squares lose least
+    centre_b1d = working_bwd.mean(1, keepdim=True)
+    engram_bnd, working_bwd = engram_bnd - centre_b1d, working_bwd - centre_b1d
+    spread_bw = working_bwd.square().sum(-1)
     if rule == "distance":
-        centre_bd1 = working_bwd.mean(1)[..., None]
-        spread_b = working_bwd.square().sum(-1).mean(1)
-        return 2 * (engram_bnd @ centre_bd1).squeeze(-1) - square_bn - spread_b[:, None]
-    bias_b1w = working_bwd.square().sum(-1)[:, None]
-    distance = torch.baddbmm(bias_b1w, engram_bnd, working_bwd.transpose(1, 2), alpha=-2) + square_bn[..., None]
-    return distance.neg().logsumexp(-1) - math.log(working_bwd.shape[1])
+        return -engram_bnd.square_().sum(-1) - spread_bw.mean(1, keepdim=True)
+    distance_bnw = torch.baddbmm(spread_bw[:, None], engram_bnd, working_bwd.transpose(1, 2), alpha=-2)
+    distance_bnw += engram_bnd.square_().sum(-1)[..., None]
+    return distance_bnw.neg_().logsumexp(-1) - math.log(working_bwd.shape[1])
 
 
 def best(score_bn: Float[Tensor, "b n"], among_bn: Bool[Tensor, "b n"], count: int) -> Int[Tensor, "b k"]:
-    """The `count` slots of highest score among some, best first, -1 where there are fewer."""
-    top = min(count, score_bn.shape[1])
-    values, slots = score_bn.masked_fill(~among_bn, -torch.inf).topk(top, 1)
-    slots = slots.masked_fill(values == -torch.inf, -1)
-    return torch.nn.functional.pad(slots, (0, count - top), value=-1)
+    """The `count` slots of highest score among some, best first, the lowest of equals, -1 where there are fewer."""
+    values, slots = score_bn.masked_fill(~among_bn, -torch.inf).sort(dim=1, descending=True, stable=True)
+    slots = slots.masked_fill(values == -torch.inf, -1)[:, :count]
+    return torch.nn.functional.pad(slots, (0, count - slots.shape[1]), value=-1)
 
 
 def search(
     state: State, long_bl: Bool[Tensor, "b l"], short_bk: Int[Tensor, "b k"], config: MemoriaConfig
 ) -> Bool[Tensor, "b l"]:
-    """Which long-term engrams the search finds (paper 3.2.4): from each reminded short-term engram to the one that fired
-    with it most, and on from there, `depth` times, each time to the strongest that no path had found.
+    """Which long-term engrams the search finds (paper 3.2.4): from each reminded short-term engram to the one that
+    fired with it most, and on from there, `depth` times, each time to the strongest that no path had found.
 
     All paths go abreast; two that meet go on as one. Where paths times depth outnumber the long-term memory, all its
     counts are made at once instead of row by row.
@@ -96,9 +98,9 @@ def search(
     value, slot = edges.scores(short_bk.clamp_min(0)).max(-1)
     found_bl = _mark(slot, (short_bk >= 0) & (value > least), long_bl.shape[1])
     if config.random_ltm_seeds:
-        keys = seed_keys(config.seed, state["step"], state["id"][:, : long_bl.shape[1]]).masked_fill(~long_bl, -1)
-        drawn = keys.topk(min(config.random_ltm_seeds, keys.shape[1]), 1).indices
-        found_bl = found_bl | (_mark(drawn, torch.ones_like(drawn, dtype=torch.bool), long_bl.shape[1]) & long_bl)
+        keys = seed_keys(config.seed, state["step"], state["id"][:, : long_bl.shape[1]])
+        drawn = best(keys, long_bl, config.random_ltm_seeds)
+        found_bl = found_bl | _mark(drawn, drawn >= 0, long_bl.shape[1])
     frontier_bf, going_bf = _compact(found_bl)
     table_bll = None
     if frontier_bf.shape[1] * config.depth > long_bl.shape[1]:
@@ -106,10 +108,7 @@ def search(
     for _ in range(config.depth):
         if not frontier_bf.shape[1]:
             break
-        if table_bll is None:
-            scores = edges.scores(frontier_bf)
-        else:
-            scores = engrams.gather(table_bll, frontier_bf)
+        scores = edges.scores(frontier_bf) if table_bll is None else engrams.gather(table_bll, frontier_bf)
         value, slot = scores.masked_fill_(found_bl[:, None], 2 * NEVER).max(-1)
         next_bl = _mark(slot, going_bf & (value > least), long_bl.shape[1])
         found_bl = found_bl | next_bl

@@ -1,0 +1,408 @@
+"""Long articles to one class: does an encoder that carries a memory know more than one that is cut at its window?
+
+The encoder is frozen. It reads an article a window at a time, the last one reaching back to be full, and the memory is
+carried from window to window: written after one block, read after the last. A linear classifier sees means over tokens:
+
+    memory, last window    of the last window, with what the memory adds
+    memory, all windows    of every window, with what the memory adds, and of these
+    cut at the window      of the first window
+    last window            of the last window
+    all windows            of every window, and of these: what a memory has to beat
+
+Every one has a classifier of its own, trained and stopped in the same way. The two with a memory are also asked with
+`other article` (before its last window the memory is that of another test article) and `empty` (it is new there).
+
+What the frozen blocks put out does not depend on the memory, so it is computed once for all seeds.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from mnemic.bench.experiments import Reporter, Silent
+from mnemic.bench.results import Record, Score
+from mnemic.memories.base import Memory, MemoryConfig
+from mnemic.state import read_file, write_file
+from mnemic.stream import Stream
+from mnemic.tasks.documents import Split, hyperpartisan, macro_f1, split
+from mnemic.tasks.recall import generator
+
+Pool = Literal["last", "all"]
+Way = Literal["memory", "other article", "empty"]
+WAYS: tuple[Way, ...] = ("memory", "other article", "empty")
+WITH: dict[str, Pool] = {"memory, last window": "last", "memory, all windows": "all"}
+WITHOUT = ("cut at the window", "last window", "all windows")
+BARE: dict[Pool, str] = {"last": "last window", "all": "all windows"}
+
+
+@dataclass
+class Recipe:
+    """AdamW on batches of `rows` articles; the weights of the epoch with the lowest validation loss are kept."""
+
+    epochs: int = 12
+    rows: int = 16
+    learning_rate: float = 1e-3
+    head_rate: float = 3e-3
+    head_epochs: int = 60
+    weight_decay: float = 0.05
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Article:
+    """One article as the frozen encoder sees it: `written` and `asked` `[s, t, d]`, real tokens `[s, t]`, its class."""
+
+    written: Float[Tensor, "s t d"]
+    asked: Float[Tensor, "s t d"]
+    keep: Bool[Tensor, "s t"]
+    label: int
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+
+# --- what the frozen encoder makes of articles -----------------------------------------------------------------------
+
+
+def windows(ids: Sequence[int], length: int, most: int) -> list[list[int]]:
+    """Token ids cut into windows of `length`, at most `most`; the last reaches back to be full."""
+    ids = list(ids)[: length * most]
+    starts = [*range(0, max(1, len(ids) - length), length), max(0, len(ids) - length)]
+    return [ids[start : start + length] for start in dict.fromkeys(starts)]
+
+
+@torch.no_grad()
+def encode(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[tuple[str, bool]],
+    config: MemoryConfig,
+    *,
+    most: int,
+    batch: int = 16,
+    progress: Callable[..., None] = lambda steps, **values: None,
+) -> list[Article]:
+    """What the bare encoder's blocks put out where the memory writes and after the last, for all windows.
+
+    Kept in half precision: only what is learned on top of it matters here.
+    """
+    length = config.segment_length
+    memory = config.build(model.config.hidden_size, model.config.num_hidden_layers, causal=False)  # pyright: ignore
+    if memory.read_layers != (model.config.num_hidden_layers - 1,):  # pyright: ignore
+        raise ValueError(
+            f"read_layers are {list(memory.read_layers)}; frozen blocks are only kept where the last reads"
+        )
+    first, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    parts: list[tuple[int, list[int]]] = []
+    for index, (text, _) in enumerate(examples):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        parts += [(index, [first, *part, end]) for part in windows(ids, length - 2, most)]
+    found: dict[int, tuple[Tensor, Tensor, int]] = {}
+    for group in torch.arange(len(parts)).split(batch):
+        rows = [parts[place][1] for place in group.tolist()]
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        for row, part in enumerate(rows):
+            ids[row, : len(part)] = torch.tensor(part)
+        keep = torch.tensor([len(part) for part in rows])[:, None] > torch.arange(length)
+        hidden = model(input_ids=ids, attention_mask=keep.long(), output_hidden_states=True).hidden_states
+        for row, place in enumerate(group.tolist()):
+            written, asked = hidden[memory.write_layer + 1][row].half(), hidden[-1][row].half()
+            found[place] = (written.clone(), asked.clone(), len(rows[row]))
+        progress(len(rows))
+    articles = []
+    for index, (_, label) in enumerate(examples):
+        places = [place for place, (whose, _) in enumerate(parts) if whose == index]
+        keep = torch.tensor([found[place][2] for place in places])[:, None] > torch.arange(length)
+        written = torch.stack([found[place][0] for place in places])
+        asked = torch.stack([found[place][1] for place in places])
+        articles.append(Article(written, asked, keep, int(label)))
+    return articles
+
+
+def store(path: str | os.PathLike[str], articles: Sequence[Article], description: dict[str, Any]) -> None:
+    """Writes what `encode` made, so that a run that was stopped need not make it again."""
+    tensors = {name: torch.cat([getattr(each, name) for each in articles]) for name in ("written", "asked", "keep")}
+    tensors["windows"] = torch.tensor([len(each) for each in articles])
+    tensors["label"] = torch.tensor([each.label for each in articles])
+    write_file(path, tensors, description)
+
+
+def restore(path: str | os.PathLike[str], description: dict[str, Any]) -> list[Article] | None:
+    """What `store` wrote, if it is there and of the same description."""
+    if not Path(path).is_file():
+        return None
+    tensors, found = read_file(path)
+    if any(found.get(name) != value for name, value in description.items()):
+        return None
+    counts = tensors["windows"].tolist()
+    written, asked, keep = (tensors[name].split(counts) for name in ("written", "asked", "keep"))
+    return [Article(*each) for each in zip(written, asked, keep, tensors["label"].tolist(), strict=True)]
+
+
+# --- reading with a memory -------------------------------------------------------------------------------------------
+
+
+def read(memory: Memory, articles: Sequence[Article], pool: Pool, way: Way = "memory") -> Float[Tensor, "n d"]:
+    """Means over tokens of what the memory puts out, of the last window or of all; articles by number of windows,
+    longest first. Equal to calls of the encoder within `carrying`.
+
+    Articles end together: a shorter one joins later. Gradients come from the windows whose outputs are pooled.
+    """
+    counts = [len(article) for article in articles]
+    if counts != sorted(counts, reverse=True):
+        raise ValueError("articles must come by number of windows, longest first")
+    longest, width = counts[0], articles[0].asked.shape[-1]
+    stream = Stream.new(memory, 0, torch.empty(0, 0, width))
+    total: Tensor | None = None
+    for step in range(longest):
+        ends = step == longest - 1
+        rows = [row for row, count in enumerate(counts) if count >= longest - step]
+        places = [step - longest + counts[row] for row in rows]
+        joined = Stream.new(memory, len(rows) - stream.batch, torch.empty(0, 0, width))
+        stream = Stream.concatenate([stream, joined]) if stream.batch else joined
+        if ends and way == "empty":
+            stream = Stream.new(memory, len(rows), torch.empty(0, 0, width))
+        if ends and way == "other article":
+            # those that have read something change places among themselves
+            several = sum(count > 1 for count in counts)
+            stream = stream.select([(row + 1) % several if row < several else row for row in rows])
+        written, asked, keep = (
+            torch.stack([getattr(articles[row], name)[place] for row, place in zip(rows, places, strict=True)])
+            for name in ("written", "asked", "keep")
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (ends or pool == "all")):
+            stream = stream.detach().append(written.float(), keep).commit(memory, range(len(rows)))
+            output, traces = memory.read_and_trace(memory.read_layers[-1], asked.float(), stream.state)
+            stream = stream.leave(traces, keep)
+            means = mean(output, keep)
+        if pool == "last":
+            total = means
+        else:
+            share = means / torch.tensor([counts[row] for row in rows])[:, None]
+            total = share if total is None else F.pad(total, (0, 0, 0, len(rows) - len(total))) + share
+    assert total is not None
+    return total
+
+
+def mean(hidden: Float[Tensor, "n t d"], keep: Bool[Tensor, "n t"]) -> Float[Tensor, "n d"]:
+    """Over real tokens."""
+    return (hidden * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
+
+
+def features(articles: Sequence[Article], name: str) -> Float[Tensor, "n d"]:
+    """What a classifier without a memory sees."""
+    found = []
+    for article in articles:
+        means = mean(article.asked.float(), article.keep)
+        found.append({"cut at the window": means[0], "last window": means[-1], "all windows": means.mean(0)}[name])
+    return torch.stack(found)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """Two classes from features that are brought to mean 0 and deviation 1 over the training articles."""
+
+    middle: Tensor
+    spread: Tensor
+
+    def __init__(self, features: Float[Tensor, "n d"]) -> None:
+        super().__init__()
+        self.register_buffer("middle", features.mean(0))
+        self.register_buffer("spread", features.std(0) + 1e-4)
+        self.linear = nn.Linear(features.shape[1], 2)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n 2"]:
+        """Logits."""
+        return self.linear((features - self.middle) / self.spread)
+
+
+def train(
+    rates: dict[nn.Module, float],
+    logits: Callable[[Sequence[Article]], Tensor],
+    parts: tuple[list[Article], list[Article]],
+    epochs: int,
+    recipe: Recipe,
+    seed: int,
+    advance: Callable[..., None] = lambda steps, **values: None,
+) -> list[float]:
+    """Trains modules, each at its rate, on the first part and leaves them as they were best on the second. Returns the
+    second part's loss by epoch.
+    """
+    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in rates.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    everything = nn.ModuleList(rates)
+    examples, validation = parts
+    source, trail, kept = generator(seed), [float("inf")], copy.deepcopy(everything.state_dict())
+    for epoch in range(epochs):
+        for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
+            group["lr"] = rate * (1 - epoch / epochs)
+        for places in torch.randperm(len(examples), generator=source).split(recipe.rows):
+            batch = ordered([examples[place] for place in places.tolist()])
+            loss = F.cross_entropy(logits(batch), labels(batch))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(everything.parameters(), recipe.clip)
+            optimizer.step()
+        with torch.no_grad():
+            summed = [F.cross_entropy(logits(batch), labels(batch), reduction="sum") for batch in batches(validation)]
+        loss = float(sum(summed)) / len(validation)
+        advance(1, validation=loss)
+        if loss < min(trail):
+            kept = copy.deepcopy(everything.state_dict())
+        trail.append(loss)
+    everything.load_state_dict(kept)
+    return trail[1:]
+
+
+def ordered(articles: Sequence[Article]) -> list[Article]:
+    """By number of windows, longest first."""
+    return sorted(articles, key=len, reverse=True)
+
+
+def batches(articles: Sequence[Article], rows: int = 32) -> list[list[Article]]:
+    """All articles in order of length, in batches."""
+    articles = ordered(articles)
+    return [articles[start : start + rows] for start in range(0, len(articles), rows)]
+
+
+def labels(articles: Sequence[Article]) -> Tensor:
+    """Their classes."""
+    return torch.tensor([article.label for article in articles])
+
+
+# --- the experiment --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Experiment:
+    """An encoder, a memory that is read after the last block, and how both are trained; `most` windows an article."""
+
+    config: MemoryConfig
+    recipe: Recipe
+    model: str
+    most: int = 8
+    depth: int = 6
+
+    def encode(
+        self, path: str | os.PathLike[str], reporter: Reporter | None = None, kept: str | os.PathLike[str] | None = None
+    ) -> list[Article]:
+        """The articles as the frozen encoder sees them, from the file `kept` if they are there."""
+        reporter, layers = reporter or Silent(), self.config.to_dict()
+        description = {"content": "articles", "model": Path(self.model).name, "most": self.most, "memory": layers}
+        if kept is not None and (found := restore(kept, description)) is not None:
+            return found
+        model = AutoModel.from_pretrained(self.model, dtype=torch.float32).eval()
+        tokenizer, examples = AutoTokenizer.from_pretrained(self.model), hyperpartisan(path)
+        reporter.phase("encode articles", len(examples))
+        articles = encode(model, tokenizer, examples, self.config, most=self.most, progress=reporter.advance)
+        if kept is not None:
+            store(kept, articles, description)
+        return articles
+
+    def run(self, articles: Sequence[Article], seed: int, reporter: Reporter | None = None) -> Record:
+        """Divides the articles by the seed, trains every classifier on the same part and asks all about the same test.
+        The record is not saved yet.
+        """
+        reporter, recipe, begun = reporter or Silent(), self.recipe, time.monotonic()
+        divided = split(articles, seed, [article.label for article in articles])
+        parts, test = (divided.train, divided.validation), batches(divided.test)
+        true = torch.cat([labels(batch) for batch in test])
+        predicted: dict[str, Tensor] = {}
+        chosen: dict[str, int] = {}
+        seconds: dict[str, float] = {}
+        for name, pool in WITH.items():
+            memory, head = self._fresh(parts[0], BARE[pool], seed)
+            reporter.phase(name, recipe.epochs)
+            trail = train(
+                {memory: recipe.learning_rate, head: recipe.head_rate},
+                lambda batch, memory=memory, head=head, pool=pool: head(read(memory, batch, pool)),
+                parts,
+                recipe.epochs,
+                recipe,
+                seed,
+                reporter.advance,
+            )
+            chosen[name] = trail.index(min(trail)) + 1
+            for way in WAYS:
+                label = name if way == "memory" else f"{name}: {way}"
+                with torch.no_grad():
+                    predicted[label] = torch.cat([head(read(memory, batch, pool, way)).argmax(1) for batch in test])
+        seconds["with a memory"] = time.monotonic() - begun
+        for name in WITHOUT:
+            _, head = self._fresh(parts[0], name, seed)
+            trail = train(
+                {head: recipe.head_rate},
+                lambda batch, head=head, name=name: head(features(batch, name)),
+                parts,
+                recipe.head_epochs,
+                recipe,
+                seed,
+            )
+            chosen[name] = trail.index(min(trail)) + 1
+            with torch.no_grad():
+                predicted[name] = torch.cat([head(features(batch, name)).argmax(1) for batch in test])
+        seconds["all"] = time.monotonic() - begun
+        return self._record(seed, divided, true, predicted, chosen, seconds)
+
+    def _fresh(self, examples: Sequence[Article], name: str, seed: int) -> tuple[Memory, Classifier]:
+        torch.manual_seed(seed)
+        # blocks below those that were kept are nobody's concern
+        memory = self.config.build(examples[0].asked.shape[-1], self.depth, causal=False)
+        return memory, Classifier(features(examples, name))
+
+    def _record(
+        self,
+        seed: int,
+        divided: Split[Article],
+        true: Tensor,
+        predicted: dict[str, Tensor],
+        chosen: dict[str, int],
+        seconds: dict[str, float],
+    ) -> Record:
+        f1 = {name: macro_f1(said, true) for name, said in predicted.items()}
+        accuracy = {name: float((said == true).float().mean()) for name, said in predicted.items()}
+        own = next(iter(WITH))
+        score = Score(
+            length=self.most,
+            tokens=self.most * self.config.segment_length,
+            examples=len(true),
+            score=f1[own],
+            controls={name: value for name, value in f1.items() if name != own},
+            floors={"most frequent class": macro_f1([0] * len(true), true)},
+            ceiling=None,
+            details={f"accuracy, {name}": value for name, value in accuracy.items()},
+            outcomes={name: "".join(map(str, (said == true).int().tolist())) for name, said in predicted.items()},
+        )
+        return Record(
+            task="hyperpartisan",
+            mechanism=self.config.kind,
+            host=f"{Path(self.model).name}, frozen, windows of {self.config.segment_length} tokens",
+            seed=seed,
+            config={"memory": self.config.to_dict(), "recipe": asdict(self.recipe), "most windows": self.most},
+            scores=[score],
+            measures={
+                "unit": "macro F1",
+                "macro F1": f1,
+                "accuracy": accuracy,
+                "classes": "".join(map(str, true.tolist())),
+                "windows": [len(article) for batch in batches(divided.test) for article in batch],
+                "articles": {name: len(getattr(divided, name)) for name in ("train", "validation", "test")},
+                "epoch chosen": chosen,
+            },
+            seconds=seconds,
+        )

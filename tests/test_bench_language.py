@@ -1,0 +1,207 @@
+"""Language modelling on novels: texts apart by author, training with a carried memory, conditions, the record."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mnemic
+from helpers import shake
+from mnemic.bench import language
+from mnemic.bench.language import Bits, Experiment, Recipe, apart, difference, fit, measure, small_model, spans, texts
+from mnemic.memories.memoria import MemoriaConfig
+from mnemic.tasks.documents import Tokens
+
+LENGTH = 8
+CONFIG = MemoriaConfig(segment_length=LENGTH, working=2, reminded_stm=2, reminded_ltm=2, stm_capacity=4, heads=2)
+RECIPE = Recipe(steps=6, rows=2, chunk=2, excerpt=4, warm=2)
+
+
+def model():
+    return small_model(256, LENGTH, 0, layers=2, width=16).eval()
+
+
+def document(seed, segments=5):
+    ids = torch.randint(256, (segments * LENGTH,), generator=torch.Generator().manual_seed(seed))
+    return Tokens(ids, torch.ones_like(ids))
+
+
+@pytest.fixture
+def novels(tmp_path):
+    """Novels of eight authors; a line holds the author's letter."""
+    for number, letter in enumerate("ABCDEFGH"):
+        for title in ("x", "y")[: 1 + number % 2]:
+            (tmp_path / f"{letter}_{title}.txt").write_text(f"{letter * 9}\n" * 400)
+    return tmp_path
+
+
+def test_authors_of_the_test_are_not_trained_on(novels):
+    found = texts(novels, "bytes", train=40, test=60, excerpts=20, skip=100)
+    assert list(found.test) == ["D_x", "D_y", "H_x", "H_y"]
+    assert all(len(tokens) == 60 for tokens in found.test.values())
+    assert len(found.train) == 20
+    assert all(len(tokens) == 40 for tokens in found.train)
+    letters = {chr(int(tokens.ids.max())) for tokens in found.train}
+    assert letters == set("ABCEFG")
+    with pytest.raises(ValueError, match="at least 10"):
+        texts(novels, "bytes", train=40, test=60, excerpts=20, held_out=5)
+
+
+def test_other_documents_are_by_other_authors():
+    names = ["A_1", "A_2", "B_1", "C_1"]
+    order = apart(names)
+    assert sorted(order) == [0, 1, 2, 3]
+    assert all(names[i][0] != names[other][0] for i, other in enumerate(order))
+    with pytest.raises(ValueError, match="cannot be paired"):
+        apart(["A_1", "A_2", "A_3", "B_1"])
+
+
+def test_ranges_cover_all_positions():
+    assert spans(6) == [(0, 1), (1, 2), (2, 4), (4, 6)]
+    assert spans(128)[-1] == (64, 128)
+
+
+@torch.no_grad()
+def test_conditions_are_what_they_say():
+    """Against calls of the model by hand, two documents of three segments."""
+    base = model()
+    documents = {"A_1": document(1, 3), "B_1": document(2, 3)}
+    attachment = mnemic.attach(base, CONFIG)
+    shake(attachment.memory, 3)
+    bits = measure(base, documents, LENGTH, attachment)
+    assert set(bits.bits) == set(language.CONDITIONS)
+
+    def surprise(stream, number, segment):
+        ids = documents[number].ids
+        cache = mnemic.memory_cache(base, LENGTH)
+        cache.memory.stream = stream
+        part = ids[segment * LENGTH :][:LENGTH]
+        logits = base(input_ids=part[None], past_key_values=cache, use_cache=True).logits[0]
+        targets = ids[segment * LENGTH + 1 :][:LENGTH]
+        nats = F.cross_entropy(logits[: len(targets)], targets, reduction="sum")
+        return float(nats) / math.log(2), cache.memory.stream
+
+    streams = {name: [None] for name in documents}
+    for name, history in streams.items():
+        for segment in range(3):
+            history.append(surprise(history[-1], name, segment)[1])
+    for row, (name, other) in enumerate((("A_1", "B_1"), ("B_1", "A_1"))):
+        for segment in range(3):
+            last = surprise(None, name, segment - 1)[1] if segment else None
+            given = {
+                "memory": streams[name][segment],
+                "other document": streams[other][segment],
+                "last segment": last,
+                "empty": None,
+            }
+            for condition, stream in given.items():
+                expected = surprise(stream, name, segment)[0]
+                assert float(bits.bits[condition][row, segment]) == pytest.approx(expected, abs=1e-3), condition
+    torch.testing.assert_close(bits.bits["empty"], bits.bits["no memory"], atol=1e-3, rtol=0)
+    assert (bits.bits["memory"] - bits.bits["other document"]).abs()[:, 1:].min() > 1e-3
+    assert (bits.bits["memory"] - bits.bits["last segment"]).abs()[:, 2:].min() > 1e-3
+    assert bits.bytes.tolist() == [[8, 8, 7], [8, 8, 7]]
+    attachment.detach()
+    bare = measure(base, documents, LENGTH).bits[language.TRAINED_WITHOUT]
+    torch.testing.assert_close(bare, bits.bits["no memory"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_training_moves_what_is_free_and_carries_the_memory(freeze, monkeypatch):
+    base = model()
+    before = copy.deepcopy(base.state_dict())
+    attachment = mnemic.attach(base, CONFIG, freeze=freeze)
+    seen = []
+    inner = language.carried
+
+    def spy(attachment, batch, stream):
+        loss, stream = inner(attachment, batch, stream)
+        seen.append((batch.fresh.tolist(), stream.written))
+        return loss, stream
+
+    monkeypatch.setattr(language, "carried", spy)
+    fit(base, [document(i, 4) for i in range(4)], LENGTH, RECIPE, 0, attachment)
+    assert seen[:4] == [([True] * 2, (2, 2)), ([False] * 2, (4, 4)), ([True] * 2, (2, 2)), ([False] * 2, (4, 4))]
+    after = base.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items()) == freeze
+    assert any(
+        parameter.abs().sum() > 0 for name, parameter in attachment.memory.named_parameters() if "output" in name
+    )
+
+
+def test_without_a_memory_the_same_tokens_are_predicted():
+    """An untrained memory adds nothing, so both losses are one."""
+    base = model()
+    batch = language.DocumentStream([document(i, 4) for i in range(2)], 2, 2 * LENGTH, 0)[0]
+    alone = language.alone(base, batch, LENGTH)
+    attachment = mnemic.attach(base, CONFIG)
+    together, stream = language.carried(attachment, batch, None)
+    torch.testing.assert_close(alone, together)
+    assert not any(tensor.requires_grad for tensor in stream.tensors().values())
+
+
+@pytest.mark.parametrize("remembering", [True, False])
+def test_a_stopped_training_goes_on(tmp_path, monkeypatch, remembering):
+    """Stopped in the middle of an excerpt, so the streams must come back too."""
+    monkeypatch.setattr(language, "CHECKPOINT_SECONDS", 0.0)
+    documents = [document(i, 8) for i in range(4)]
+    recipe = Recipe(steps=7, rows=2, chunk=2, excerpt=8, warm=2)
+
+    def run(checkpoint, stop=None):
+        base = model()
+        torch.manual_seed(0)
+        attachment = mnemic.attach(base, CONFIG, freeze=False) if remembering else None
+        done = []
+
+        def advance(steps, **values):
+            if stop is not None and len(done) == stop:
+                raise KeyboardInterrupt
+            done.append(values["loss"])
+
+        try:
+            fit(base, documents, LENGTH, recipe, 0, attachment, advance, checkpoint)
+        except KeyboardInterrupt:
+            pass
+        return base.state_dict(), done
+
+    whole, losses = run(None)
+    _, first = run(tmp_path / "c", 3)
+    resumed, rest = run(tmp_path / "c")
+    assert first + rest == pytest.approx(losses)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    with pytest.raises(mnemic.StateError, match="not a checkpoint of this training"):
+        fit(small_model(256, LENGTH, 0, 1, 16), documents, LENGTH, recipe, 0, checkpoint=tmp_path / "c")
+
+
+def test_differences_are_paired():
+    low = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    found = difference(low, low + torch.tensor([0.1, 0.2, 0.1, 0.2]))
+    assert found["mean"] == pytest.approx(0.15, abs=1e-6)
+    assert 0.1 <= found["low"] < 0.15 < found["high"] <= 0.2
+    assert (found["documents"], found["of"]) == (4, 4)
+    bits = Bits({"memory": torch.tensor([[4.0, 8.0, 12.0]])}, torch.full((1, 3), 4.0))
+    assert bits.mean("memory").tolist() == [2.0]
+    assert bits.mean("memory", 1).tolist() == [2.5]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_experiment_makes_a_record(novels, monkeypatch, frozen, tmp_path):
+    monkeypatch.setattr(language.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model())
+    monkeypatch.setattr(language.AutoTokenizer, "from_pretrained", lambda *_: "bytes")
+    experiment = Experiment(CONFIG, RECIPE, "tiny" if frozen else None, segments=3, layers=2, width=16)
+    record = experiment.run(novels)
+    assert record.task == ("novels-frozen" if frozen else "novels-scratch")
+    assert [score.length for score in record.scores] == [0, 1, 2]
+    controls = {"other document", "last segment", "empty", "no memory"} | (set() if frozen else {"trained without"})
+    assert all(set(score.controls) == controls for score in record.scores)
+    assert set(record.measures["above memory"]) == controls
+    documents = record.measures["bits per byte by document and range"]
+    assert list(documents) == ["D_x", "D_y", "H_x", "H_y"]
+    mean = sum(values["memory"][1] for values in documents.values()) / 4
+    assert record.scores[1].score == pytest.approx(mean, abs=1e-4)
+    assert (record.save(tmp_path / "out")).is_file()
+    assert experiment.run(novels).scores == record.scores
