@@ -214,7 +214,6 @@ def growth(progress: Progress, alphas: tuple[float, ...] = (4, 8, 16, 32, 64), b
 
 
 # --- what to keep of the graph --------------------------------------------------------------------------------------
-# --- what to keep of the graph -----------------------------------------------------------------------------------------
 
 
 def representations(progress: Progress, runs: int = 7) -> Record:

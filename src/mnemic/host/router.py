@@ -398,7 +398,7 @@ class Router(nn.Module):
     def _advance(
         self, stream: Stream, hidden_btd: Tensor, keep: Tensor | None, pieces: list[Piece], traces: State
     ) -> tuple[Stream, list[State]]:
-        """The stream after these tokens, and the state each piece reads. `traces` are left by reads of a single piece."""
+        """The stream after these tokens, and the state each piece reads; `traces` are those of a single piece."""
         states = []
         stream = stream.leave(traces, keep)
         for piece in pieces:
