@@ -34,6 +34,7 @@ from transformers import AutoModel, AutoTokenizer
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.memories.base import Memory, MemoryConfig
+from mnemic.memories.memoria import MemoriaConfig
 from mnemic.state import read_file, write_file
 from mnemic.stream import Stream
 from mnemic.tasks.documents import Split, hyperpartisan, macro_f1, split
@@ -406,3 +407,19 @@ class Experiment:
             },
             seconds=seconds,
         )
+
+
+def published(model: str) -> Experiment:
+    """The settings of the published runs: Memoria written after the last block but one and read after the last."""
+    config = MemoriaConfig(
+        segment_length=256,
+        working=32,
+        reminded_stm=32,
+        reminded_ltm=32,
+        stm_capacity=64,
+        lifespan=12.0,
+        dim=64,
+        write_layer=-2,
+        read_layers=[-1],
+    )
+    return Experiment(config, Recipe(), model)

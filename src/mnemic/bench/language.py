@@ -36,6 +36,7 @@ from mnemic.attachment import Attachment, attach, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.memories.base import MemoryConfig
+from mnemic.memories.memoria import MemoriaConfig
 from mnemic.state import StateError, read_file, write_file
 from mnemic.stream import Stream
 from mnemic.tasks.documents import DocumentBatch, DocumentStream, Tokens, novels, tokenize
@@ -472,3 +473,12 @@ class Experiment:
             },
             seconds=seconds,
         )
+
+
+def published(
+    model: str | None, tokenizer: str = "bytes", seed: int = 0, steps: int | None = None, segments: int = 128
+) -> Experiment:
+    """The settings of the published runs of Memoria, on a frozen base or from scratch."""
+    config = MemoriaConfig(segment_length=32, working=8, reminded_stm=16, reminded_ltm=16, stm_capacity=64)
+    recipe = Recipe(steps=steps or 600, learning_rate=3e-3)
+    return Experiment(config, recipe, model, tokenizer, segments, seed)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.table import Table
 
 from mnemic.cli.show import Show, console
 
@@ -122,3 +123,62 @@ def zero_shot(
     for name, value in record.measures["bits per token"].items():
         console.print(f"{name:<40} {value:.4f} bits per token")
     console.print(f"results {record.save(out, 'zero-shot.json')}")
+
+
+@bench.command("language")
+def language(
+    novels: Annotated[Path, typer.Option(help="Novels, named author first: a folder or archive of .txt files.")],
+    model: Annotated[str | None, typer.Option(help="A causal model to freeze: local folder or hub id.")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="Without a model: whose tokens a small one learns; or bytes.")
+    ] = "bytes",
+    seeds: Seeds = "0,1,2",
+    steps: Annotated[int | None, typer.Option(help="Training steps, if not those of the published runs.")] = None,
+    segments: Annotated[int, typer.Option(help="Segments read of each test novel.")] = 128,
+    out: Out = Path("results"),
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Memoria on novels: bits a byte with a novel's own memory and with every control, by position.
+
+    On a frozen base, or, without --model, on a small one that is trained with its memory and once more without.
+    """
+    from mnemic.bench.language import published
+
+    for seed in _numbers(seeds):
+        experiment = published(model, tokenizer, seed, steps, segments)
+        with Show(f"{experiment.task}, seed {seed}") as show:
+            record = experiment.run(novels, show, checkpoints)
+        table = Table("from segment", *("memory", *record.scores[0].controls))
+        for score in record.scores:
+            table.add_row(str(score.length), *(f"{value:.4f}" for value in (score.score, *score.controls.values())))
+        console.print(table)
+        for name, excess in record.measures["above memory"].items():
+            console.print(
+                f"{name}: {excess['mean']:+.4f} bits a byte above memory, {excess['low']:+.4f} to "
+                f"{excess['high']:+.4f}, above in {excess['documents']:.0f} of {excess['of']:.0f} novels"
+            )
+        console.print(f"results {record.save(out)}")
+
+
+@bench.command("classify")
+def classify(
+    model: Annotated[str, typer.Option(help="An encoder: local folder or hub id.")],
+    articles: Annotated[Path, typer.Option(help="The archive or folder of SemEval-2019 task 4, by article.")],
+    seeds: Seeds = "0,1,2,3,4",
+    out: Out = Path("results"),
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Hyperpartisan news with Memoria on a frozen encoder, beside the encoder cut at its window: macro F1."""
+    from mnemic.bench.classification import published
+
+    experiment = published(model)
+    with Show("hyperpartisan") as show:
+        encoded = experiment.encode(articles, show, checkpoints / "articles.safetensors" if checkpoints else None)
+        records = [experiment.run(encoded, seed, show) for seed in _numbers(seeds)]
+    table = Table("macro F1", *(f"seed {record.seed}" for record in records), "mean")
+    for name in records[0].measures["macro F1"]:
+        values = [record.measures["macro F1"][name] for record in records]
+        table.add_row(name, *(f"{value:.3f}" for value in values), f"{sum(values) / len(values):.3f}")
+    console.print(table)
+    for record in records:
+        console.print(f"results {record.save(out)}")
