@@ -331,8 +331,8 @@ def engram_graph(
     if not within:
         chosen &= born[:, None] != born[None]
     if strongest is not None and len(count):
-        # of equal ones the more often seen, then the younger
-        order = np.lexsort((np.broadcast_to(-moment.ids, count.shape), -count, -weight, ~chosen), axis=1)[:, :strongest]
+        # the edges of one engram differ by their counts alone; of equal ones the younger's
+        order = np.lexsort((np.broadcast_to(-moment.ids, count.shape), -count, ~chosen), axis=1)[:, :strongest]
         kept = np.zeros_like(chosen)
         np.put_along_axis(kept, order, True, axis=1)
         chosen &= kept

@@ -5,11 +5,12 @@ replaced; nobody types a number.
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mnemic.analysis import memoria_tables
+from mnemic.analysis.markdown import markdown, missing, spread
 from mnemic.bench.results import Record, records
 from mnemic.memories import CONFIGS
 
@@ -35,17 +36,11 @@ def tables(results: Path) -> dict[str, str]:
     for task in ("recall-symbols", "recall-language"):
         made[task] = recall(records(results, task))
         made[f"{task}-claims"] = claims(records(results, task))
-    made["overhead"] = overhead([r for r in records(results) if r.task.startswith("overhead-")])
+    made["overhead"] = overhead([r for r in records(results) if r.task in ("overhead-segment", "overhead-token")])
     made["naive"] = naive(records(results, "naive-token"))
     made["stream"] = endless(records(results, "endless-stream"))
     made["zero-shot"] = zero_shot(records(results, "zero-shot"))
-    return made
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return made | memoria_tables.tables(results)
 
 
 def mechanisms() -> str:
@@ -55,19 +50,6 @@ def mechanisms() -> str:
         card = config.card
         rows.append([f"`{kind}`", card.title, card.seam, card.trains, card.bytes_law, card.paper])
     return markdown(["kind", "mechanism", "seam", "trains", "bytes a session", "source"], rows)
-
-
-def _spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
-    if not values:
-        return "-"
-    mean = f"{scale * statistics.mean(values):.{digits}f}"
-    if len(values) == 1 or max(values) == min(values):
-        return mean
-    return f"{mean} ({scale * min(values):.{digits}f}-{scale * max(values):.{digits}f})"
-
-
-def _missing(what: str) -> str:
-    return f"*Not measured yet: no result file for {what}.*"
 
 
 def _source(found: Sequence[Record]) -> str:
@@ -81,22 +63,22 @@ def _source(found: Sequence[Record]) -> str:
 def recall(found: Sequence[Record]) -> str:
     """Exact match over length beside every control."""
     if not found:
-        return _missing("this task")
+        return missing("this task")
     lengths = sorted({score.length for record in found for score in record.scores})
     controls = list(found[0].scores[0].controls)
     rows = []
     for length in lengths:
         scores = [score for record in found for score in record.scores if score.length == length]
         rows.append(
-            [f"{length:,}", f"{scores[0].tokens:,}", f"**{_spread([s.score for s in scores])}**"]
-            + [_spread([s.controls[name] for s in scores]) for name in controls]
+            [f"{length:,}", f"{scores[0].tokens:,}", f"**{spread([s.score for s in scores])}**"]
+            + [spread([s.controls[name] for s in scores]) for name in controls]
         )
     first = found[0].scores[0]
     floors = "; ".join(f"{name} {100 * value:.1f}" for name, value in first.floors.items())
     ceilings = [r.scores[0].ceiling for r in found if r.scores and r.scores[0].ceiling is not None]
-    training = _spread([r.seconds["training"] / 60 for r in found], 1)
+    training = spread([r.seconds["training"] / 60 for r in found], 1)
     note = (
-        f"\nFloors: {floors}. Ceiling, everything in one window without a memory: {_spread(ceilings)}. "
+        f"\nFloors: {floors}. Ceiling, everything in one window without a memory: {spread(ceilings)}. "
         f"{first.examples:,} questions a length and seed. Training: {training} minutes."
     )
     header = ["filler segments", "tokens", "with memory, %", *controls]
@@ -106,7 +88,7 @@ def recall(found: Sequence[Record]) -> str:
 def claims(found: Sequence[Record]) -> str:
     """The whitepaper's four claims as numbers: correctness, directness, conciseness, consistency."""
     if not found:
-        return _missing("this task")
+        return missing("this task")
     lengths = sorted({score.length for record in found for score in record.scores})
     rows = []
     for length in lengths:
@@ -114,21 +96,21 @@ def claims(found: Sequence[Record]) -> str:
         rows.append(
             [
                 f"{length:,}",
-                _spread([s.score for s in scores]),
-                _spread([s.details["margin_nats"] for s in scores], 1, 2),
-                _spread([s.details["found_in_8_tokens"] for s in scores]),
-                _spread([s.details["tokens_until_value"] for s in scores if "tokens_until_value" in s.details], 1, 2),
+                spread([s.score for s in scores]),
+                spread([s.details["margin_nats"] for s in scores], 1, 2),
+                spread([s.details["found_in_8_tokens"] for s in scores]),
+                spread([s.details["tokens_until_value"] for s in scores if "tokens_until_value" in s.details], 1, 2),
             ]
         )
     spreads = [max(s.score for s in r.scores) - min(s.score for s in r.scores) for r in found]
     header = ["filler segments", "exact, %", "margin, nats", "found in 8 tokens, %", "tokens until the value"]
-    return markdown(header, rows) + f"\n\nConsistency: the score moves by {_spread(spreads)} points over these lengths."
+    return markdown(header, rows) + f"\n\nConsistency: the score moves by {spread(spreads)} points over these lengths."
 
 
 def overhead(found: Sequence[Record]) -> str:
     """Time beside the base's forward."""
     if not found:
-        return _missing("the overhead")
+        return missing("the overhead")
     rows = []
     for record in found:
         m = record.measures
@@ -163,7 +145,7 @@ def overhead(found: Sequence[Record]) -> str:
 def naive(found: Sequence[Record]) -> str:
     """Fast against naive."""
     if not found:
-        return _missing("the comparison")
+        return missing("the comparison")
     rows = [[name, f"{value:.1e}"] for name, value in found[0].measures["largest difference"].items()]
     return markdown(["tensor", "largest difference to the plain loops"], rows)
 
@@ -171,7 +153,7 @@ def naive(found: Sequence[Record]) -> str:
 def endless(found: Sequence[Record]) -> str:
     """What a stream without end holds along the way."""
     if not found:
-        return _missing("the stream")
+        return missing("the stream")
     trail = found[0].measures["trail"]
     rows = [
         [f"{p['tokens']:,}", f"{p['session_bytes']:,}", f"{(p['resident_bytes'] or 0) / 2**20:.0f} MiB"]
@@ -188,6 +170,6 @@ def endless(found: Sequence[Record]) -> str:
 def zero_shot(found: Sequence[Record]) -> str:
     """What an untrained memory with random projections does."""
     if not found:
-        return _missing("the zero-shot mode")
+        return missing("the zero-shot mode")
     rows = [[name, f"{value:.4f}"] for name, value in found[0].measures["bits per token"].items()]
     return markdown(["condition", "bits per token"], rows) + f"\n\nMade by `{found[0].command}`."

@@ -1,0 +1,136 @@
+"""The tables of Memoria's page, from its result files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mnemic.analysis.markdown import markdown, missing
+from mnemic.bench.results import Record, records
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Every table of the page by name."""
+    found = records(results)
+
+    def of(prefix: str) -> list[Record]:
+        return [record for record in found if record.task.startswith(prefix)]
+
+    makers: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
+        "memoria-step": ("memoria-step-", step),
+        "memoria-growth": ("memoria-growth", growth),
+        "memoria-graph": ("memoria-graph", graph),
+        "memoria-endless": ("memoria-endless-", endless),
+        "memoria-overhead": ("overhead-memoria", overhead),
+    }
+    return {name: make(of(prefix)) if of(prefix) else missing(name) for name, (prefix, make) in makers.items()}
+
+
+def step(found: Sequence[Record]) -> str:
+    """Our step against the package's."""
+    rows = []
+    for record in sorted(found, key=lambda r: (r.config["working"], r.measures["batch"])):
+        m = record.measures
+        for rule, title in (("paper", "paper's rule"), ("seeds", "random starts")):
+            ours, theirs = m[rule]["ours"], m[rule]["package"]
+            rows.append(
+                [
+                    record.task.removeprefix("memoria-step-").rpartition("-")[0],
+                    str(m["batch"]),
+                    title,
+                    f"{ours['engrams']:,}",
+                    f"{ours['reminded long-term']:.0f} of {record.config['reminded_ltm']}",
+                    f"{theirs['ms']:,.0f}",
+                    f"{ours['ms']:,.1f}",
+                    f"**{m[rule]['times faster']:.1f}**",
+                    f"{m[rule]['times faster, distance']:.1f}",
+                    f"1/{1 / m[rule]['graph bytes ratio']:,.0f}",
+                    f"1/{1 / m[rule]['peak bytes ratio']:,.1f}",
+                ]
+            )
+    header = ["setting", "batch", "reminding", "engrams", "long-term reminded", "package, ms", "ours, ms"]
+    header += ["times faster", "with `distance`", "graph's bytes", "peak of memory"]
+    machine = found[0].machine
+    return markdown(header, rows) + (
+        "\n\nMade by `mnemic bench memoria-step` with memoria-pytorch 1.1.0, "
+        f"{machine['cores']} {machine['processor']} cores; medians of {found[0].measures['runs']} steps of the package "
+        "and three times as many of ours. The package compares by mean distance; with `distance` we do the same."
+    )
+
+
+def growth(found: Sequence[Record]) -> str:
+    """A step by the number of engrams."""
+    m = found[0].measures
+    rows = []
+    for rule, title in (("paper", "paper's rule"), ("seeds", "random starts")):
+        cells = [f"{row['ms']:.1f} ms at {row['engrams']:,}" for row in m[rule]["rows"]]
+        rows.append([title, *cells, f"{m[rule]['exponent']:.2f}"])
+    header = ["reminding", *(f"alpha {alpha:g}" for alpha in m["paper"]["alphas"]), "exponent"]
+    return (
+        "Time of a step by the number of engrams (longer lives, all else equal), and the power with which it grows:\n\n"
+        + markdown(header, rows)
+        + f"\n\nMade by `{found[0].command}`: width 256, batch 8."
+    )
+
+
+def graph(found: Sequence[Record]) -> str:
+    """Three ways to keep counts."""
+    m = found[0].measures
+    titles = {"bits": "bits of who fired when (ours)", "table": "table of all pairs", "pairs": "list of pairs"}
+    keys = ("add", "rows of 30", "rows of 350")
+    rows = [
+        [title, *(f"{m[name][key]:.1f}" for key in keys), f"{m[name]['bytes']:,}"] for name, title in titles.items()
+    ]
+    header = ["kept", "a step added, ms", "30 rows ten times, ms", "350 rows ten times, ms", "bytes"]
+    return markdown(header, rows) + (
+        f"\n\nMade by `{found[0].command}`: {m['engrams']:,} engrams, batch {m['batch']}, the paper's settings for "
+        "language."
+    )
+
+
+def endless(found: Sequence[Record]) -> str:
+    """One stream of very many steps."""
+    rows = []
+    for record in found:
+        trail: list[dict[str, Any]] = record.measures["rows"]
+        for point in [trail[0], *trail[max(0, len(trail) // 5 - 1) :: max(1, len(trail) // 5)]]:
+            rows.append(
+                [
+                    record.task.removeprefix("memoria-endless-"),
+                    f"{point['step']:,}",
+                    f"{sum(point['levels']):,}",
+                    f"{point['elders']:,}",
+                    f"{point['oldest']:,}",
+                    f"{point['state bytes']:,}",
+                    f"{point['resident bytes'] / 2**20:.0f} MiB",
+                    f"{point['ms']:.1f}",
+                ]
+            )
+    header = ["rule", "step", "engrams", "of them elders", "age of the oldest", "state, bytes", "process", "ms a step"]
+    return markdown(header, rows) + (
+        "\n\nMade by `mnemic bench memoria-stream`: one row of width 64 on one core; the machine had other work, so "
+        "times vary."
+    )
+
+
+def overhead(found: Sequence[Record]) -> str:
+    """A forward pass with Memoria against without."""
+    m = found[0].measures
+    rows = []
+    for name, values in m.items():
+        if isinstance(values, dict):
+            r = values["with memory / base"]
+            rows.append(
+                [
+                    name,
+                    f"**{r['median']:.3f}** ({r['least']:.3f}-{r['most']:.3f})",
+                    f"{values['parameters'] / 1e6:.1f} M",
+                    f"{values['state bytes a row']:,}",
+                ]
+            )
+    header = ["reads", "with memory / base", "parameters", "bytes a session"]
+    return markdown(header, rows) + (
+        f"\n\nMade by `{found[0].command}`: forward of one segment, GPT-2-small shape, batch {m['batch']} x "
+        f"{m['tokens']} tokens, after {m['segments before']} segments; median, least and most of paired runs."
+    )
