@@ -25,7 +25,6 @@ from mnemic.analysis.memoria import (
     observe,
     seen_twice,
     summary,
-    with_rule,
 )
 from mnemic.cli import app
 from mnemic.memories.memoria import MemoriaConfig
@@ -260,11 +259,11 @@ def test_identical_text_is_reminded_first_where_the_search_looks_everywhere():
 
 
 def test_the_rules():
-    assert with_rule(TINY, "paper") == TINY
-    assert with_rule(TINY, "seeds").random_ltm_seeds == TINY.stm_capacity - TINY.reminded_stm
-    assert with_rule(TINY, "lift").edges == "lift"
+    assert TINY.with_rule("paper") == TINY
+    assert TINY.with_rule("seeds").random_ltm_seeds == TINY.stm_capacity - TINY.reminded_stm
+    assert TINY.with_rule("lift").edges == "lift"
     with pytest.raises(ValueError, match="'other'; use paper, seeds, lift"):
-        with_rule(TINY, "other")
+        TINY.with_rule("other")
 
 
 def test_summary_is_of_the_later_half(watched):

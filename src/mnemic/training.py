@@ -110,9 +110,7 @@ def unroll(
         count = len(ids) if advance else labelled[-1] + 1
         used = length if advance else int((wanted[labelled[-1]] != IGNORED).any(0).nonzero().max()) + 1
         ids = ids[:count]
-        logits, stream = _one_after_another(
-            model, router, ids, labelled, used, window, bptt_segments, stream, advance
-        )
+        logits, stream = _one_after_another(model, router, ids, labelled, used, window, bptt_segments, stream, advance)
     chosen = wanted[labelled] != IGNORED
     order, rows = _by_row(chosen)
     logits_nv, targets_n = logits[chosen][order], wanted[labelled][chosen][order]

@@ -46,26 +46,6 @@ def require(package: str) -> Any:
         raise ImportError(f"this needs {package}, which is not installed: pip install 'mnemic[plot]'") from error
 
 
-# --- rules of reminding ----------------------------------------------------------------------------------------------
-
-
-def with_rule(config: MemoriaConfig, rule: str) -> MemoriaConfig:
-    """The config with one of three rules of reminding: how the search through long-term memory begins and goes on.
-
-    "paper" is the paper's letter; "seeds" starts `stm_capacity - reminded_stm` searches more at random long-term
-    engrams, as the published code does by accident; "lift" divides a count by how often its target fires at all.
-    """
-    accident = max(0, config.stm_capacity - config.reminded_stm)
-    rules: dict[str, dict[str, Any]] = {
-        "paper": {"edges": "conditional", "random_ltm_seeds": 0},
-        "seeds": {"edges": "conditional", "random_ltm_seeds": accident},
-        "lift": {"edges": "lift", "random_ltm_seeds": 0},
-    }
-    if rule not in rules:
-        raise ValueError(f"unknown rule {rule!r}; use {', '.join(rules)}")
-    return config.replace(**rules[rule])
-
-
 # --- recording -------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,6 @@ from mnemic.analysis.memoria import (
     engram_graph,
     observe,
     summary,
-    with_rule,
 )
 from mnemic.attachment import attach
 from mnemic.bench.results import Record
@@ -69,7 +68,7 @@ def analyse(
     repeated = torch.cat([ids[: 2 * twice * length], ids[: twice * length]])
     for rule in rules:
         torch.manual_seed(seed)
-        attachment = attach(model, with_rule(config, rule))
+        attachment = attach(model, config.with_rule(rule))
         try:
             if weights is not None:
                 attachment.memory.load_state_dict(weights)

@@ -18,6 +18,7 @@ def tables(results: Path) -> dict[str, str]:
         return [record for record in found if record.task.startswith(prefix)]
 
     makers: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
+        "memoria-rules": ("memoria-engrams", rules),
         "memoria-step": ("memoria-step-", step),
         "memoria-growth": ("memoria-growth", growth),
         "memoria-graph": ("memoria-graph", graph),
@@ -25,6 +26,38 @@ def tables(results: Path) -> dict[str, str]:
         "memoria-overhead": ("overhead-memoria", overhead),
     }
     return {name: make(of(prefix)) if of(prefix) else missing(name) for name, (prefix, make) in makers.items()}
+
+
+def rules(found: Sequence[Record]) -> str:
+    """What is reminded under each rule, beside the paper's own autocorrelation."""
+    m = found[0].measures
+    lags = list(m["LTM again, paper"])
+    rows = []
+    for rule, values in m["rules"].items():
+        twice = m["seen twice"][rule]
+        rows.append(
+            [
+                rule,
+                f"{values['LTM alive']:.0f}",
+                f"{values['start points']:.0f}",
+                f"{values['found']:.0f}",
+                f"{values['LTM reminded']:.0f}",
+                f"{values['mean age of reminded LTM']:.0f}",
+                *(f".{1000 * values[f'LTM again at {lag}']:03.0f}" for lag in lags),
+                f"{100 * twice['of those, reminded']:.0f}",
+                f"{100 * twice['of all LTM alive, reminded']:.0f}",
+            ]
+        )
+    paper = [f".{1000 * m['LTM again, paper'][lag]:03.0f}" for lag in lags]
+    rows.append(["*the paper's table 7*", "", "", "", "", "", *paper, "", ""])
+    header = ["rule", "alive", "start points", "found", "reminded", "mean age", *(f"again at {lag}" for lag in lags)]
+    header += ["read twice, %", "by chance, %"]
+    return markdown(header, rows) + (
+        f"\n\nLong-term engrams on a real novel ({m['tokens']:,} tokens, {m['segments']} segments, {m['weights']}), means of "
+        "the later half. *Again at n*: the share of reminded engrams that were reminded n segments before, too. *Read "
+        "twice*: of the long-term engrams made of a segment in a first reading, the share reminded when it is read again. "
+        f"Made by `{found[0].command}`."
+    )
 
 
 def step(found: Sequence[Record]) -> str:

@@ -18,11 +18,12 @@ control.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from mnemic.attachment import Attachment, attach, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.memories.base import MemoryConfig
-from mnemic.memories.memoria import MemoriaConfig
+from mnemic.memories.memoria import Memoria, MemoriaConfig
 from mnemic.state import StateError, read_file, write_file
 from mnemic.stream import Stream
 from mnemic.tasks.documents import DocumentBatch, DocumentStream, Tokens, novels, tokenize
@@ -54,6 +55,8 @@ STARTS = (0, 1, 2, 4, 8, 16, 32, 64)
 class Recipe:
     """How model or memory are trained: `steps` of AdamW on `rows` streams, `chunk` segments a step.
 
+    A base from scratch is first trained for `alone` steps without a memory, as one that predicts nothing yet has no use
+    for what it cannot see. `sharp` is how far apart engrams are when training begins (see `spread`), 0 for as they are.
     Streams read excerpts of `excerpt` segments. Their memory is carried from step to step and begins again with every
     excerpt; gradients stay within a step. Rates rise over `warm` steps, hold and fall.
     """
@@ -68,6 +71,8 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
     clip: float = 1.0
+    alone: int = 0
+    sharp: float = 0.0
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -243,6 +248,27 @@ def resume(
     return meta["step"], meta["seconds"], stream
 
 
+@torch.no_grad()
+def spread(attachment: Attachment, excerpts: Sequence[Tokens], sharp: float) -> None:
+    """Scales a new Memoria's abstractor until its attention has scores of deviation `sharp` within a segment and its
+    engrams entries of deviation 1 over segments.
+
+    With usual weights its attention is even: all engrams are the mean of their segment, and small beside the biases of
+    those who read them, so that a training this short finds next to nothing there.
+    """
+    memory, length = attachment.memory, attachment.router.segment_length
+    assert isinstance(memory, Memoria)
+    ids = torch.cat([excerpt.ids[: 16 * length] for excerpt in excerpts[:16]]).view(-1, length)
+    made = memory.abstractor
+    hidden = attachment.router.watch(attachment.anatomy, ids, [memory.write_layer])[memory.write_layer]
+    normal = made.norm(hidden)
+    made.query.mul_(sharp / (made.query @ made.key.weight @ normal.transpose(1, 2)).std(-1).mean())
+    weight = (made.query @ made.key.weight @ normal.transpose(1, 2)).softmax(-1)
+    made.value.weight.div_(made.value(weight @ normal).std(0).mean())
+    made.contract.bias.zero_()
+    made.contract.weight.div_(made(hidden, None).std(0).mean())
+
+
 def alone(model: nn.Module, batch: DocumentBatch, length: int) -> Tensor:
     """The loss without a memory, of the tokens that `carried` predicts."""
     ids = batch.input_ids.unflatten(1, (-1, length)).flatten(0, 1)
@@ -388,7 +414,7 @@ class Experiment:
     recipe: Recipe
     model: str | None = None
     tokenizer: str = "bytes"
-    segments: int = 128
+    segments: int = 64
     seed: int = 0
     layers: int = 3
     width: int = 128
@@ -406,37 +432,39 @@ class Experiment:
         name = self.model or self.tokenizer
         tokenizer = name if name == "bytes" else AutoTokenizer.from_pretrained(name)
         self.vocabulary = 256 if isinstance(tokenizer, str) else len(tokenizer)
-        excerpts = -(-recipe.steps * recipe.rows * recipe.chunk // recipe.excerpt)
+        excerpts = -(-(recipe.steps + recipe.alone) * recipe.rows * recipe.chunk // recipe.excerpt)
         corpus = texts(path, tokenizer, train=recipe.excerpt * length, test=self.segments * length, excerpts=excerpts)
         seconds: dict[str, float] = {}
-        model = self._base()
+
+        def trained(model: nn.Module, recipe: Recipe, name: str, attachment: Attachment | None = None) -> nn.Module:
+            reporter.phase(name, recipe.steps)
+            file = f"{self.task}-{self.config.kind}-{self.seed}-{name.replace(' ', '-')}.safetensors"
+            place = checkpoints / file if checkpoints else None
+            order = 2 * self.seed + (name == "base alone")
+            seconds[name] = fit(model, corpus.train, length, recipe, order, attachment, reporter.advance, place)
+            return model
+
+        base = self._base()
+        if recipe.alone:
+            trained(base, replace(recipe, steps=recipe.alone, hold=1.0), "base alone")
+        model = copy.deepcopy(base)
+        torch.manual_seed(self.seed)
         attachment = attach(model, self.config, freeze=self.model is not None)
-        reporter.phase("train with the memory", recipe.steps)
-        stem = f"{self.task}-{self.config.kind}-{self.seed}"
-        files = [checkpoints / f"{stem}{end}.safetensors" if checkpoints else None for end in ("", "-without")]
-        seconds["training"] = fit(
-            model, corpus.train, length, recipe, self.seed, attachment, reporter.advance, files[0]
-        )
+        if recipe.sharp:
+            spread(attachment, corpus.train, recipe.sharp)
+        trained(model, recipe, "with memory", attachment)
         reporter.phase("read other novels", self.segments)
         begun = time.monotonic()
         bits = measure(model, corpus.test, length, attachment, reporter.advance)
         seconds["evaluation"] = time.monotonic() - begun
         if self.model is None:
-            bare = self._base()
-            reporter.phase("train without", recipe.steps)
-            seconds["training without"] = fit(
-                bare, corpus.train, length, recipe, self.seed, None, reporter.advance, files[1]
-            )
-            bits.bits.update(measure(bare, corpus.test, length).bits)
+            bits.bits.update(measure(trained(base, recipe, "without memory"), corpus.test, length).bits)
         return self._record(bits, corpus, attachment, seconds)
 
     def _base(self) -> nn.Module:
         if self.model is None:
-            model = small_model(self.vocabulary, self.config.segment_length, self.seed, self.layers, self.width)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
-        torch.manual_seed(self.seed)
-        return model.eval()
+            return small_model(self.vocabulary, self.config.segment_length, self.seed, self.layers, self.width)
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
 
     def _record(self, bits: Bits, corpus: Texts, attachment: Attachment, seconds: dict[str, float]) -> Record:
         own = sum(parameter.numel() for parameter in attachment.parameters())
@@ -476,9 +504,9 @@ class Experiment:
 
 
 def published(
-    model: str | None, tokenizer: str = "bytes", seed: int = 0, steps: int | None = None, segments: int = 128
+    model: str | None, tokenizer: str = "bytes", seed: int = 0, steps: int | None = None, segments: int = 64
 ) -> Experiment:
     """The settings of the published runs of Memoria, on a frozen base or from scratch."""
     config = MemoriaConfig(segment_length=32, working=8, reminded_stm=16, reminded_ltm=16, stm_capacity=64)
-    recipe = Recipe(steps=steps or 600, learning_rate=3e-3)
+    recipe = Recipe(steps=steps or 250, learning_rate=3e-3, warm=20, alone=0 if model else 400, sharp=2.0)
     return Experiment(config, recipe, model, tokenizer, segments, seed)

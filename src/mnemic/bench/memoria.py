@@ -39,17 +39,6 @@ SETTINGS: dict[str, tuple[MemoriaConfig, int, int]] = {
 }
 """The paper's settings: config, width, and the steps after which long-term memory has filled."""
 
-RULES = ("paper", "seeds", "lift")
-
-
-def with_rule(config: MemoriaConfig, rule: str) -> MemoriaConfig:
-    """The same settings under one way of reminding: the paper's letter, its published code's random starts, or lift."""
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}; use one of {', '.join(RULES)}")
-    if rule == "seeds":
-        return config.replace(random_ltm_seeds=config.stm_capacity - config.reminded_stm)
-    return config.replace(edges="lift") if rule == "lift" else config
-
 
 def drifting(config: MemoriaConfig, batch: int, width: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless synthetic steps: working memory around a mean that drifts, and random attention to what is reminded."""
@@ -170,7 +159,7 @@ def against_package(setting: str, batch: int, progress: Progress, runs: int = 5)
     config, width, steps = SETTINGS[setting]
     measures: dict[str, Any] = {"batch": batch, "width": width, "steps before": steps, "runs": runs}
     for rule in ("paper", "seeds"):
-        ruled = with_rule(config, rule)
+        ruled = config.with_rule(rule)
         common = {"config": ruled, "batch": batch, "width": width, "steps": steps}
         progress(f"{setting}, batch {batch}, {rule}: the package")
         theirs = apart("measure_package", **common, runs=runs)
@@ -203,7 +192,7 @@ def growth(progress: Progress, alphas: tuple[float, ...] = (4, 8, 16, 32, 64), b
         rows = []
         for alpha in alphas:
             progress(f"alpha {alpha:g}, {rule}")
-            config = with_rule(MemoriaConfig(alpha=alpha), rule)
+            config = MemoriaConfig(alpha=alpha).with_rule(rule)
             rows.append(
                 apart("measure_ours", config=config, batch=batch, width=256, steps=int(60 + 4 * alpha), runs=15)
             )
@@ -290,7 +279,7 @@ def representations(progress: Progress, runs: int = 7) -> Record:
 
 def endless(rule: str, progress: Progress, steps: int = 100_000, width: int = 64, every: int = 1_000) -> Record:
     """One stream of many steps at the paper's settings for language: time, engrams, bytes and memory of the process."""
-    config = with_rule(MemoriaConfig(), rule)
+    config = MemoriaConfig().with_rule(rule)
     state, source = filled(config, 1, width, 0)
     rows: list[dict[str, Any]] = []
     times: list[float] = []

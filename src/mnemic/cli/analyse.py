@@ -48,7 +48,7 @@ def memoria(
     """Memoria's engrams: ages, autocorrelation, the graph, a text seen twice, under three rules of reminding."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mnemic.analysis.memoria import PAPER, PUBLISHED, require, with_rule
+    from mnemic.analysis.memoria import PAPER, PUBLISHED, require
     from mnemic.analysis.memoria_report import analyse as run
     from mnemic.analysis.memoria_report import draw, record_of
     from mnemic.bench.settings import read_text
@@ -60,7 +60,7 @@ def memoria(
         for package in ("matplotlib", "networkx"):
             require(package)
         for name in rules:
-            with_rule(MemoriaConfig(), name)
+            MemoriaConfig().with_rule(name)
     except (ImportError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

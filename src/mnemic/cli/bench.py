@@ -134,7 +134,7 @@ def language(
     ] = "bytes",
     seeds: Seeds = "0,1,2",
     steps: Annotated[int | None, typer.Option(help="Training steps, if not those of the published runs.")] = None,
-    segments: Annotated[int, typer.Option(help="Segments read of each test novel.")] = 128,
+    segments: Annotated[int, typer.Option(help="Segments read of each test novel.")] = 64,
     out: Out = Path("results"),
     checkpoints: Checkpoints = None,
 ) -> None:

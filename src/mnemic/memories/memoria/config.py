@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from mnemic.memories.memoria.memoria import Memoria
 
 
+RULES = ("paper", "seeds", "lift")
+"""Three ways to find long-term engrams, see `MemoriaConfig.with_rule`."""
+
+
 @dataclass
 class MemoriaConfig(MemoryConfig):
     """Settings of Memoria, by default those of the paper's language models; lengths count engrams.
@@ -104,11 +108,23 @@ class MemoriaConfig(MemoryConfig):
         if self.read_layers is not None and not self.read_layers:
             raise ValueError("read_layers is empty; name at least one block, or leave it out for all")
 
+    def with_rule(self, rule: str) -> MemoriaConfig:
+        """The same settings under one of three rules of reminding: how the search begins and by which edges it goes on.
+
+        "paper" is the paper's letter; "seeds" starts `stm_capacity - reminded_stm` searches more at random long-term
+        engrams, as the published code does by accident; "lift" divides a count by how often its target fires at all.
+        """
+        if rule not in RULES:
+            raise ValueError(f"unknown rule {rule!r}; use {', '.join(RULES)}")
+        accident = max(0, self.stm_capacity - self.reminded_stm)
+        return self.replace(
+            edges="lift" if rule == "lift" else "conditional", random_ltm_seeds=accident if rule == "seeds" else 0
+        )
+
     @classmethod
     def published(cls, **changes: Any) -> MemoriaConfig:
         """The published code's rules where they are a setting: mean distance, and searches that start at random."""
-        config = cls(**{"correlation": "distance", **changes})
-        return config.replace(random_ltm_seeds=max(0, config.stm_capacity - config.reminded_stm))
+        return cls(**{"correlation": "distance", **changes}).with_rule("seeds")
 
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
