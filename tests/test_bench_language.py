@@ -19,7 +19,7 @@ from mnemic.tasks.documents import Tokens
 
 LENGTH = 8
 CONFIG = MemoriaConfig(segment_length=LENGTH, working=2, reminded_stm=2, reminded_ltm=2, stm_capacity=4, heads=2)
-RECIPE = Recipe(steps=6, rows=2, chunk=2, excerpt=4, warm=2)
+RECIPE = Recipe(steps=6, rows=2, chunk=2, excerpt=4, warm=2, alone=2, sharp=2.0)
 
 
 def model():
@@ -176,6 +176,21 @@ def test_a_stopped_training_goes_on(tmp_path, monkeypatch, remembering):
         fit(small_model(256, LENGTH, 0, 1, 16), documents, LENGTH, recipe, 0, checkpoint=tmp_path / "c")
 
 
+def test_engrams_begin_apart():
+    """Sharper attention, entries of deviation 1, and still nothing added before training."""
+    attachment = mnemic.attach(model(), CONFIG)
+    documents = [document(i, 16) for i in range(4)]
+    language.spread(attachment, documents, 2.0)
+    memory, ids = attachment.memory, torch.cat([tokens.ids for tokens in documents]).view(-1, LENGTH)
+    hidden = attachment.router.watch(attachment.anatomy, ids, [memory.write_layer])[memory.write_layer]
+    made = memory.abstractor
+    score = made.query @ made.key.weight @ made.norm(hidden).transpose(1, 2)
+    assert score.std(-1).mean().item() == pytest.approx(2.0, abs=1e-4)
+    assert made(hidden, None).std(0).mean().item() == pytest.approx(1.0, abs=1e-4)
+    bits = measure(attachment.model, {"A_1": document(1), "B_1": document(2)}, LENGTH, attachment).bits
+    torch.testing.assert_close(bits["memory"], bits["no memory"], atol=1e-3, rtol=0)
+
+
 def test_differences_are_paired():
     low = torch.tensor([1.0, 2.0, 3.0, 4.0])
     found = difference(low, low + torch.tensor([0.125, 0.25, 0.125, 0.25]))
@@ -198,6 +213,8 @@ def test_an_experiment_makes_a_record(novels, monkeypatch, frozen, tmp_path):
     controls = {"other document", "last segment", "empty", "no memory"} | (set() if frozen else {"trained without"})
     assert all(set(score.controls) == controls for score in record.scores)
     assert set(record.measures["above memory"]) == controls
+    trained = {"base alone", "with memory"} | (set() if frozen else {"without memory"})
+    assert set(record.seconds) == trained | {"evaluation"}
     documents = record.measures["bits per byte by document and range"]
     assert list(documents) == ["D_x", "D_y", "H_x", "H_y"]
     mean = sum(values["memory"][1] for values in documents.values()) / 4

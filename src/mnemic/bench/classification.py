@@ -9,8 +9,9 @@ carried from window to window: written after one block, read after the last. A l
     last window            of the last window
     all windows            of every window, and of these: what a memory has to beat
 
-Every one has a classifier of its own, trained and stopped in the same way. The two with a memory are also asked with
-`other article` (before its last window the memory is that of another test article) and `empty` (it is new there).
+Every one has a classifier of its own, kept from the epoch of the lowest validation loss; those with a memory begin as
+the same without. They are also asked with `other article` (before its last window the memory is that of another test
+article) and `empty` (it is new there).
 
 What the frozen blocks put out does not depend on the memory, so it is computed once for all seeds.
 """
@@ -52,11 +53,11 @@ BARE: dict[Pool, str] = {"last": "last window", "all": "all windows"}
 class Recipe:
     """AdamW on batches of `rows` articles; the weights of the epoch with the lowest validation loss are kept."""
 
-    epochs: int = 12
+    epochs: int = 4
     rows: int = 16
-    learning_rate: float = 1e-3
-    head_rate: float = 3e-3
-    head_epochs: int = 60
+    learning_rate: float = 5e-4
+    head_rate: float = 1e-3
+    head_epochs: int = 30
     weight_decay: float = 0.05
     clip: float = 1.0
 
@@ -93,7 +94,7 @@ def encode(
     *,
     most: int,
     batch: int = 16,
-    progress: Callable[..., None] = lambda steps, **values: None,
+    reporter: Reporter | None = None,
 ) -> list[Article]:
     """What the bare encoder's blocks put out where the memory writes and after the last, for all windows.
 
@@ -110,6 +111,8 @@ def encode(
     for index, (text, _) in enumerate(examples):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         parts += [(index, [first, *part, end]) for part in windows(ids, length - 2, most)]
+    reporter = reporter or Silent()
+    reporter.phase("encode windows", len(parts))
     found: dict[int, tuple[Tensor, Tensor, int]] = {}
     for group in torch.arange(len(parts)).split(batch):
         rows = [parts[place][1] for place in group.tolist()]
@@ -121,7 +124,7 @@ def encode(
         for row, place in enumerate(group.tolist()):
             written, asked = hidden[memory.write_layer + 1][row].half(), hidden[-1][row].half()
             found[place] = (written.clone(), asked.clone(), len(rows[row]))
-        progress(len(rows))
+        reporter.advance(len(rows))
     articles = []
     for index, (_, label) in enumerate(examples):
         places = [place for place, (whose, _) in enumerate(parts) if whose == index]
@@ -183,10 +186,11 @@ def read(memory: Memory, articles: Sequence[Article], pool: Pool, way: Way = "me
             torch.stack([getattr(articles[row], name)[place] for row, place in zip(rows, places, strict=True)])
             for name in ("written", "asked", "keep")
         )
+        padded = None if bool(keep.all()) else keep
         with torch.set_grad_enabled(torch.is_grad_enabled() and (ends or pool == "all")):
-            stream = stream.detach().append(written.float(), keep).commit(memory, range(len(rows)))
+            stream = stream.detach().append(written.float(), padded).commit(memory, range(len(rows)))
             output, traces = memory.read_and_trace(memory.read_layers[-1], asked.float(), stream.state)
-            stream = stream.leave(traces, keep)
+            stream = stream.leave(traces, padded)
             means = mean(output, keep)
         if pool == "last":
             total = means
@@ -299,18 +303,22 @@ class Experiment:
     most: int = 8
     depth: int = 6
 
+    @property
+    def name(self) -> str:
+        """The model's, without the folders around it."""
+        return "/".join(Path(self.model).parts[-2:])
+
     def encode(
         self, path: str | os.PathLike[str], reporter: Reporter | None = None, kept: str | os.PathLike[str] | None = None
     ) -> list[Article]:
         """The articles as the frozen encoder sees them, from the file `kept` if they are there."""
-        reporter, layers = reporter or Silent(), self.config.to_dict()
-        description = {"content": "articles", "model": Path(self.model).name, "most": self.most, "memory": layers}
+        blocks = {name: getattr(self.config, name) for name in ("segment_length", "write_layer", "read_layers")}
+        description = {"content": "articles", "model": self.name, "most": self.most, **blocks}
         if kept is not None and (found := restore(kept, description)) is not None:
             return found
         model = AutoModel.from_pretrained(self.model, dtype=torch.float32).eval()
         tokenizer, examples = AutoTokenizer.from_pretrained(self.model), hyperpartisan(path)
-        reporter.phase("encode articles", len(examples))
-        articles = encode(model, tokenizer, examples, self.config, most=self.most, progress=reporter.advance)
+        articles = encode(model, tokenizer, examples, self.config, most=self.most, reporter=reporter)
         if kept is not None:
             store(kept, articles, description)
         return articles
@@ -326,8 +334,25 @@ class Experiment:
         predicted: dict[str, Tensor] = {}
         chosen: dict[str, int] = {}
         seconds: dict[str, float] = {}
+        heads: dict[str, Classifier] = {}
+        for name in WITHOUT:
+            known = {id(article): value for article, value in zip(articles, features(articles, name), strict=True)}
+            head = heads[name] = Classifier(features(divided.train, name))
+            trail = train(
+                {head: recipe.head_rate},
+                lambda batch, head=head, known=known: head(torch.stack([known[id(article)] for article in batch])),
+                parts,
+                recipe.head_epochs,
+                recipe,
+                seed,
+            )
+            chosen[name] = trail.index(min(trail)) + 1
+            with torch.no_grad():
+                predicted[name] = torch.cat([head(features(batch, name)).argmax(1) for batch in test])
         for name, pool in WITH.items():
-            memory, head = self._fresh(parts[0], BARE[pool], seed)
+            torch.manual_seed(seed)
+            memory = self.config.build(articles[0].asked.shape[-1], self.depth, causal=False)
+            head = copy.deepcopy(heads[BARE[pool]])
             reporter.phase(name, recipe.epochs)
             trail = train(
                 {memory: recipe.learning_rate, head: recipe.head_rate},
@@ -343,28 +368,8 @@ class Experiment:
                 label = name if way == "memory" else f"{name}: {way}"
                 with torch.no_grad():
                     predicted[label] = torch.cat([head(read(memory, batch, pool, way)).argmax(1) for batch in test])
-        seconds["with a memory"] = time.monotonic() - begun
-        for name in WITHOUT:
-            _, head = self._fresh(parts[0], name, seed)
-            trail = train(
-                {head: recipe.head_rate},
-                lambda batch, head=head, name=name: head(features(batch, name)),
-                parts,
-                recipe.head_epochs,
-                recipe,
-                seed,
-            )
-            chosen[name] = trail.index(min(trail)) + 1
-            with torch.no_grad():
-                predicted[name] = torch.cat([head(features(batch, name)).argmax(1) for batch in test])
-        seconds["all"] = time.monotonic() - begun
+        seconds["training and test"] = time.monotonic() - begun
         return self._record(seed, divided, true, predicted, chosen, seconds)
-
-    def _fresh(self, examples: Sequence[Article], name: str, seed: int) -> tuple[Memory, Classifier]:
-        torch.manual_seed(seed)
-        # blocks below those that were kept are nobody's concern
-        memory = self.config.build(examples[0].asked.shape[-1], self.depth, causal=False)
-        return memory, Classifier(features(examples, name))
 
     def _record(
         self,
@@ -392,7 +397,7 @@ class Experiment:
         return Record(
             task="hyperpartisan",
             mechanism=self.config.kind,
-            host=f"{Path(self.model).name}, frozen, windows of {self.config.segment_length} tokens",
+            host=f"{self.name}, frozen, windows of {self.config.segment_length} tokens",
             seed=seed,
             config={"memory": self.config.to_dict(), "recipe": asdict(self.recipe), "most windows": self.most},
             scores=[score],
@@ -414,6 +419,7 @@ def published(model: str) -> Experiment:
     config = MemoriaConfig(
         segment_length=256,
         working=32,
+        feed_forward=384,
         reminded_stm=32,
         reminded_ltm=32,
         stm_capacity=64,

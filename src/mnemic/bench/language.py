@@ -55,10 +55,10 @@ STARTS = (0, 1, 2, 4, 8, 16, 32, 64)
 class Recipe:
     """How model or memory are trained: `steps` of AdamW on `rows` streams, `chunk` segments a step.
 
-    A base from scratch is first trained for `alone` steps without a memory, as one that predicts nothing yet has no use
-    for what it cannot see. `sharp` is how far apart engrams are when training begins (see `spread`), 0 for as they are.
-    Streams read excerpts of `excerpt` segments. Their memory is carried from step to step and begins again with every
-    excerpt; gradients stay within a step. Rates rise over `warm` steps, hold and fall.
+    The base is first trained for `alone` steps without a memory: one that predicts nothing yet has no use for what it
+    cannot see. `sharp` is how sharply the abstractor attends when its training begins (see `spread`); 0 leaves it as it
+    is made. Streams read excerpts of `excerpt` segments. Their memory is carried from step to step and begins again
+    with every excerpt; gradients stay within a step. Rates rise over `warm` steps, hold and fall.
     """
 
     steps: int
@@ -507,6 +507,8 @@ def published(
     model: str | None, tokenizer: str = "bytes", seed: int = 0, steps: int | None = None, segments: int = 64
 ) -> Experiment:
     """The settings of the published runs of Memoria, on a frozen base or from scratch."""
-    config = MemoriaConfig(segment_length=32, working=8, reminded_stm=16, reminded_ltm=16, stm_capacity=64)
-    recipe = Recipe(steps=steps or 250, learning_rate=3e-3, warm=20, alone=0 if model else 400, sharp=2.0)
+    config = MemoriaConfig(segment_length=32, working=16, reminded_stm=16, reminded_ltm=16, stm_capacity=64)
+    recipe = Recipe(
+        steps=steps or (250 if model else 600), learning_rate=3e-3, warm=20, alone=0 if model else 400, sharp=3.0
+    )
     return Experiment(config, recipe, model, tokenizer, segments, seed)

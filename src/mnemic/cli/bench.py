@@ -174,11 +174,39 @@ def classify(
     experiment = published(model)
     with Show("hyperpartisan") as show:
         encoded = experiment.encode(articles, show, checkpoints / "articles.safetensors" if checkpoints else None)
-        records = [experiment.run(encoded, seed, show) for seed in _numbers(seeds)]
+        records = []
+        for seed in _numbers(seeds):
+            records.append(experiment.run(encoded, seed, show))
+            records[-1].save(out)
     table = Table("macro F1", *(f"seed {record.seed}" for record in records), "mean")
     for name in records[0].measures["macro F1"]:
         values = [record.measures["macro F1"][name] for record in records]
         table.add_row(name, *(f"{value:.3f}" for value in values), f"{sum(values) / len(values):.3f}")
     console.print(table)
-    for record in records:
-        console.print(f"results {record.save(out)}")
+    console.print(f"results in {out}")
+
+
+@bench.command("sorting")
+def sorting(
+    segments: Annotated[str, typer.Option(help="Segments of 256 symbols a prompt, separated by commas.")] = "4,8",
+    seed: Annotated[int, typer.Option(help="Of weights and streams.")] = 0,
+    rule: Annotated[str, typer.Option(help="How Memoria is reminded while it learns: paper, seeds or lift.")] = "paper",
+    rows: Annotated[int, typer.Option(help="Test streams a length.")] = 256,
+    out: Out = Path("results"),
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Sorting by frequency: Memoria and a small base trained together; controls, ablations, rules and floors."""
+    from mnemic.bench.settings import sorting_experiment
+
+    experiment = sorting_experiment(seed, rule, _numbers(segments), rows)
+    name = f"sorting-{rule}-{seed}"
+    with Show(name) as show:
+        _, record = experiment.run(show, checkpoints / f"{name}.safetensors" if checkpoints else None)
+    table = Table("right symbols, %", *(f"{score.length} segments" for score in record.scores))
+    table.add_row("memory", *(f"{100 * score.score:.1f}" for score in record.scores), style="bold")
+    for kind in ("controls", "floors"):
+        table.add_section()
+        for row in getattr(record.scores[0], kind):
+            table.add_row(row, *(f"{100 * getattr(score, kind)[row]:.1f}" for score in record.scores))
+    console.print(table)
+    console.print(f"results {record.save(out, f'sorting-memoria-{rule}-seed{seed}.json')}")

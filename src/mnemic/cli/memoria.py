@@ -9,8 +9,8 @@ from typing import Annotated
 import torch
 import typer
 
-from mnemic.cli.bench import Out, bench
-from mnemic.cli.show import console
+from mnemic.cli.bench import Checkpoints, Out, bench
+from mnemic.cli.show import Show, console
 
 Threads = Annotated[int | None, typer.Option(help="Threads for PyTorch; all cores by default.")]
 
@@ -99,3 +99,25 @@ def memoria_overhead(
     for name in configs:
         console.print(f"{name}: {record.measures[name]['with memory / base']['median']:.3f}")
     console.print(f"results {record.save(out, 'overhead-memoria.json')}")
+
+
+@bench.command("sorting-extended")
+def sorting_extended(
+    segments: Annotated[int, typer.Option(help="Segments of 256 symbols a prompt, 4 or 8.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of weights and streams.")] = 0,
+    rows: Annotated[int, typer.Option(help="Test streams.")] = 256,
+    out: Out = Path("results"),
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Sorting by frequency where Memoria may send a gradient back, and may read little: controls, ablations, floors."""
+    from mnemic.bench.sorting_extended import published
+
+    name = f"sorting-extended-{segments}-seed{seed}"
+    with Show(name) as show:
+        _, record = published(segments, seed, rows).run(
+            show, checkpoints / f"{name}.safetensors" if checkpoints else None
+        )
+    score = record.scores[0]
+    for row, value in {"memory": score.score, **score.controls, **score.floors}.items():
+        console.print(f"{row:<32} {100 * value:.1f} %")
+    console.print(f"results {record.save(out, f'sorting-memoria-extended-{segments}-seed{seed}.json')}")

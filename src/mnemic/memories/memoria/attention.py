@@ -39,9 +39,10 @@ class Abstractor(nn.Module):
 class Reader(nn.Module):
     """Exploiting (paper 3.3): tokens attend to working memory, then with the same weights to what was reminded."""
 
-    def __init__(self, width: int, inner: int, heads: int) -> None:
+    def __init__(self, width: int, inner: int, heads: int, null: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.null = nn.Parameter(torch.randn(heads, inner // heads) * 0.02) if null else None
         self.norm_working, self.norm_recalled = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.value = nn.Linear(width, inner), nn.Linear(width, inner)
         self.key = nn.Linear(width, inner, bias=False)
@@ -66,5 +67,9 @@ class Reader(nn.Module):
         )
         score_bhtk = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
         score_bhtk = score_bhtk.masked_fill(~real_bk[:, None, None], torch.finfo(score_bhtk.dtype).min)
-        weight_bhtk = score_bhtk.softmax(-1) * real_bk[:, None, None]
+        if self.null is not None:
+            # one more key, whose value is 0: what it draws is not read
+            nothing_bht1 = query @ self.null[:, :, None] / math.sqrt(query.shape[-1])
+            score_bhtk = torch.cat([score_bhtk, nothing_bht1], -1)
+        weight_bhtk = score_bhtk.softmax(-1)[..., : key.shape[2]] * real_bk[:, None, None]
         return self.output((weight_bhtk @ value).transpose(1, 2).flatten(-2)), weight_bhtk

@@ -32,13 +32,15 @@ class MemoriaConfig(MemoryConfig):
     `dim` is the inner width of the cross-attention, the host's if None; `feed_forward` that of the abstractor, four
     times the host's if None. `read_layers` default to all blocks of a decoder, which writes after its last, and to
     those above `write_layer` in an encoder, which by default writes after three quarters of its blocks.
-    `grad_segments` keeps the gradient through the engrams of that many segments before the last; the paper's 0 trains
-    the abstractor through working memory alone.
+    `grad_segments=0` is the paper's: hidden states and stored engrams are constants to the gradient, and the abstractor
+    learns through working memory alone. `grad_segments=k` keeps the gradient through the hidden states and through the
+    engrams of k segments before the last: backpropagation through time, as far as training unrolls it.
 
     Not in the paper, and off by default: `interference` lets new engrams take lifespan from stored ones that resemble
     them, that much for each new one in all; `graded` drops the border between short and long term: all stored engrams
     are reminded by similarity and by ties, and the longer their lifespan the more easily; `reservoir` is the size of an
-    unbiased sample of all tokens that is read beside them.
+    unbiased sample of all tokens that is read beside them; `null` gives each attention one more key, learned, with nothing
+    behind it, so that it can choose to read little: without, working memory weighs as much as all that is reminded.
     """
 
     kind: ClassVar[str] = "memoria"
@@ -77,6 +79,7 @@ class MemoriaConfig(MemoryConfig):
     interference: float = 0.0
     graded: bool = False
     reservoir: int = 0
+    null: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +146,7 @@ class MemoriaConfig(MemoryConfig):
                 interference=0.1,
                 graded=True,
                 reservoir=3,
+                null=True,
                 dim=32,
                 feed_forward=16,
             ),

@@ -54,7 +54,8 @@ class Memoria(Memory):
         )
         self.read_layers = tuple(sorted({resolve_layer(layer, depth, "read_layers") for layer in layers}))
         self.reads_own_segment, self.starts_empty = not causal, causal
-        self.gradient_reach = 1 + config.grad_segments  # working memory is of the last write
+        # working memory is of the last write; where hidden states are no constants a gradient goes on through them
+        self.gradient_reach = None if config.grad_segments else 1
         if causal and max(self.read_layers) > self.write_layer:
             raise ValueError(
                 f"read layer {max(self.read_layers)} lies above write_layer {self.write_layer}: a decoder's segment is "
@@ -69,7 +70,9 @@ class Memoria(Memory):
         if inner % config.heads:
             raise ValueError(f"dim {inner} is not divisible by {config.heads} heads; set heads= to a divisor")
         self.abstractor = Abstractor(config.working, width, config.feed_forward or 4 * width)
-        self.readers = nn.ModuleDict({str(layer): Reader(width, inner, config.heads) for layer in self.read_layers})
+        self.readers = nn.ModuleDict(
+            {str(layer): Reader(width, inner, config.heads, config.null) for layer in self.read_layers}
+        )
 
     @property
     def writes_see_reads(self) -> bool:
@@ -132,9 +135,11 @@ class Memoria(Memory):
         if self.config.grad_segments:
             oldest = (state["step"] - self.config.grad_segments) * self.config.working
             kept = state["id"] > oldest[:, None]
+        else:
+            hidden_btd = hidden_btd.detach()
         if self.config.reservoir:
             state = reservoir.draw(state, hidden_btd, keep_bt, self.config.seed)
-        working_bwd = self.abstractor(hidden_btd.detach().to(self.parameter_dtype()), keep_bt)
+        working_bwd = self.abstractor(hidden_btd.to(self.parameter_dtype()), keep_bt)
         return advance(state, working_bwd, self.config, kept)
 
     def naive(

@@ -319,7 +319,9 @@ def naive_write(memory: Memoria, hidden_btd: Tensor, state: State, keep_bt: Tens
 
 def write_row(memory: Memoria, mind: Mind, hidden_td: Tensor) -> None:
     """One row's write, in place; `hidden_td` holds its real tokens."""
-    tokens = list(hidden_td.detach().to(memory.parameter_dtype()))
+    if memory.config.grad_segments == 0:
+        hidden_td = hidden_td.detach()
+    tokens = list(hidden_td.to(memory.parameter_dtype()))
     mind.finish()
     mind.draw(tokens)
     mind.begin(abstract(memory.abstractor, tokens))
@@ -363,7 +365,10 @@ def attend(reader: Any, token: Tensor, engrams: list[Tensor]) -> tuple[Tensor, l
     heads, received = [], [0.0] * len(engrams)
     for head in range(reader.heads):
         part = slice(head * size, (head + 1) * size)
-        weights = torch.stack([torch.dot(query[part], key[part]) / math.sqrt(size) for key in keys]).softmax(0)
+        scores = [torch.dot(query[part], key[part]) / math.sqrt(size) for key in keys]
+        if reader.null is not None:  # not in the paper: one more key, with nothing behind it
+            scores.append(torch.dot(query[part], reader.null[head]) / math.sqrt(size))
+        weights = torch.stack(scores).softmax(0)[: len(keys)]
         heads.append(torch.stack([w * value[part] for w, value in zip(weights, values, strict=True)]).sum(0))
         received = [r + w / reader.heads for r, w in zip(received, weights.tolist(), strict=True)]
     return reader.output(torch.cat(heads)), received

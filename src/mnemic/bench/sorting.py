@@ -1,0 +1,464 @@
+"""Sorting by frequency with Memoria: a small model and its memory trained together, and what its memories add.
+
+The prompts are `mnemic.tasks.sorting`'s; a model sees one segment at a time. Its own weights train too, since nobody
+has pretrained a model on these symbols. It is asked under five conditions, on the same streams:
+
+    memory          the stream's own memory
+    other stream    the memory of another stream
+    zeroed          the stream's own memory with every engram's content set to zero
+    fresh           a memory that begins here
+    no memory       the memory switched off
+
+and, with the same weights but the prompt read again, with working memory alone, with working and short-term memory,
+and under the other rules of reminding. No score is without the task's floors.
+
+Three departures from the paper make training short, none of them in the mechanism. The base first learns, without a
+memory, to name every symbol once and to repeat each symbol of a prompt: the gradient never passes from engrams to
+hidden states, so nothing else would keep symbols apart there. Abstractor and readers then begin near the identity,
+with values scaled to vary between streams (`begin`). And every second training step goes on with the repeating.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mnemic.attachment import Attachment, attach, attached, memory_cache
+from mnemic.bench.experiments import Reporter, Silent
+from mnemic.bench.results import Record, Score
+from mnemic.host.anatomy import examine
+from mnemic.memories.memoria import Memoria, MemoriaConfig, engrams
+from mnemic.memories.memoria.config import RULES
+from mnemic.state import State
+from mnemic.tasks.sorting import (
+    PAD,
+    SEPARATOR,
+    SYMBOLS,
+    VOCABULARY,
+    SortingTask,
+    exact_order,
+    kendall_tau,
+    seed_of,
+)
+from mnemic.training import IGNORED, Batch, train
+
+CONDITIONS = ("memory", "other stream", "zeroed", "fresh", "no memory")
+
+
+@dataclass
+class Recipe:
+    """How base and memory are trained.
+
+    The base alone names symbols for `naming` steps and then for `repeating` steps more, now in turns with repeating
+    prompts. The memory's training goes through `stages`: segments of the prompts, steps and streams a step. Its rate
+    rises for `warm` of the steps, holds until `hold` of them and falls to nothing on a cosine. `embedding` is the
+    deviation of the base's embeddings at the start; `query`, `linear`, `engram` and `value` are those of the
+    abstractor's queries, of what its feed-forward sees, of engrams and of the readers' values: see `begin`.
+    """
+
+    naming: int = 1000
+    repeating: int = 20
+    stages: tuple[tuple[int, int, int], ...] = ((1, 1000, 32), (4, 400, 32))
+    learning_rate: float = 6e-3
+    base_rate: float = 8e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    warm: float = 0.04
+    hold: float = 0.3
+    average: float = 0.98
+    rehearsed: int = 2
+    embedding: float = 10.0
+    query: float = 0.1
+    linear: float = 0.1
+    engram: float = 0.25
+    value: float = 30.0
+
+    @property
+    def steps(self) -> int:
+        """Training steps with memory; every second one rehearses repeating."""
+        return 2 * sum(steps for _, steps, _ in self.stages)
+
+    def rate(self, progress: float) -> float:
+        """Learning-rate factor at `progress` in [0, 1]."""
+        if progress < self.warm:
+            return progress / self.warm + 1e-3
+        return 0.5 * (1 + math.cos(math.pi * max(0.0, progress - self.hold) / (1 - self.hold)))
+
+
+# --- the base --------------------------------------------------------------------------------------------------------
+
+
+def make_base(length: int, width: int, depth: int, recipe: Recipe) -> GPT2LMHeadModel:
+    """A small GPT-2, untrained. Large embeddings keep a symbol visible behind all that the blocks add to it."""
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY + SYMBOLS,
+            n_positions=length,
+            n_embd=width,
+            n_layer=depth,
+            n_head=2,
+            activation_function="relu",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            tie_word_embeddings=False,
+            bos_token_id=SEPARATOR,
+            eos_token_id=PAD,
+        )
+    )
+    nn.init.normal_(model.transformer.wte.weight, std=recipe.embedding)
+    nn.init.normal_(model.transformer.wpe.weight, std=0.01)
+    for name, parameter in model.transformer.h.named_parameters():
+        if parameter.ndim == 2 and "c_proj" in name:
+            nn.init.normal_(parameter, std=0.02)
+        elif parameter.ndim == 2:
+            bound = parameter.shape[0] ** -0.5  # GPT-2 stores its matrices input first
+            nn.init.uniform_(parameter, -bound, bound)
+    model.lm_head.reset_parameters()
+    return model
+
+
+def naming(task: SortingTask, rows: int, seed: int) -> Batch:
+    """The answers alone: without a memory nothing but not to name a symbol twice can be learned from them."""
+    batch = task.batch(rows, seed)
+    return Batch(batch.input_ids[:, task.tokens :], batch.labels[:, task.tokens :])
+
+
+def repeating(task: SortingTask, rows: int, seed: int, apart: int = 8) -> Batch:
+    """Prompts of one segment where every eighth symbol, and the last, is to be said again at its own place.
+
+    Said again they are other tokens, 22 .. 41: an answer never says again what it has just said.
+    """
+    ids = task.batch(rows, seed).input_ids[:, : task.length]
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, 1:] = ids[:, :-1] + VOCABULARY
+    asked = torch.zeros(task.length, dtype=torch.bool)
+    asked[1 + seed % apart :: apart] = True
+    asked[-1] = True
+    return Batch(ids, labels.masked_fill(~asked, IGNORED))
+
+
+def train_base(model: nn.Module, task: SortingTask, recipe: Recipe, seed: int, reporter: Reporter) -> float:
+    """Trains the base without a memory; returns the share of answers' symbols it got right in the last steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.base_rate, betas=recipe.betas, weight_decay=0.0)
+    total, right = recipe.naming + 2 * recipe.repeating, 0.18
+    reporter.phase("train the base alone", total)
+    for step in range(total):
+        repeat = step >= recipe.naming and (step - recipe.naming) % 2 == 1
+        number = seed_of("train", 200_000_000 + 1_000_000 * seed + step)
+        batch = repeating(task, 8, number) if repeat else naming(task, 64, number)
+        targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        used = int((targets != IGNORED).any(0).nonzero().max()) + 1
+        chosen = targets[:, :used] != IGNORED
+        logits = model(input_ids=batch.input_ids[:, :used], use_cache=False).logits[chosen]
+        loss = F.cross_entropy(logits, targets[:, :used][chosen])
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.base_rate * min(1.0, (step + 1) / 50)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if not repeat:
+            accuracy = float((logits.argmax(-1) == targets[:, :used][chosen]).float().mean())
+            right = 0.95 * right + 0.05 * accuracy
+        reporter.advance(1, loss=loss.item(), named=right)
+    return right
+
+
+# --- the memory ------------------------------------------------------------------------------------------------------
+
+
+def sorting_config(length: int = 256, rule: str = "paper", **changes: Any) -> MemoriaConfig:
+    """The paper's sizes for sorting: T/8 working, T/4 and 5T/8 reminded, T/2 short-term, lifespan 5, alpha 8.
+
+    Only the last block reads: what is written lies before its read, so engrams hold their own segment and nothing that
+    was read.
+    """
+    sizes: dict[str, Any] = {"segment_length": length, "working": length // 8, "reminded_stm": length // 4}
+    sizes |= {
+        "reminded_ltm": 5 * length // 8,
+        "stm_capacity": length // 2,
+        "lifespan": 5.0,
+        "alpha": 8.0,
+        "heads": 1,
+        "read_layers": [-1],
+    }
+    return MemoriaConfig(**{**sizes, **changes}).with_rule(rule)
+
+
+@torch.no_grad()
+def begin(attachment: Attachment, task: SortingTask, recipe: Recipe, seed: int) -> None:
+    """Where training begins: engrams are means of hidden states, and readers pass on what varies between streams.
+
+    What tells prompts apart is small beside what they share. Values are therefore scaled to a deviation between
+    streams of `linear` before the abstractor's feed-forward, which is then close to linear, of `engram` behind it and
+    of `value` in the readers, and what all streams share is taken off. Readers' outputs start at zero, as always.
+    """
+    memory = attachment.memory
+    assert isinstance(memory, Memoria)
+    abstractor = memory.abstractor
+    ids = task.batch(128, seed_of("train", 400_000_000 + seed)).input_ids[:, : task.length]
+    hidden_btd = attachment.router.record(examine(attachment.model).trunk, ids)
+    nn.init.normal_(abstractor.query, std=recipe.query)
+    nn.init.eye_(abstractor.value.weight)
+    nn.init.orthogonal_(abstractor.expand.weight)
+    nn.init.zeros_(abstractor.expand.bias)
+    # GELU passes one half of what is small
+    abstractor.contract.weight.copy_(2 * abstractor.expand.weight.T * recipe.engram / recipe.linear)
+    nn.init.zeros_(abstractor.contract.bias)
+    normed_btd = abstractor.norm(hidden_btd)
+    weight_bwt = (abstractor.query @ abstractor.key.weight @ normed_btd.transpose(1, 2)).softmax(-1)
+    _standardise(abstractor.value, weight_bwt @ normed_btd, recipe.linear)
+    engram_b1d = abstractor(hidden_btd, None).mean(1, keepdim=True)
+    for reader in memory.readers.values():
+        if reader.value.weight.shape[0] == reader.value.weight.shape[1]:
+            nn.init.eye_(reader.value.weight)
+        _standardise(reader.value, engram_b1d, recipe.value)
+
+
+def _standardise(linear: nn.Linear, input_bkd: Float[Tensor, "b k d"], deviation: float) -> None:
+    output = input_bkd @ linear.weight.T
+    scale = deviation / (output - output.mean(0)).std()
+    linear.bias.copy_(-output.flatten(0, 1).mean(0) * scale)
+    linear.weight.mul_(scale)
+
+
+class Stages:
+    """The batches of training: prompts of the stage's length, and every second step a rehearsal of repeating."""
+
+    def __init__(self, length: int, recipe: Recipe, seed: int) -> None:
+        self.recipe, self.seed, self.length = recipe, seed, length
+        self.plan = [(segments, rows) for segments, steps, rows in recipe.stages for _ in range(steps)]
+
+    def batch(self, step: int) -> Batch:
+        """The same for the same step and seed."""
+        number = seed_of("train", 1_000_000 * self.seed + step)
+        if step % 2:
+            return repeating(SortingTask(self.length, 1), self.recipe.rehearsed, number)
+        segments, rows = self.plan[step // 2]
+        return SortingTask(self.length, segments).batch(rows, number)
+
+
+def train_sorting(
+    attachment: Attachment, recipe: Recipe, seed: int, reporter: Reporter, checkpoint: str | Path | None = None
+) -> float:
+    """Trains memory and base together; returns the seconds it took, those before an interruption included."""
+    stages = Stages(attachment.router.segment_length, recipe, seed)
+    reporter.phase("train base and memory", recipe.steps)
+    notes, seconds, done = {"accuracy": 0.0}, 0.0, 0
+    for step in train(
+        attachment.model,
+        stages.batch,
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        schedule=recipe.rate,
+        betas=recipe.betas,
+        bptt_segments=attachment.memory.gradient_reach,
+        average=recipe.average,
+        notes=notes,
+        checkpoint=checkpoint,
+    ):
+        if step.step % 2 == 0:
+            notes["accuracy"] = 0.96 * notes["accuracy"] + 0.04 * step.accuracy
+        seconds = step.seconds
+        reporter.advance(step.step + 1 - done, segments=stages.plan[step.step // 2][0], **notes)
+        done = step.step + 1
+    return seconds
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def variant(attachment: Attachment, config: MemoriaConfig) -> Attachment:
+    """A copy of base and memory with the same weights under other settings."""
+    model = copy.deepcopy(attachment.model)
+    attached(model).detach()
+    other = attach(model, config, freeze=False)
+    other.memory.load_state_dict(attachment.memory.state_dict())
+    model.eval()
+    return other
+
+
+@torch.no_grad()
+def read_prompt(attachment: Attachment, prompt_bt: Int[Tensor, "b t"]) -> State:
+    """The memory's state when the prompt has been read."""
+    length = attachment.router.segment_length
+    cache = memory_cache(attachment.model, length)
+    for segment in prompt_bt.to(attachment.router.device).split(length, 1):
+        attachment.model(input_ids=segment, past_key_values=cache, use_cache=True)
+    assert cache.memory.stream is not None
+    return cache.memory.stream.state
+
+
+def conditions(attachment: Attachment, state: State) -> dict[str, State | None]:
+    """The state under which each condition asks; None for no memory."""
+    return {
+        "memory": state,
+        "other stream": {name: tensor.roll(1, 0) for name, tensor in state.items()},
+        "zeroed": {**state, "engram": torch.zeros_like(state["engram"])},
+        "fresh": attachment.router.new_stream(len(state["step"])).state,
+        "no memory": None,
+    }
+
+
+@torch.no_grad()
+def answers(
+    attachment: Attachment, answer: Int[Tensor, "b symbols"], state: State | None
+) -> tuple[Bool[Tensor, "b symbols"], Int[Tensor, "b symbols"]]:
+    """Whether each symbol is the most probable one when those before it are given, and the order written greedily."""
+    model, router = attachment.model, attachment.router
+
+    def new_cache() -> Any:
+        cache = memory_cache(model, router.segment_length)
+        if state is not None:
+            cache.memory.stream = router.new_stream(len(answer), state)
+        return cache
+
+    answer = answer.to(router.device)
+    first = torch.full_like(answer[:, :1], SEPARATOR)
+    given = torch.cat([first, answer[:, :-1]], 1)
+    right = model(input_ids=given, past_key_values=new_cache(), use_cache=True).logits.argmax(-1) == answer
+    cache, token, written = new_cache(), first, []
+    for _ in range(SYMBOLS):
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+        written.append(token)
+    return right.cpu(), torch.cat(written, 1).cpu()
+
+
+def reminded_segments(state: State, working: int, segments: int) -> list[float]:
+    """How many engrams of each segment a stream is reminded of at the end of its prompt, mean over streams."""
+    real = state["recalled"] >= 0
+    born = (engrams.gather(state["id"][..., None], state["recalled"])[..., 0] - 1) // working
+    return [float(((born == segment) & real).sum(1).float().mean()) for segment in range(segments)]
+
+
+def evaluate_sorting(
+    attachment: Attachment,
+    task: SortingTask,
+    *,
+    rows: int = 256,
+    batch: int = 64,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> tuple[Score, dict[str, Any]]:
+    """Scores memory, controls, ablations and rules on the same test streams; with it how reminding went under each."""
+    reporter = reporter or Silent()
+    config, model = attachment.router.config, attachment.model
+    assert isinstance(config, MemoriaConfig)
+    model.eval()
+    own = next((rule for rule in RULES if config.with_rule(rule) == config), "")
+    variants = {
+        "working memory": config.replace(reminded_stm=0, reminded_ltm=0, random_ltm_seeds=0),
+        "working and short-term memory": config.replace(reminded_ltm=0, random_ltm_seeds=0),
+        **{f"rule {rule}": config.with_rule(rule) for rule in RULES if rule != own},
+    }
+    test = task.batch(rows, seed_of("test", seed), config.segment_length)
+    outcomes: dict[str, list[Tensor]] = {}
+    written: dict[str, list[Tensor]] = {}
+    reminded: dict[str, Any] = {}
+    state_bytes = 0
+    reporter.phase(f"ask after {task.segments} segments", (1 + len(variants)) * rows)
+    for name, made in {"memory": attachment, **{n: variant(attachment, c) for n, c in variants.items()}}.items():
+        counted, levels = [], []
+        for start in range(0, rows, batch):
+            prompt, answer = test.prompt[start : start + batch], test.answer[start : start + batch]
+            state = read_prompt(made, prompt)
+            counted.append(reminded_segments(state, config.working, task.tokens // config.segment_length))
+            levels.append(state["levels"].float().mean(0).tolist())
+            asked = conditions(made, state) if name == "memory" else {name: state}
+            for condition, its in asked.items():
+                with made.disabled() if its is None else contextlib.nullcontext():
+                    right, order = answers(made, answer, its)
+                outcomes.setdefault(condition, []).append(right)
+                written.setdefault(condition, []).append(order)
+            if name == "memory":
+                state_bytes = max(state_bytes, sum(t[0].numel() * t.element_size() for t in state.values()))
+            reporter.advance(len(answer))
+        reminded[name] = {"reminded of each segment": _means(counted), "long, short, working": _means(levels)}
+    right = {name: torch.cat(parts) for name, parts in outcomes.items()}
+    orders = {name: torch.cat(parts) for name, parts in written.items()}
+    scores = {name: float(each.double().mean()) for name, each in right.items()}
+    details = {"state_bytes": float(state_bytes)}
+    for name, order in orders.items():
+        details |= {f"{name}: exact order": exact_order(order, test.answer)}
+        details |= {f"{name}: Kendall tau": kendall_tau(order, test.answer)}
+    score = Score(
+        length=task.segments,
+        tokens=task.tokens,
+        examples=rows * SYMBOLS,
+        score=scores.pop("memory"),
+        controls=scores,
+        floors=task.floors(rows, seed_of("test", seed)),
+        ceiling=None,
+        details=details,
+        outcomes={name: "".join(map(str, each.int().flatten().tolist())) for name, each in right.items()},
+    )
+    return score, reminded
+
+
+def _means(rows: list[list[float]]) -> list[float]:
+    return torch.tensor(rows).mean(0).tolist()
+
+
+# --- from beginning to end -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SortingExperiment:
+    """A base and Memoria learn to sort prompts of `segments` segments; asked after each length in `lengths`."""
+
+    config: MemoriaConfig
+    recipe: Recipe
+    lengths: tuple[int, ...]
+    width: int = 64
+    depth: int = 2
+    rows: int = 256
+    batch: int = 64
+    seed: int = 0
+
+    def run(self, reporter: Reporter | None = None, checkpoint: str | Path | None = None) -> tuple[Attachment, Record]:
+        """Trains and measures; the record is not saved yet."""
+        reporter = reporter or Silent()
+        begun = time.monotonic()
+        torch.manual_seed(self.seed)
+        length = self.config.segment_length
+        task = SortingTask(length, 1)
+        model = make_base(length, self.width, self.depth, self.recipe)
+        named = train_base(model, task, self.recipe, self.seed, reporter)
+        attachment = attach(model, self.config, freeze=False)
+        begin(attachment, task, self.recipe, self.seed)
+        record = Record(
+            task="sorting",
+            mechanism=self.config.kind,
+            host=f"GPT-2, {self.depth} blocks, width {self.width}, trained with its memory",
+            seed=self.seed,
+            config={"memory": self.config.to_dict(), "recipe": asdict(self.recipe)},
+            seconds={"base": time.monotonic() - begun},
+        )
+        record.seconds["training"] = train_sorting(attachment, self.recipe, self.seed, reporter, checkpoint)
+        begun = time.monotonic()
+        record.measures = {"base": {"named": named}, "reminding": {}}
+        for segments in self.lengths:
+            score, reminded = evaluate_sorting(
+                attachment,
+                SortingTask(length, segments),
+                rows=self.rows,
+                batch=self.batch,
+                seed=self.seed,
+                reporter=reporter,
+            )
+            record.scores.append(score)
+            record.measures["reminding"][str(segments)] = reminded
+            record.state_bytes = int(score.details["state_bytes"])
+        record.seconds["evaluation"] = time.monotonic() - begun
+        return attachment, record
