@@ -53,10 +53,10 @@ def rules(found: Sequence[Record]) -> str:
     header = ["rule", "alive", "start points", "found", "reminded", "mean age", *(f"again at {lag}" for lag in lags)]
     header += ["read twice, %", "by chance, %"]
     return markdown(header, rows) + (
-        f"\n\nLong-term engrams on a real novel ({m['tokens']:,} tokens, {m['segments']} segments, {m['weights']}), means "
-        "of the later half. *Again at n*: the share of reminded engrams that were reminded n segments before, too. *Read "
-        "twice*: of the long-term engrams made of a segment in a first reading, the share reminded when it is read "
-        "again. "
+        f"\n\nLong-term engrams on a real novel ({m['tokens']:,} tokens, {m['segments']} segments, {m['weights']}), "
+        "means of the later half. *Again at n*: the share of reminded engrams that were reminded n segments before, "
+        "too. *Read twice*: of the long-term engrams made of a segment in a first reading, the share reminded when it is "
+        "read again. "
         f"Made by `{found[0].command}`."
     )
 

@@ -230,6 +230,7 @@ class Classifier(nn.Module):
         self.register_buffer("spread", features.std(0) + 1e-4)
         self.linear = nn.Linear(features.shape[1], 2)
         nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n 2"]:
         """Logits."""

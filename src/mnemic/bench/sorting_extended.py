@@ -1,10 +1,10 @@
 """Sorting by frequency with Memoria, extended where the paper's rules stand in the way of this task.
 
-Three of them do. Hidden states are constants to the gradient, so nothing teaches the model to leave a symbol's identity
-in them: here the gradient goes one segment back (`grad_segments=1`). Working memory and all that is reminded are read
-with the same weights and weigh the same, so the last segment counts as much as all others together: here each attention
-may read little (`null`). And only a quarter of a segment's length is reminded of short-term memory, so that segments are
-left out: here fewer engrams are made of each segment, and all of short-term memory is reminded.
+Three of them do. Hidden states are constants to the gradient, so nothing teaches the model to leave a symbol's
+identity in them: here the gradient goes one segment back (`grad_segments=1`). Working memory and all that is reminded
+are read with the same weights and weigh the same, so the last segment counts as much as all others together: here each
+attention may read little (`null`). And only a quarter of a segment's length is reminded of short-term memory, so that
+segments are left out: here fewer engrams are made of each segment, and all of short-term memory is reminded.
 
 The base first learns, without a memory, to sort prompts that fit in its window.
 """
@@ -33,7 +33,7 @@ from mnemic.training import Batch, train
 
 @dataclass
 class Recipe:
-    """`windowed` steps of the base alone on prompts of `inside` symbols, then `stages`: segments, steps, streams a step.
+    """`windowed` steps of the base alone on prompts of `inside` symbols, then `stages`: segments, steps, streams.
 
     Rates rise over 50 steps and fall to a twentieth on a cosine. `output` is what readers' outputs begin with, times
     the identity.

@@ -39,8 +39,9 @@ class MemoriaConfig(MemoryConfig):
     Not in the paper, and off by default: `interference` lets new engrams take lifespan from stored ones that resemble
     them, that much for each new one in all; `graded` drops the border between short and long term: all stored engrams
     are reminded by similarity and by ties, and the longer their lifespan the more easily; `reservoir` is the size of an
-    unbiased sample of all tokens that is read beside them; `null` gives each attention one more key, learned, with nothing
-    behind it, so that it can choose to read little: without, working memory weighs as much as all that is reminded.
+    unbiased sample of all tokens that is read beside them; `null` gives each attention one more key, learned, with
+    nothing behind it, so that it can choose to read little: without, working memory weighs as much as all that is
+    reminded.
     """
 
     kind: ClassVar[str] = "memoria"
