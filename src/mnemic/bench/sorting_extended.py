@@ -40,7 +40,7 @@ class Recipe:
     """
 
     stages: tuple[tuple[int, int, int], ...]
-    windowed: int = 1000
+    windowed: int = 600
     inside: int = 96
     base_rate: float = 3e-3
     learning_rate: float = 5e-3
@@ -179,7 +179,7 @@ class ExtendedExperiment:
 
 def published(segments: int, seed: int, rows: int) -> ExtendedExperiment:
     """The settings behind the documentation's numbers, for prompts of 4 or 8 segments."""
-    stages = {4: ((1, 100, 32), (4, 600, 32)), 8: ((1, 100, 32), (4, 150, 32), (8, 350, 16))}
+    stages = {4: ((1, 80, 32), (4, 450, 32)), 8: ((1, 80, 32), (4, 120, 32), (8, 260, 16))}
     if segments not in stages:
         raise ValueError(f"there is a recipe for {' and '.join(map(str, stages))} segments, not for {segments}")
     return ExtendedExperiment(extended_config(), Recipe(stages[segments]), rows=rows, seed=seed)
