@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnemic.analysis.markdown import markdown, missing
+from mnemic.analysis.markdown import markdown, missing, spread
 from mnemic.bench.results import Record, records
 
 
@@ -18,6 +18,10 @@ def tables(results: Path) -> dict[str, str]:
         return [record for record in found if record.task.startswith(prefix)]
 
     makers: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
+        "memoria-sorting": ("sorting", sorting),
+        "memoria-language": ("novels-", language),
+        "memoria-language-positions": ("novels-", positions),
+        "memoria-classification": ("hyperpartisan", classification),
         "memoria-rules": ("memoria-engrams", rules),
         "memoria-step": ("memoria-step-", step),
         "memoria-growth": ("memoria-growth", growth),
@@ -26,6 +30,91 @@ def tables(results: Path) -> dict[str, str]:
         "memoria-overhead": ("overhead-memoria", overhead),
     }
     return {name: make(of(prefix)) if of(prefix) else missing(name) for name, (prefix, make) in makers.items()}
+
+
+def sorting(found: Sequence[Record]) -> str:
+    """Sorting by frequency: memory, controls, ablations and floors."""
+    columns = [(record, score) for record in found for score in record.scores]
+    titles = {"sorting": "paper's rules", "sorting-extended": "extended"}
+    header = ["right symbols, %"]
+    for record, score in columns:
+        seed = f", seed {record.seed}" if sum(r.task == record.task for r in found) > 2 else ""
+        header.append(f"{titles[record.task]}, {score.length} segments{seed}")
+    rows = [["**memory**", *(f"**{100 * score.score:.1f}**" for _, score in columns)]]
+    for kind in ("controls", "floors"):
+        names = list(dict.fromkeys(name for _, score in columns for name in getattr(score, kind)))
+        for name in names:
+            cells = [getattr(score, kind).get(name) for _, score in columns]
+            mark = "*" if kind == "floors" else ""
+            rows.append([f"{mark}{name}{mark}", *("-" if cell is None else f"{100 * cell:.1f}" for cell in cells)])
+    minutes = [f"{(record.seconds['base'] + record.seconds['training']) / 60:.0f}" for record, _ in columns]
+    rows.append(["training, minutes", *minutes])
+    commands = dict.fromkeys(record.command.split(" --out")[0] for record in found)
+    return markdown(header, rows) + (
+        "\n\nSegments of 256 symbols, teacher-forced; floors in italics. *working memory* and *working and short-term "
+        "memory* are the same weights with the rest not reminded, *rule* the same weights reminded by another rule. "
+        "Made by " + ", ".join(f"`{command}`" for command in commands) + "."
+    )
+
+
+def language(found: Sequence[Record]) -> str:
+    """Bits a byte on held-out novels under every condition, and by how much the controls are above the memory."""
+    rows = []
+    for record in found:
+        m = record.measures
+        for name, bits in m["bits per byte"].items():
+            above = m["above memory"].get(name)
+            rows.append(
+                [
+                    "frozen" if record.task == "novels-frozen" else "from scratch",
+                    str(record.seed),
+                    f"**{name}**" if name == "memory" else name,
+                    f"{bits:.4f}",
+                    "" if above is None else f"{above['mean']:+.4f} ({above['low']:+.4f} to {above['high']:+.4f})",
+                    "" if above is None else f"{above['documents']:.0f} of {above['of']:.0f}",
+                ]
+            )
+    header = ["base", "seed", "condition", "bits a byte", "above the memory (95 %)", "novels where it is"]
+    hosts = dict.fromkeys(record.host for record in found)
+    commands = dict.fromkeys(record.command.split(" --seed")[0] for record in found)
+    return markdown(header, rows) + (
+        f"\n\nHeld-out novels of other authors than those trained on, read in order. Hosts: {'; '.join(hosts)}. "
+        "Made by " + ", ".join(f"`{command}`" for command in commands) + "."
+    )
+
+
+def positions(found: Sequence[Record]) -> str:
+    """The same by position in the document, means over seeds."""
+    rows = []
+    for task, title in (("novels-frozen", "frozen"), ("novels-scratch", "from scratch")):
+        records = [record for record in found if record.task == task]
+        if not records:
+            continue
+        for place, first in enumerate(records[0].scores):
+            scores = [record.scores[place] for record in records]
+            names = ("other document", "last segment", "no memory")
+            cells = [sum(s.controls[name] - s.score for s in scores) / len(scores) for name in names]
+            last = first.length + int(first.details["segments"]) - 1
+            mean = sum(s.score for s in scores) / len(scores)
+            rows.append([title, f"{first.length}-{last}", f"{mean:.4f}", *(f"{cell:+.4f}" for cell in cells)])
+    header = ["base", "segment of the document", "memory", "other document", "last segment", "no memory"]
+    return "By position: the memory's bits a byte, and by how much each control is above it, means over seeds.\n\n" + (
+        markdown(header, rows)
+    )
+
+
+def classification(found: Sequence[Record]) -> str:
+    """Hyperpartisan news: macro F1 and accuracy over seeds."""
+    rows = []
+    for name in found[0].measures["macro F1"]:
+        f1, accuracy = ([record.measures[key][name] for record in found] for key in ("macro F1", "accuracy"))
+        rows.append([name, spread(f1), spread(accuracy)])
+    rows.append(["*most frequent class*", spread([r.scores[0].floors["most frequent class"] for r in found]), ""])
+    command = found[0].command.split(" --out")[0]
+    return markdown(["classifier", "macro F1, %", "accuracy, %"], rows) + (
+        f"\n\n{found[0].host}; {len(found)} seeds, each its own split; mean and, in brackets, least and most. Made by "
+        f"`{command}`."
+    )
 
 
 def rules(found: Sequence[Record]) -> str:
@@ -55,8 +144,8 @@ def rules(found: Sequence[Record]) -> str:
     return markdown(header, rows) + (
         f"\n\nLong-term engrams on a real novel ({m['tokens']:,} tokens, {m['segments']} segments, {m['weights']}), "
         "means of the later half. *Again at n*: the share of reminded engrams that were reminded n segments before, "
-        "too. *Read twice*: of the long-term engrams made of a segment in a first reading, the share reminded when it is "
-        "read again. "
+        "too. *Read twice*: of the long-term engrams made of a segment in a first reading, the share reminded when it "
+        "is read again. "
         f"Made by `{found[0].command}`."
     )
 
