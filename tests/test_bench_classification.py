@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
 
 import mnemic
 from helpers import shake
@@ -21,6 +22,8 @@ from mnemic.bench.classification import (
     read,
     windows,
 )
+from mnemic.bench.results import records
+from mnemic.cli import app
 from mnemic.host.cache import MemoryLayer
 from mnemic.host.router import carrying
 from mnemic.memories.memoria import MemoriaConfig
@@ -112,36 +115,33 @@ def test_reading_equals_the_encoder_with_its_memory(memory):
             with carrying(layer):
                 call = torch.tensor([[1, *part, 2]])
                 means.append(model(input_ids=call).last_hidden_state.mean(1))
-        torch.testing.assert_close(read(memory, [article], "last"), means[-1], atol=5e-3, rtol=0)
-        torch.testing.assert_close(read(memory, [article], "all"), torch.stack(means).mean(0), atol=5e-3, rtol=0)
+        torch.testing.assert_close(read(memory, [article]), means[-1], atol=5e-3, rtol=0)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pool", ["last", "all"])
-def test_articles_of_a_batch_are_read_as_alone(articles, memory, pool):
-    together = read(memory, ordered(articles), pool)
-    alone = torch.cat([read(memory, [article], pool) for article in ordered(articles)])
+def test_articles_of_a_batch_are_read_as_alone(articles, memory):
+    together = read(memory, ordered(articles))
+    alone = torch.cat([read(memory, [article]) for article in ordered(articles)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="longest first"):
-        read(memory, articles, pool)
+        read(memory, articles)
 
 
 @torch.no_grad()
 def test_controls_change_what_they_are_about(articles, memory):
     batch = ordered(articles)
-    own, other, empty = (read(memory, batch, "last", way) for way in ("memory", "other article", "empty"))
+    own, other, empty = (read(memory, batch, way) for way in ("memory", "other article", "empty"))
     for control in (other, empty):
         assert (control[:3] - own[:3]).abs().amax(1).min() > 1e-3
         torch.testing.assert_close(control[3:], own[3:])  # one window: there is nothing earlier
     alone = [Article(a.written[-1:], a.asked[-1:], a.keep[-1:], a.label) for a in batch]
-    torch.testing.assert_close(empty, read(memory, alone, "last"))
+    torch.testing.assert_close(empty, read(memory, alone))
     new = CONFIG.build(16, 3, causal=False)
-    torch.testing.assert_close(read(new, batch, "last"), features(batch, "last window"))
-    torch.testing.assert_close(read(new, batch, "all"), features(batch, "all windows"))
+    torch.testing.assert_close(read(new, batch), features(batch, "last window"))
 
 
 def test_gradients_reach_the_whole_memory(articles, memory):
-    read(memory, ordered(articles), "last").square().sum().backward()
+    read(memory, ordered(articles)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in memory.parameters())
 
 
@@ -177,9 +177,21 @@ def test_articles_are_kept_and_an_experiment_runs(tmp_path, articles):
     record = experiment.run(many, seed=1)
     (score,) = record.scores
     assert score.examples == 4
-    assert score.score == record.measures["macro F1"]["memory, last window"]
-    assert {"cut at the window", "all windows", "memory, last window: other article"} < score.controls.keys()
+    assert score.score == record.measures["macro F1"]["memory"]
+    assert {"cut at the window", "all windows", "other article"} < score.controls.keys()
     assert all(len(outcome) == 4 for outcome in score.outcomes.values())
     again = experiment.run(many, seed=1)
     assert again.scores == record.scores
     assert again.measures == record.measures
+
+
+def test_the_command_writes_a_record_a_seed(articles, monkeypatch, tmp_path):
+    many = [Article(a.written, a.asked, a.keep, i % 2) for i, a in enumerate(articles * 10)]
+    experiment = Experiment(CONFIG, Recipe(epochs=1, rows=8, head_epochs=2), "tiny", most=4, depth=3)
+    monkeypatch.setattr(classification, "published", lambda model: experiment)
+    monkeypatch.setattr(experiment, "encode", lambda *_: many)
+    words = f"bench classify --model tiny --articles x --seeds 0,1 --out {tmp_path}"
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 0, result.output
+    assert "cut at the window" in result.output
+    assert [record.seed for record in records(tmp_path, "hyperpartisan")] == [0, 1]

@@ -9,11 +9,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
 import mnemic
 from helpers import shake
 from mnemic.bench import language
 from mnemic.bench.language import Bits, Experiment, Recipe, apart, difference, fit, measure, small_model, spans, texts
+from mnemic.bench.results import records
+from mnemic.cli import app
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.tasks.documents import Tokens
 
@@ -221,3 +224,20 @@ def test_an_experiment_makes_a_record(novels, monkeypatch, frozen, tmp_path):
     assert record.scores[1].score == pytest.approx(mean, abs=1e-4)
     assert (record.save(tmp_path / "out")).is_file()
     assert experiment.run(novels).scores == record.scores
+
+
+def test_the_command_writes_a_record_a_seed(novels, monkeypatch, tmp_path):
+    made = []
+
+    def published(model, tokenizer, seed, steps, segments):
+        made.append((model, tokenizer, seed, steps, segments))
+        return Experiment(CONFIG, RECIPE, segments=segments, seed=seed, layers=2, width=16)
+
+    monkeypatch.setattr(language, "published", published)
+    words = f"bench language --novels {novels} --seeds 0,1 --segments 3 --out {tmp_path / 'out'}"
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 0, result.output
+    assert "above memory" in result.output
+    assert made == [(None, "bytes", 0, None, 3), (None, "bytes", 1, None, 3)]
+    assert [record.seed for record in records(tmp_path / "out", "novels-scratch")] == [0, 1]
+    assert (tmp_path / "out" / "language-memoria-scratch-seed1.json").is_file()

@@ -12,11 +12,10 @@ from mnemic.bench import settings, sorting
 from mnemic.bench.results import Record
 from mnemic.bench.sorting import Recipe, SortingExperiment, Stages, sorting_config
 from mnemic.cli.main import app
-from mnemic.tasks.sorting import SYMBOLS, VOCABULARY, SortingTask, seed_of
-from mnemic.training import IGNORED
+from mnemic.tasks.sorting import SYMBOLS, SortingTask, seed_of
 
 LENGTH = 32
-RECIPE = Recipe(naming=2, repeating=1, stages=((1, 1, 2), (2, 2, 2)), rehearsed=2)
+RECIPE = Recipe(naming=2, stages=((1, 1, 2), (2, 2, 2)))
 CONTROLS = {"other stream", "zeroed", "fresh", "no memory", "working memory", "working and short-term memory"}
 
 
@@ -38,40 +37,57 @@ def begun(read=True):
 
 def test_the_papers_sizes_and_the_three_rules():
     config = sorting_config(256)
-    sizes = (config.working, config.reminded_stm, config.reminded_ltm, config.stm_capacity, config.lifespan, config.alpha)
+    sizes = (
+        config.working,
+        config.reminded_stm,
+        config.reminded_ltm,
+        config.stm_capacity,
+        config.lifespan,
+        config.alpha,
+    )
     assert sizes == (32, 64, 160, 128, 5.0, 8.0)
     assert (config.random_ltm_seeds, config.edges) == (0, "conditional")
     assert sorting_config(256, "seeds").random_ltm_seeds == 128 - 64
     assert sorting_config(256, "lift").edges == "lift"
 
 
-def test_naming_has_no_prompt_and_repeating_asks_for_the_token_in_place():
-    task = SortingTask(LENGTH, 1)
-    assert sorting.naming(task, 3, 5).input_ids.shape == (3, LENGTH)
-    assert torch.equal(sorting.naming(task, 3, 5).input_ids, task.batch(3, 5).input_ids[:, LENGTH:])
-    batch = sorting.repeating(task, 3, 5, apart=8)
-    assert torch.equal(batch.input_ids, task.batch(3, 5).prompt)
-    # the label at t + 1 is what position t must say
-    asked = (batch.labels[:, 1:] != IGNORED).nonzero()
-    assert set(asked[:, 1].tolist()) == {5, 13, 21, 29, LENGTH - 2}
-    for row, place in asked.tolist():
-        assert batch.labels[row, place + 1] == batch.input_ids[row, place] + VOCABULARY
+def test_naming_has_no_prompt():
+    batch, whole = sorting.naming(SortingTask(LENGTH, 1), 3, 5), SortingTask(LENGTH, 1).batch(3, 5)
+    assert torch.equal(batch.input_ids, whole.input_ids[:, LENGTH:])
+    assert torch.equal(batch.labels, whole.labels[:, LENGTH:])
 
 
-def test_stages_follow_the_plan_and_every_second_step_rehearses():
+def test_stages_follow_the_plan():
     stages = Stages(LENGTH, RECIPE, seed=3)
-    assert RECIPE.steps == 6
-    assert [stages.batch(step).input_ids.shape[1] // LENGTH for step in range(6)] == [2, 1, 3, 1, 3, 1]
+    assert RECIPE.steps == 3
+    assert [stages.batch(step).input_ids.shape for step in range(3)] == [
+        (2, 2 * LENGTH),
+        (2, 3 * LENGTH),
+        (2, 3 * LENGTH),
+    ]
     assert torch.equal(stages.batch(2).input_ids, Stages(LENGTH, RECIPE, seed=3).batch(2).input_ids)
-    assert not torch.equal(stages.batch(2).input_ids, stages.batch(4).input_ids)
+    assert not torch.equal(stages.batch(2).input_ids, stages.batch(1).input_ids)
     assert not torch.equal(stages.batch(2).input_ids, Stages(LENGTH, RECIPE, seed=4).batch(2).input_ids)
+
+
+def test_what_lies_before_the_memory_does_not_train():
+    torch.manual_seed(0)
+    model = sorting.make_base(LENGTH, 16, 3, RECIPE)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    attachment, _ = experiment().run()
+    for name, parameter in attachment.model.named_parameters():
+        if name in before:
+            first = any(part in name for part in (".wte.", ".wpe.", ".h.0."))
+            assert torch.equal(parameter, before[name]) == first, name
 
 
 def test_the_rate_rises_holds_and_falls():
     rates = [RECIPE.rate(progress) for progress in (0.0, RECIPE.warm / 2, RECIPE.warm, RECIPE.hold, 0.65, 1.0)]
-    assert rates[0] < 0.01 and rates[1] == pytest.approx(0.5, abs=0.01)
+    assert rates[0] < 0.01
+    assert rates[1] == pytest.approx(0.5, abs=0.01)
     assert rates[2] == rates[3] == 1.0
-    assert rates[4] == pytest.approx(0.5, abs=0.01) and rates[5] == pytest.approx(0.0, abs=1e-6)
+    assert rates[4] == pytest.approx(0.5, abs=0.01)
+    assert rates[5] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_where_training_begins_values_vary_between_streams_as_asked_and_nothing_is_read():

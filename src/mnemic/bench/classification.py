@@ -3,15 +3,14 @@
 The encoder is frozen. It reads an article a window at a time, the last one reaching back to be full, and the memory is
 carried from window to window: written after one block, read after the last. A linear classifier sees means over tokens:
 
-    memory, last window    of the last window, with what the memory adds
-    memory, all windows    of every window, with what the memory adds, and of these
-    cut at the window      of the first window
-    last window            of the last window
-    all windows            of every window, and of these: what a memory has to beat
+    memory               of the last window, with what the memory adds
+    cut at the window    of the first window
+    last window          of the last window
+    all windows          of every window, and of these: what a memory has to beat
 
-Every one has a classifier of its own, kept from the epoch of the lowest validation loss; those with a memory begin as
-the same without. They are also asked with `other article` (before its last window the memory is that of another test
-article) and `empty` (it is new there).
+Every one has a classifier of its own, kept from the epoch of the lowest validation loss; the one with a memory begins
+as that of the last window. It is also asked with `other article` (before the last window the memory is that of another
+test article) and `empty` (it is new there).
 
 What the frozen blocks put out does not depend on the memory, so it is computed once for all seeds.
 """
@@ -41,19 +40,16 @@ from mnemic.stream import Stream
 from mnemic.tasks.documents import Split, hyperpartisan, macro_f1, split
 from mnemic.tasks.recall import generator
 
-Pool = Literal["last", "all"]
 Way = Literal["memory", "other article", "empty"]
 WAYS: tuple[Way, ...] = ("memory", "other article", "empty")
-WITH: dict[str, Pool] = {"memory, last window": "last", "memory, all windows": "all"}
 WITHOUT = ("cut at the window", "last window", "all windows")
-BARE: dict[Pool, str] = {"last": "last window", "all": "all windows"}
 
 
 @dataclass
 class Recipe:
     """AdamW on batches of `rows` articles; the weights of the epoch with the lowest validation loss are kept."""
 
-    epochs: int = 4
+    epochs: int = 3
     rows: int = 16
     learning_rate: float = 5e-4
     head_rate: float = 1e-3
@@ -158,18 +154,17 @@ def restore(path: str | os.PathLike[str], description: dict[str, Any]) -> list[A
 # --- reading with a memory -------------------------------------------------------------------------------------------
 
 
-def read(memory: Memory, articles: Sequence[Article], pool: Pool, way: Way = "memory") -> Float[Tensor, "n d"]:
-    """Means over tokens of what the memory puts out, of the last window or of all; articles by number of windows,
-    longest first. Equal to calls of the encoder within `carrying`.
+def read(memory: Memory, articles: Sequence[Article], way: Way = "memory") -> Float[Tensor, "n d"]:
+    """Means over the last window's tokens of what the memory puts out; articles by number of windows, longest first.
+    Equal to calls of the encoder within `carrying`.
 
-    Articles end together: a shorter one joins later. Gradients come from the windows whose outputs are pooled.
+    Articles end together: a shorter one joins later. Gradients come from the last window.
     """
     counts = [len(article) for article in articles]
     if counts != sorted(counts, reverse=True):
         raise ValueError("articles must come by number of windows, longest first")
     longest, width = counts[0], articles[0].asked.shape[-1]
     stream = Stream.new(memory, 0, torch.empty(0, 0, width))
-    total: Tensor | None = None
     for step in range(longest):
         ends = step == longest - 1
         rows = [row for row, count in enumerate(counts) if count >= longest - step]
@@ -187,18 +182,13 @@ def read(memory: Memory, articles: Sequence[Article], pool: Pool, way: Way = "me
             for name in ("written", "asked", "keep")
         )
         padded = None if bool(keep.all()) else keep
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (ends or pool == "all")):
-            stream = stream.detach().append(written.float(), padded).commit(memory, range(len(rows)))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and ends):
+            stream = stream.append(written.float(), padded).commit(memory, range(len(rows)))
             output, traces = memory.read_and_trace(memory.read_layers[-1], asked.float(), stream.state)
             stream = stream.leave(traces, padded)
-            means = mean(output, keep)
-        if pool == "last":
-            total = means
-        else:
-            share = means / torch.tensor([counts[row] for row in rows])[:, None]
-            total = share if total is None else F.pad(total, (0, 0, 0, len(rows) - len(total))) + share
-    assert total is not None
-    return total
+            if ends:
+                return mean(output, keep)
+    raise ValueError("there are no articles")
 
 
 def mean(hidden: Float[Tensor, "n t d"], keep: Bool[Tensor, "n t"]) -> Float[Tensor, "n d"]:
@@ -350,25 +340,23 @@ class Experiment:
             chosen[name] = trail.index(min(trail)) + 1
             with torch.no_grad():
                 predicted[name] = torch.cat([head(features(batch, name)).argmax(1) for batch in test])
-        for name, pool in WITH.items():
-            torch.manual_seed(seed)
-            memory = self.config.build(articles[0].asked.shape[-1], self.depth, causal=False)
-            head = copy.deepcopy(heads[BARE[pool]])
-            reporter.phase(name, recipe.epochs)
-            trail = train(
-                {memory: recipe.learning_rate, head: recipe.head_rate},
-                lambda batch, memory=memory, head=head, pool=pool: head(read(memory, batch, pool)),
-                parts,
-                recipe.epochs,
-                recipe,
-                seed,
-                reporter.advance,
-            )
-            chosen[name] = trail.index(min(trail)) + 1
-            for way in WAYS:
-                label = name if way == "memory" else f"{name}: {way}"
-                with torch.no_grad():
-                    predicted[label] = torch.cat([head(read(memory, batch, pool, way)).argmax(1) for batch in test])
+        torch.manual_seed(seed)
+        memory = self.config.build(articles[0].asked.shape[-1], self.depth, causal=False)
+        head = copy.deepcopy(heads["last window"])
+        reporter.phase(f"train the memory, seed {seed}", recipe.epochs)
+        trail = train(
+            {memory: recipe.learning_rate, head: recipe.head_rate},
+            lambda batch: head(read(memory, batch)),
+            parts,
+            recipe.epochs,
+            recipe,
+            seed,
+            reporter.advance,
+        )
+        chosen["memory"] = trail.index(min(trail)) + 1
+        for way in WAYS:
+            with torch.no_grad():
+                predicted[way] = torch.cat([head(read(memory, batch, way)).argmax(1) for batch in test])
         seconds["training and test"] = time.monotonic() - begun
         return self._record(seed, divided, true, predicted, chosen, seconds)
 
@@ -383,13 +371,12 @@ class Experiment:
     ) -> Record:
         f1 = {name: macro_f1(said, true) for name, said in predicted.items()}
         accuracy = {name: float((said == true).float().mean()) for name, said in predicted.items()}
-        own = next(iter(WITH))
         score = Score(
             length=self.most,
             tokens=self.most * self.config.segment_length,
             examples=len(true),
-            score=f1[own],
-            controls={name: value for name, value in f1.items() if name != own},
+            score=f1["memory"],
+            controls={name: value for name, value in f1.items() if name != "memory"},
             floors={"most frequent class": macro_f1([0] * len(true), true)},
             ceiling=None,
             details={f"accuracy, {name}": value for name, value in accuracy.items()},

@@ -157,7 +157,8 @@ def language(
                 f"{name}: {excess['mean']:+.4f} bits a byte above memory, {excess['low']:+.4f} to "
                 f"{excess['high']:+.4f}, above in {excess['documents']:.0f} of {excess['of']:.0f} novels"
             )
-        console.print(f"results {record.save(out)}")
+        name = f"language-{record.mechanism}-{record.task.removeprefix('novels-')}-seed{seed}.json"
+        console.print(f"results {record.save(out, name)}")
 
 
 @bench.command("classify")
