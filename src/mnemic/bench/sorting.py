@@ -42,6 +42,7 @@ from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.host.anatomy import examine
 from mnemic.memories.memoria import Memoria, MemoriaConfig, engrams
+from mnemic.memories.memoria.attention import Reader
 from mnemic.memories.memoria.config import RULES
 from mnemic.state import State
 from mnemic.tasks.sorting import (
@@ -210,6 +211,7 @@ def begin(attachment: Attachment, task: SortingTask, recipe: Recipe, seed: int) 
     _standardise(abstractor.value, weight_bwt @ normed_btd, recipe.linear)
     engram_b1d = abstractor(hidden_btd, None).mean(1, keepdim=True)
     for reader in memory.readers.values():
+        assert isinstance(reader, Reader)
         if reader.value.weight.shape[0] == reader.value.weight.shape[1]:
             nn.init.eye_(reader.value.weight)
         _standardise(reader.value, engram_b1d, recipe.value)
