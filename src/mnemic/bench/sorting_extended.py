@@ -27,6 +27,7 @@ from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record
 from mnemic.bench.sorting import evaluate_sorting
 from mnemic.memories.memoria import Memoria, MemoriaConfig
+from mnemic.memories.memoria.attention import Reader
 from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, VOCABULARY, SortingTask, seed_of
 from mnemic.training import Batch, train
 
@@ -117,6 +118,7 @@ def begin(attachment: Attachment, recipe: Recipe) -> None:
     memory = attachment.memory
     assert isinstance(memory, Memoria)
     for reader in memory.readers.values():
+        assert isinstance(reader, Reader)
         nn.init.eye_(reader.value.weight)
         nn.init.zeros_(reader.value.bias)
         nn.init.eye_(reader.output.weight).mul_(recipe.output)

@@ -1,0 +1,43 @@
+"""Sorting, extended: the experiment runs from end to end at a small size, and its start is what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mnemic
+from mnemic.bench.sorting_extended import ExtendedExperiment, Recipe, begin, extended_config, make_base, published
+
+RECIPE = Recipe(stages=((1, 2, 2), (2, 2, 2)), windowed=2, inside=24)
+
+
+def test_a_small_run_has_every_condition_and_floor(tmp_path):
+    experiment = ExtendedExperiment(extended_config(32, working=2), RECIPE, width=16, rows=4)
+    _, record = experiment.run(checkpoint=tmp_path / "run.safetensors")
+    (score,) = record.scores
+    assert (score.length, score.tokens, score.examples) == (2, 64, 80)
+    assert {"other stream", "zeroed", "no memory", "working memory"} <= set(score.controls)
+    assert {"uniform", "last 2 segments"} <= set(score.floors)
+    assert len(score.outcomes["memory"]) == 80
+    assert score.score == pytest.approx(score.outcomes["memory"].count("1") / 80)
+
+
+def test_readers_begin_by_reading_less_of_working_memory():
+    torch.manual_seed(0)
+    model = make_base(32, 64, 2, RECIPE)
+    attachment = mnemic.attach(model, extended_config(32, working=4), freeze=False)
+    begin(attachment, RECIPE)
+    reader = attachment.memory.readers["0"]
+    hidden, engrams = torch.randn(1, 5, 64), torch.randn(1, 4, 64)
+    real = torch.ones(1, 4, dtype=torch.bool)
+    read = [
+        reader.attend(norm(hidden), engrams, real)[1].sum(-1) for norm in (reader.norm_working, reader.norm_recalled)
+    ]
+    assert float(read[0].detach().max()) < 0.6
+    assert float(read[1].detach().min()) > 0.8
+
+
+def test_only_published_lengths_have_a_recipe():
+    assert published(8, 0, 4).recipe.stages[-1][0] == 8
+    with pytest.raises(ValueError, match="there is a recipe for 4 and 8 segments, not for 5"):
+        published(5, 0, 4)
