@@ -12,10 +12,10 @@ RECIPE = Recipe(stages=((1, 2, 2), (2, 2, 2)), windowed=2, inside=24)
 
 
 def test_a_small_run_has_every_condition_and_floor(tmp_path):
-    experiment = ExtendedExperiment(extended_config(32, working=2), RECIPE, width=16, rows=4)
+    experiment = ExtendedExperiment(extended_config(64, working=2), RECIPE, width=16, rows=4)
     _, record = experiment.run(checkpoint=tmp_path / "run.safetensors")
     (score,) = record.scores
-    assert (score.length, score.tokens, score.examples) == (2, 64, 80)
+    assert (score.length, score.tokens, score.examples) == (2, 128, 80)
     assert {"other stream", "zeroed", "no memory", "working memory"} <= set(score.controls)
     assert {"uniform", "last 2 segments"} <= set(score.floors)
     assert len(score.outcomes["memory"]) == 80
