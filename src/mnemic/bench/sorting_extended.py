@@ -37,18 +37,17 @@ class Recipe:
     """`windowed` steps of the base alone on prompts of `inside` symbols, then `stages`: segments, steps, streams.
 
     Rates rise over 50 steps and fall to a twentieth on a cosine. `output` is what readers' outputs begin with, times
-    the identity; `apart` the null key's score for working memory, and its opposite for what is reminded.
+    the identity.
     """
 
     stages: tuple[tuple[int, int, int], ...]
-    windowed: int = 600
+    windowed: int = 1000
     inside: int = 96
     base_rate: float = 3e-3
     learning_rate: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.98)
     deviation: float = 0.1
     output: float = 0.8
-    apart: float = 2.5
 
     @property
     def steps(self) -> int:
@@ -110,11 +109,7 @@ def train_base(model: nn.Module, recipe: Recipe, seed: int, reporter: Reporter) 
 
 @torch.no_grad()
 def begin(attachment: Attachment, recipe: Recipe) -> None:
-    """Readers begin by passing engrams on as they are, and by reading less of working memory than of what is reminded.
-
-    The two attentions differ in nothing but their norms, so it takes training long to part them by itself: their biases
-    begin opposite, along a direction in which the null key lies.
-    """
+    """Readers begin by passing engrams on as they are."""
     memory = attachment.memory
     assert isinstance(memory, Memoria)
     for reader in memory.readers.values():
@@ -122,12 +117,6 @@ def begin(attachment: Attachment, recipe: Recipe) -> None:
         nn.init.eye_(reader.value.weight)
         nn.init.zeros_(reader.value.bias)
         nn.init.eye_(reader.output.weight).mul_(recipe.output)
-        if reader.null is not None:
-            apart = 0.5 * torch.randn(reader.query.in_features)
-            reader.norm_working.bias.copy_(apart)
-            reader.norm_recalled.bias.copy_(-apart)
-            toward = (reader.query.weight @ apart).view_as(reader.null)
-            reader.null.copy_(recipe.apart * toward.shape[1] ** 0.5 * toward / toward.square().sum(-1, keepdim=True))
 
 
 @dataclass
@@ -192,7 +181,7 @@ class ExtendedExperiment:
 
 def published(segments: int, seed: int, rows: int) -> ExtendedExperiment:
     """The settings behind the documentation's numbers, for prompts of 4 or 8 segments."""
-    stages = {4: ((1, 60, 32), (4, 300, 32)), 8: ((1, 60, 32), (4, 80, 32), (8, 200, 16))}
+    stages = {4: ((1, 80, 32), (4, 320, 32)), 8: ((1, 80, 32), (4, 160, 32), (8, 130, 16))}
     if segments not in stages:
         raise ValueError(f"there is a recipe for {' and '.join(map(str, stages))} segments, not for {segments}")
     return ExtendedExperiment(extended_config(), Recipe(stages[segments]), rows=rows, seed=seed)
