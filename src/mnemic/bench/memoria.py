@@ -185,7 +185,7 @@ def against_package(setting: str, batch: int, progress: Progress, runs: int = 5)
     )
 
 
-def growth(progress: Progress, alphas: tuple[float, ...] = (4, 8, 16, 32, 64), batch: int = 8) -> Record:
+def growth(progress: Progress, alphas: tuple[float, ...] = (4, 8, 16, 32), batch: int = 8) -> Record:
     """A step by the number of engrams: longer lives (`alpha`) at otherwise equal settings, by both rules."""
     measures: dict[str, Any] = {}
     for rule in ("paper", "seeds"):
