@@ -1,69 +1,22 @@
-"""What is Memoria's own: Hebbian counts, forgetting, the search, and what reading leaves behind.
+"""What is Memoria's own: its settings, forgetting, its tables and the search.
 
 That the fast path equals plain loops is in `test_memoria_streams.py`; here stands what the paper says must hold.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import mnemic
-from families import ENCODERS, make
-from helpers import CONFIGS, SEGMENT, assert_differ, assert_near, call, carrier, feed, host, shake, stream, tokens
+from engram_streams import SMALL, WIDTH, built, fired_in, ids_of, pairs, steps
+from helpers import CONFIGS, SEGMENT, assert_near, call, host, stream, tokens
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.memories.memoria.graph import COLUMNS, counts
 from mnemic.state import read_file
-
-WIDTH = 8
-SMALL = MemoriaConfig(
-    segment_length=4,
-    working=2,
-    reminded_stm=2,
-    reminded_ltm=3,
-    stm_capacity=4,
-    depth=2,
-    lifespan=4.0,
-    alpha=3.0,
-    heads=2,
-)
-
-
-def built(config=SMALL, seed=0, depth=2, causal=True):
-    torch.manual_seed(seed)
-    memory = config.build(WIDTH, depth, causal)
-    shake(memory, seed)
-    return memory.requires_grad_(False)
-
-
-def steps(memory, count, rows=1, seed=0, state=None):
-    """States of a random stream: each segment's hidden states and the use of what was reminded are random."""
-    source = torch.Generator().manual_seed(seed)
-    state = memory.init_state(rows) if state is None else state
-    for _ in range(count):
-        state = {**state, "use": torch.rand(state["use"].shape, generator=source) * (state["recalled"] >= 0)}
-        state = memory.write(torch.randn(rows, 4, WIDTH, generator=source), state)
-        yield state
-
-
-def ids_of(state, row=0):
-    """The ids of a row's engrams, in order of birth."""
-    ids = state["id"][row]
-    return ids[ids > 0].tolist()
-
-
-def fired_in(state, row=0):
-    """The ids that fire together when this step ends: working memory and what is reminded."""
-    ids, working = ids_of(state, row), int(state["levels"][row, 2])
-    recalled = [int(state["id"][row, slot]) for slot in state["recalled"][row].tolist() if slot >= 0]
-    return {*ids[len(ids) - working :], *recalled}
-
 
 # --- settings and layers ---------------------------------------------------------------------------------------------
 
@@ -170,170 +123,6 @@ def test_layers_and_widths_the_model_does_not_have():
     assert SMALL.replace(dim=4).build(9, 2).readers["0"].output.weight.shape == (9, 4)
 
 
-# --- the Hebbian attributes (paper, appendix A) ----------------------------------------------------------------------
-
-RULES = st.fixed_dictionaries(
-    {
-        "seed": st.integers(0, 99),
-        "correlation": st.sampled_from(["exp", "distance"]),
-        "edges": st.sampled_from(["conditional", "lift"]),
-        "ties": st.sampled_from(["random", "oldest"]),
-        "positive_edges": st.booleans(),
-        "random_ltm_seeds": st.integers(0, 2),
-        "working": st.integers(1, 3),
-        "stm_capacity": st.integers(1, 5),
-        "depth": st.integers(0, 3),
-        "alpha": st.sampled_from([2.0, 4.0]),
-    }
-)
-
-
-@dataclasses.dataclass
-class Event:
-    """One step among the engrams that live through it: counts before and after, and which of them fired."""
-
-    before: np.ndarray
-    after: np.ndarray
-    fired: np.ndarray
-
-    @staticmethod
-    def edges(table: np.ndarray) -> np.ndarray:
-        """E_ij = Count_ij / Count_ii, 0 for what never fired."""
-        return table / np.maximum(1, table.diagonal())[:, None]
-
-    @property
-    def change(self) -> np.ndarray:
-        """By how much each edge changed."""
-        return self.edges(self.after) - self.edges(self.before)
-
-
-def events(rules, count=24):
-    memory = built(SMALL.replace(**rules))
-    for before, after in _pairs(steps(memory, count, seed=rules["seed"])):
-        yield event(before, after)
-
-
-def event(before, after):
-    old, new = ids_of(before), ids_of(after)
-    both = [number for number in new if number in set(old)]
-    mine, its = ([ids.index(number) for number in both] for ids in (old, new))
-    fired = fired_in(before)
-    return Event(
-        counts(before)[0].numpy()[np.ix_(mine, mine)].astype(np.int64),
-        counts(after)[0].numpy()[np.ix_(its, its)].astype(np.int64),
-        np.array([number in fired for number in both], bool),
-    )
-
-
-def _pairs(states):
-    before = None
-    for state in states:
-        if before is not None:
-            yield before, state
-        before = state
-
-
-hebbian = settings(max_examples=10, deadline=None, derandomize=True)
-
-
-@given(RULES)
-@hebbian
-def test_locality(rules):
-    """An edge changes only by what its two engrams did: those silent keep it, and a third one's firing is nothing to
-    it.
-    """
-    memory, quiet = built(SMALL.replace(**rules)), 0
-    compared = 0
-    for state in steps(memory, 16, seed=rules["seed"]):
-        hidden = torch.randn(1, 4, WIDTH)
-        after = memory.write(hidden, state)
-        this = event(state, after)
-        silent = ~this.fired[:, None] & ~this.fired[None]
-        quiet += silent.sum()
-        assert (this.change[silent] == 0).all()
-        # the same step without one of those that fired
-        slots = state["recalled"][0]
-        if not bool((slots >= 0).any()):
-            continue
-        third = int(slots[slots >= 0][0])
-        without = memory.write(hidden, {**state, "recalled": state["recalled"].masked_fill(slots == third, -1)})
-        both = sorted({*ids_of(after)} & {*ids_of(without)} - {int(state["id"][0, third])})
-        tables = [
-            counts(each)[0].numpy()[np.ix_(*[[ids_of(each).index(number) for number in both]] * 2)]
-            for each in (after, without)
-        ]
-        assert (tables[0] == tables[1]).all()
-        compared += len(both)
-    assert quiet
-    assert compared
-
-
-@given(RULES)
-@hebbian
-def test_cooperativity(rules):
-    """Both must fire for their tie to strengthen, and if both do it does."""
-    grown = 0
-    for this in events(rules):
-        together = this.fired[:, None] & this.fired[None]
-        assert (this.after - this.before == together).all()
-        grown += together.sum()
-        assert (this.change[~together] <= 0).all()
-    assert grown
-
-
-@given(RULES)
-@hebbian
-def test_depression(rules):
-    """What fires without an engram loosens its tie to it."""
-    seen = 0
-    for this in events(rules):
-        alone = this.fired[:, None] & ~this.fired[None] & (this.before > 0)
-        assert (this.change[alone] < 0).all()
-        seen += alone.sum()
-    assert seen
-
-
-@given(RULES)
-@hebbian
-def test_boundedness(rules):
-    for this in events(rules):
-        edges = Event.edges(this.after)
-        assert ((edges >= 0) & (edges <= 1)).all()
-        assert (this.after == this.after.T).all()
-        assert (edges.diagonal() == (this.after.diagonal() > 0)).all()
-
-
-@given(RULES)
-@hebbian
-def test_competition(rules):
-    """Firing with one strengthens that tie at the cost of those to others."""
-    seen = 0
-    for this in events(rules):
-        for i in np.flatnonzero(this.fired):
-            change, full = this.change[i], this.before[i] == this.before[i, i]
-            assert (change[this.fired & ~full] > 0).all()
-            assert (change[this.fired] >= 0).all()
-            losers = ~this.fired & (this.before[i] > 0)
-            assert (change[losers] < 0).all()
-            seen += losers.sum() * (this.fired & ~full).sum()
-        # nothing else makes a tie grow
-        assert (this.change[~this.fired] == 0).all()
-    assert seen
-
-
-@given(RULES)
-@hebbian
-def test_long_term_stability(rules):
-    """No count ever falls, and the more an engram has fired the less one event moves its ties."""
-    seen = 0
-    for this in events(rules):
-        assert (this.after >= this.before).all()
-        often = this.before.diagonal()
-        assert (np.abs(this.change) <= (1 / (often + 1))[:, None] + 1e-12).all()
-        seen += int((this.change != 0).sum())
-    assert seen
-
-
 # --- forgetting ------------------------------------------------------------------------------------------------------
 
 
@@ -426,7 +215,7 @@ def test_counts_equal_a_tally_through_folding():
     count = 2 * COLUMNS + 24
     memory = built(SMALL.replace(alpha=12.0, ties="oldest"))
     tally, largest = Tally(2 * count), 0
-    for before, after in _pairs(steps(memory, count)):
+    for before, after in pairs(steps(memory, count)):
         tally.add(before)
         tally.check(after)
         largest = max(largest, int(counts(after).max()))
@@ -444,7 +233,7 @@ def test_rows_that_start_apart_fold_apart():
     for state in ahead_alone[:-1]:
         tallies[0].add(state)
     state = mnemic.state.concatenate([ahead, memory.init_state(1)])
-    for before, after in _pairs([state, *steps(memory, count, rows=2, state=state)]):
+    for before, after in pairs([state, *steps(memory, count, rows=2, state=state)]):
         for row in range(2):
             tallies[row].add(before, row)
             tallies[row].check(after, row)
@@ -470,7 +259,7 @@ def assert_nothing_in_free_slots(state):
 
 def test_nothing_stays_in_free_slots():
     memory, shrunk = built(SMALL.replace(alpha=12.0, ties="oldest")), 0
-    for before, after in _pairs(steps(memory, COLUMNS + 40, rows=3)):
+    for before, after in pairs(steps(memory, COLUMNS + 40, rows=3)):
         assert_nothing_in_free_slots(after)
         shrunk += int((after["levels"].sum(1) < before["levels"].sum(1)).sum())
     assert shrunk, "no row ever had fewer engrams than before"
@@ -516,168 +305,6 @@ def test_a_saved_session_holds_nothing_forgotten(tmp_path):
         tensors, _ = read_file(tmp_path / "one.memory")
         assert_nothing_in_free_slots({name[6:]: t for name, t in tensors.items() if name.startswith("state.")})
     assert forgotten > 20
-
-
-# --- what reading leaves behind --------------------------------------------------------------------------------------
-
-
-def recorded(monkeypatch, memory, name):
-    """What a method of the memory is given and gives, in order."""
-    calls, method = [], getattr(type(memory), name)
-
-    def recording(self, *given):
-        result = method(self, *given)
-        calls.append((given, result))
-        return result
-
-    monkeypatch.setattr(type(memory), name, recording)
-    return calls
-
-
-@pytest.mark.parametrize("config", MemoriaConfig.tiny())
-@torch.no_grad()
-def test_use_is_the_attention_of_all_tokens_so_far(config, monkeypatch):
-    model, ids = host("llama", config), tokens(2, 4 * SEGMENT + 5)
-    memory, mask = mnemic.attached(model).memory, torch.ones(2, 4 * SEGMENT + 5, dtype=torch.long)
-    mask[0, :6] = 0
-    cache = carrier(model)
-    feed(model, ids[:, : 4 * SEGMENT], [4 * SEGMENT], mask[:, : 4 * SEGMENT], cache)
-    before = stream(cache)
-    assert before.counts == (2, 0)
-    assert not before.state["use"][1].any()
-    reads = recorded(monkeypatch, memory, "read_and_trace")
-    call(model, ids[:, 4 * SEGMENT :], cache, mask)
-    after = stream(cache)
-    assert after.counts == (7, 5)
-    assert [given[0] for given, _ in reads] == list(memory.read_layers)
-    traces = [trace["use"] for _, (_, trace) in reads]
-    assert [tuple(trace.shape) for trace in traces] == [(2, 5, 5)] * len(traces)
-    assert_near(after.state["use"], before.state["use"] + sum(trace.sum(1) for trace in traces), 1e-6)
-    # attention sums to 1: one for each real token of the segment and each layer, if all of it goes to engrams
-    assert (after.state["recalled"] >= 0).any(1).all()
-    most = len(memory.read_layers) * torch.tensor([7.0, 5.0])
-    if config.reservoir:
-        assert (after.state["use"].sum(1) < most).all()
-    else:
-        assert_near(after.state["use"].sum(1), most, 1e-4)
-    # nothing else of the state moves before the segment ends
-    for name, tensor in before.state.items():
-        if name != "use":
-            assert torch.equal(after.state[name], tensor)
-
-
-@torch.no_grad()
-def test_padding_leaves_no_use():
-    model, ids = host("gpt2", CONFIGS["memoria-0"]), tokens(2, 4 * SEGMENT)
-    cache, mask = mnemic.memory_cache(model, SEGMENT), torch.ones(2, 6, dtype=torch.long)
-    feed(model, ids, carried=cache)
-    mask[0, 2:] = 0
-    call(model, tokens(2, 6, 3), cache, mask)
-    assert_near(stream(cache).state["use"].sum(1), 2 * torch.tensor([2.0, 6.0]), 1e-4)
-
-
-@torch.no_grad()
-def test_use_however_calls_are_cut():
-    model, ids = host("gpt2", CONFIGS["memoria-0"]), tokens(2, 6 * SEGMENT + 7)
-    found = []
-    for lengths in ([55], [1] * 55, [48, 7], [50, 3, 2]):
-        cache = carrier(model)
-        feed(model, ids, lengths, carried=cache)
-        found.append(stream(cache).state)
-    assert (found[0]["use"].sum(1) > 6 * 2).all()
-    for state in found[1:]:
-        assert torch.equal(state["recalled"], found[0]["recalled"])
-        assert_near(state["use"], found[0]["use"])
-        assert_near(state["lifespan"], found[0]["lifespan"])
-
-
-@torch.no_grad()
-def test_tokens_taken_back_leave_no_use():
-    model, ids = host("gpt2", CONFIGS["memoria-0"]), tokens(2, 5 * SEGMENT + 6)
-    short, long = carrier(model), carrier(model)
-    feed(model, ids[:, :-3], [5 * SEGMENT, 3], carried=short)
-    feed(model, ids, [5 * SEGMENT, 6], carried=long)
-    assert_differ(stream(long).state["use"], stream(short).state["use"], 0.1)
-    long.crop(-3)
-    assert_near(stream(long).state["use"], stream(short).state["use"], 1e-5)
-    assert stream(long).counts == (3, 3)
-
-
-@pytest.mark.parametrize("heads", [1, 2])
-@torch.no_grad()
-def test_a_row_without_engrams_reads_nothing(heads):
-    memory = built(SMALL.replace(heads=heads))
-    (*_, state) = steps(memory, 6)
-    both = mnemic.state.concatenate([state, memory.init_state(1)])
-    hidden = torch.randn(2, 3, WIDTH)
-    read, trace = memory.read_and_trace(1, hidden, both)
-    assert torch.equal(read[1], hidden[1])
-    assert not trace["use"][1].any()
-    assert_differ(read[0], hidden[0])
-    assert_near(read[:1], memory.read(1, hidden[:1], state), 1e-6)
-
-
-# --- encoders --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-@torch.no_grad()
-def test_an_encoder_reads_what_its_own_segment_wrote(name, monkeypatch):
-    model = make(name, num_hidden_layers=4)
-    torch.manual_seed(0)
-    memory = mnemic.attach(model, CONFIGS["memoria-0"]).memory
-    shake(memory)
-    assert (memory.write_layer, memory.read_layers) == (2, (3,))
-    writes, reads = recorded(monkeypatch, memory, "write"), recorded(monkeypatch, memory, "read_and_trace")
-    session, parts = mnemic.Session(model), tokens(1, 6 * SEGMENT + 3).split(SEGMENT, 1)
-    left = memory.init_state(1)
-    for number, part in enumerate(parts):
-        session.read(part)
-        (_, given, *_), after = writes[number]
-        _, hidden, seen = reads[number][0]
-        assert hidden.shape[1] == part.shape[1]
-        # a segment's write sees the state with what the one before left behind, its read what that write gave
-        for name, tensor in left.items():
-            assert torch.equal(given[name], tensor)
-            assert torch.equal(seen[name], after[name])
-        assert int(after["step"][0]) == number + 1
-        # the step that this segment began is not finished: its engrams have not fired, nor grown older
-        working = after["levels"][0, 2]
-        assert working == 2
-        taken = len(ids_of(after))
-        assert after["lifespan"][0, taken - 2 : taken].tolist() == [4.0, 4.0]
-        assert not counts(after)[0, taken - 2 : taken].any()
-        left = session.stream.state
-        trace = reads[number][1][1]["use"]
-        assert_near(left["use"], after["use"] + trace.sum(1), 1e-6)
-        assert all(torch.equal(left[name], after[name]) for name in after if name != "use")
-    assert len(writes) == len(reads) == 7
-    assert left["levels"][0].min() > 0
-    assert_near(left["use"].sum(), torch.tensor(3.0), 1e-5)
-    # the first segment already reads its own working memory
-    expected = mnemic.Session(model).forward(parts[0]).logits
-    with mnemic.attached(model).disabled():
-        assert_differ(model(parts[0]).logits, expected)
-
-
-@torch.no_grad()
-def test_what_an_encoder_read_lengthens_lives_in_the_next_segment():
-    model = host("bert", CONFIGS["memoria-0"])
-    session, ids = mnemic.Session(model), tokens(1, 5 * SEGMENT)
-    session.read(ids)
-    before = session.stream.state
-    real = before["recalled"][0] >= 0
-    share = before["use"][0] / before["use"][0].sum() * real.sum() * 3.0
-    session.read(tokens(1, SEGMENT, 3))
-    after = session.stream.state
-    alive = dict(zip(ids_of(after), after["lifespan"][0].tolist(), strict=False))
-    seen = 0
-    for place, slot in enumerate(before["recalled"][0].tolist()):
-        if slot >= 0 and (number := int(before["id"][0, slot])) in alive:
-            expected = float(before["lifespan"][0, slot] + share[place]) - 1
-            assert alive[number] == pytest.approx(expected, abs=1e-4)
-            seen += 1
-    assert seen >= 2
 
 
 # --- the search and its chances --------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ is written: the trunk is then called once a segment, and its outputs are joined,
 from __future__ import annotations
 
 import contextlib
-import inspect
-import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -21,9 +19,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils.generic import ModelOutput
 
 from mnemic.host.anatomy import MEMORY_NAME, Anatomy
+from mnemic.host.arguments import bound, check_batch, document_starts, flat_mask, joined, kept_tokens, part_of, refined
 from mnemic.host.cache import MemoryCache, MemoryLayer, memory_layer, snapshot
 from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.state import State
@@ -124,7 +122,7 @@ class Router(nn.Module):
         """The trunk's pre-hook: binds the call, runs all segments but the last, prepares the last."""
         call = Call()
         self.calls.append(call)
-        arguments = _bind(trunk, args, kwargs)
+        arguments = bound(trunk, args, kwargs)
         if getattr(_threads, "recording", None) is self:
             return (), arguments
         self._open(call, trunk, arguments)
@@ -141,10 +139,10 @@ class Router(nn.Module):
             mask = arguments.get("attention_mask")
             if isinstance(mask, dict) or call.cache.is_compileable:
                 # masks made for the whole call do not fit its parts; from a flat one the trunk makes its own
-                arguments["attention_mask"] = _flat(mask, call.time, call.cache)
+                arguments["attention_mask"] = flat_mask(mask, call.time, call.cache)
             for piece in call.pieces[:-1]:
-                call.earlier.append(trunk(**_slice(arguments, piece, seen, call.time)))
-            arguments = _slice(arguments, call.pieces[-1], seen, call.time)
+                call.earlier.append(trunk(**part_of(arguments, piece, seen, call.time)))
+            arguments = part_of(arguments, call.pieces[-1], seen, call.time)
             self._open(call, trunk, arguments)
         if isinstance(call.cache, MemoryCache):
             self._arrange(call, trunk, arguments)
@@ -167,7 +165,7 @@ class Router(nn.Module):
             call.cache.window = window.advance(call.keep, call.time)
             call.cache.close_segment(ended)
         if call.earlier:
-            output = _join([*call.earlier, output])
+            output = joined([*call.earlier, output])
         if call.private_cache:
             output["past_key_values"] = None
         return output
@@ -192,7 +190,7 @@ class Router(nn.Module):
         )
         wanted = arguments.get("use_cache")
         wanted = getattr(trunk.config, "use_cache", False) if wanted is None else wanted  # pyright: ignore
-        packed = _starts(arguments, call.time) if cache is None else None
+        packed = document_starts(arguments, call.time) if cache is None else None
         if cache is None and wanted and not call.checkpointing and packed is None and self.enabled:
             cache = arguments["past_key_values"] = DynamicCache(config=trunk.config)  # pyright: ignore
         call.cache = cache if isinstance(cache, Cache) else None
@@ -200,7 +198,7 @@ class Router(nn.Module):
             call.restore = cache.snapshot() if isinstance(cache, MemoryCache) else snapshot(call.cache)
         if isinstance(cache, MemoryCache):
             window = cache.open(batch, inputs.device)
-            _check_batch(len(window.context), batch)
+            check_batch(len(window.context), batch)
             if call.checkpointing and window.kept:
                 raise ValueError(
                     "gradient checkpointing drops the base's keys between calls; feed whole segments with "
@@ -208,7 +206,7 @@ class Router(nn.Module):
                 )
         elif not self.enabled:
             return
-        call.keep = _kept(arguments.get("attention_mask"), call.time, call.cache)
+        call.keep = kept_tokens(arguments.get("attention_mask"), call.time, call.cache)
         if call.keep is not None and bool(call.keep.all()):
             call.keep = None
         cuts: set[int] = set()
@@ -218,12 +216,12 @@ class Router(nn.Module):
                 # padding may end a part but not lie between a row's tokens: the next part is packed against its keys
                 cuts |= {t + 1 for t in (call.keep[:, 1:] & ~call.keep[:, :-1]).any(0).nonzero().flatten().tolist()}
         if not self.enabled:
-            call.pieces = _refine([Piece(0, call.time)], cuts)
+            call.pieces = refined([Piece(0, call.time)], cuts)
             return
         call.layer = memory_layer(call.cache, self.depth) if call.cache is not None else None
         self._bring_stream(call, batch)
         assert call.stream is not None
-        call.pieces = _refine(cut(call.stream.counts, call.time, self.segment_length, call.keep, packed), cuts)
+        call.pieces = refined(cut(call.stream.counts, call.time, self.segment_length, call.keep, packed), cuts)
         call.states = [call.stream.state]
 
     def _open_encoder(self, call: Call, arguments: dict[str, Any], inputs: Tensor) -> None:
@@ -249,7 +247,7 @@ class Router(nn.Module):
         stream = call.layer.stream if call.layer is not None else None
         if stream is None:
             stream = self.new_stream(batch)
-        _check_batch(stream.batch, batch)
+        check_batch(stream.batch, batch)
         if stream.waiting.device != self.device:
             raise ValueError(
                 f"the cache's stream is on {stream.waiting.device}, the memory on {self.device}; move the model first, "
@@ -437,100 +435,3 @@ def carrying(layer: MemoryLayer) -> Iterator[None]:
         yield
     finally:
         _threads.carried = outer
-
-
-# --- what a call was given -------------------------------------------------------------------------------------------
-
-
-def _bind(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = list(inspect.signature(inspect.unwrap(type(trunk).forward)).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _check_batch(carried: int, given: int) -> None:
-    if carried != given:
-        raise ValueError(
-            f"the cache carries {carried} stream(s) and the call brings {given} row(s); use one cache a batch, or "
-            "cache.batch_repeat_interleave / cache.batch_select_indices to change it"
-        )
-
-
-def _starts(arguments: dict[str, Any], time: int) -> Tensor | None:
-    """Where documents begin in packed rows `[b, t]`: positions that do not go on; None for rows that are not packed."""
-    positions = arguments.get("position_ids")
-    if positions is None or arguments.get("attention_mask") is not None or time == 1:
-        return None
-    jumps = positions.diff(dim=-1) != 1
-    if not bool(jumps.any()):
-        return None
-    batch = (arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]).shape[0]
-    return torch.cat([torch.ones_like(jumps[:, :1]), jumps], 1).expand(batch, -1)
-
-
-def _kept(mask: Any, time: int, cache: Cache | None) -> Tensor | None:
-    """Which of the call's tokens are real `[b, t]`, from the attention mask in any of the forms a trunk is given."""
-    flat = _flat(mask, time, cache)
-    return None if flat is None else flat[:, -time:].bool()
-
-
-def _flat(mask: Any, time: int, cache: Cache | None) -> Tensor | None:
-    """The mask of real tokens `[b, seen + t]` behind any form of it; None where nothing is masked."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next((m for m in mask.values() if m is not None), None))
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.ndim == 2:
-        return mask
-    # 4-D, from a static cache: a token is real when any token of the call, itself among them, may attend to it
-    allowed = mask if mask.dtype == torch.bool else mask >= 0
-    visible = allowed[:, 0].any(1)
-    seen = 0 if cache is None else int(cache.get_seq_length())
-    layers = [] if cache is None else [i for i, layer in enumerate(cache.layers) if not isinstance(layer, MemoryLayer)]
-    sizes = [cache.get_mask_sizes(time, index) for index in layers] if cache is not None else []
-    # the first keys may have left a sliding layer, whose mask begins after them
-    offset = next((offset for length, offset in sizes if length == mask.shape[-1]), 0)
-    flat = visible.new_zeros(visible.shape[0], seen + time)
-    flat[:, offset:] = visible[:, : seen + time - offset]
-    return flat.long()
-
-
-def _refine(pieces: list[Piece], cuts: set[int]) -> list[Piece]:
-    """The same pieces, cut at `cuts` too."""
-    refined = []
-    for piece in pieces:
-        inner = [piece.start, *sorted(c for c in cuts if piece.start < c < piece.stop), piece.stop]
-        for start, stop in itertools.pairwise(inner):
-            fresh = piece.fresh if start == piece.start else ()
-            refined.append(Piece(start, stop, fresh, piece.ended if stop == piece.stop else ()))
-    return refined
-
-
-def _slice(arguments: dict[str, Any], piece: Piece, seen: int, time: int) -> dict[str, Any]:
-    """The arguments of a call for some of its tokens."""
-    part = slice(piece.start, piece.stop)
-    sliced = dict(arguments)
-    for name in ("input_ids", "inputs_embeds", "token_type_ids"):
-        if arguments.get(name) is not None:
-            sliced[name] = arguments[name][:, part]
-    if (positions := arguments.get("position_ids")) is not None:
-        sliced["position_ids"] = positions[..., part]
-
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor):
-        two = mask.ndim == 2
-        sliced["attention_mask"] = (
-            mask[:, : mask.shape[1] - time + piece.stop] if two else mask[:, :, part, : seen + piece.stop]
-        )
-    return sliced
-
-
-def _join(outputs: list[Any]) -> Any:
-    """The outputs of a call's pieces as the output of one call."""
-    last = outputs[-1]
-    if not isinstance(last, ModelOutput):
-        return (torch.cat([output[0] for output in outputs], 1), *last[1:])
-    last["last_hidden_state"] = torch.cat([output["last_hidden_state"] for output in outputs], 1)
-    if last.get("hidden_states") is not None:
-        layers = zip(*(output["hidden_states"] for output in outputs), strict=True)
-        last["hidden_states"] = tuple(torch.cat(layer, 1) for layer in layers)
-    return last
