@@ -1,8 +1,8 @@
 """An unbiased sample of all tokens beside the engrams, which is not in the paper.
 
-Engrams are chosen by similarity and use, so what they tell of a whole stream is biased; on the sorting task a random
-sample of 1,024 tokens, with nothing learned, outdoes most memories. Every token gets a random key, and the tokens of
-the highest keys are kept: at any time each token so far is in the sample with equal probability.
+Engrams are chosen by similarity and use, so what they tell of a whole stream is biased; an unbiased sample is a floor
+that memories of the sorting task are held against. Every token gets a random key, and the tokens of the highest keys are
+kept: at any time each token so far is in the sample with equal probability.
 """
 
 from __future__ import annotations
