@@ -12,7 +12,8 @@ from mnemic.bench import settings, sorting
 from mnemic.bench.results import Record
 from mnemic.bench.sorting import Recipe, SortingExperiment, Stages, sorting_config
 from mnemic.cli.main import app
-from mnemic.tasks.sorting import SYMBOLS, SortingTask, seed_of
+from mnemic.tasks.base import seed_of
+from mnemic.tasks.sorting import SYMBOLS, SortingTask
 
 LENGTH = 32
 RECIPE = Recipe(naming=2, stages=((1, 1, 2), (2, 2, 2)))

@@ -15,7 +15,8 @@ import mnemic
 from families import make
 from helpers import trained
 from mnemic.bench import recall as bench
-from mnemic.tasks.recall import NAMES, TEST_SEEDS, THINGS, LanguageRecall, Question, SymbolRecall, generator
+from mnemic.tasks.base import TEST_SEEDS, generator
+from mnemic.tasks.recall import NAMES, THINGS, LanguageRecall, Question, SymbolRecall
 from mnemic.training import IGNORED
 
 PROSE = "once there was a big red house and it stood near the old sea . "

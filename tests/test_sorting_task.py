@@ -11,8 +11,8 @@ import torch
 import mnemic
 from families import make
 from mnemic.tasks import sorting
-from mnemic.tasks.recall import generator
-from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, SortingTask, seed_of
+from mnemic.tasks.base import generator, seed_of
+from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, SortingTask
 from mnemic.training import IGNORED, Batch, unroll
 
 SHARE = 0.01

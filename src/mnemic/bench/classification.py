@@ -37,8 +37,8 @@ from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.state import read_file, write_file
 from mnemic.stream import Stream
+from mnemic.tasks.base import generator
 from mnemic.tasks.documents import Split, hyperpartisan, macro_f1, split
-from mnemic.tasks.recall import generator
 
 Way = Literal["memory", "other article", "empty"]
 WAYS: tuple[Way, ...] = ("memory", "other article", "empty")

@@ -18,7 +18,8 @@ from mnemic.attachment import Attachment, attach
 from mnemic.bench.recall import evaluate
 from mnemic.bench.results import Record, Score
 from mnemic.memories.base import MemoryConfig
-from mnemic.tasks.recall import Episode, LanguageRecall, RecallTask, SymbolRecall, generator
+from mnemic.tasks.base import generator
+from mnemic.tasks.recall import Episode, LanguageRecall, RecallTask, SymbolRecall
 from mnemic.training import IGNORED, Batch, Step, calibrate, hold_then_fall, train
 
 

@@ -40,8 +40,8 @@ from mnemic.memories.base import MemoryConfig
 from mnemic.memories.memoria import Memoria, MemoriaConfig
 from mnemic.state import StateError, read_file, write_file
 from mnemic.stream import Stream
+from mnemic.tasks.base import generator
 from mnemic.tasks.documents import DocumentBatch, DocumentStream, Tokens, novels, tokenize
-from mnemic.tasks.recall import generator
 from mnemic.training import IGNORED, hold_then_fall, unroll
 
 CONDITIONS = ("memory", "other document", "last segment", "empty", "no memory")

@@ -23,7 +23,8 @@ from mnemic.attachment import Attachment, memory_cache
 from mnemic.bench.results import Score
 from mnemic.state import State, map_state
 from mnemic.stream import Stream
-from mnemic.tasks.recall import TEST_SEEDS, Episode, Question, RecallTask, generator
+from mnemic.tasks.base import TEST_SEEDS, generator
+from mnemic.tasks.recall import Episode, Question, RecallTask
 from mnemic.training import read_segments
 
 CONDITIONS = ("memory", "zeroed", "other stream", "fresh", "no memory")

@@ -45,16 +45,8 @@ from mnemic.memories.memoria import Memoria, MemoriaConfig, engrams
 from mnemic.memories.memoria.attention import Reader
 from mnemic.memories.memoria.config import RULES
 from mnemic.state import State
-from mnemic.tasks.sorting import (
-    PAD,
-    SEPARATOR,
-    SYMBOLS,
-    VOCABULARY,
-    SortingTask,
-    exact_order,
-    kendall_tau,
-    seed_of,
-)
+from mnemic.tasks.base import seed_of
+from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, VOCABULARY, SortingTask, exact_order, kendall_tau
 from mnemic.training import IGNORED, Batch, train
 
 CONDITIONS = ("memory", "other stream", "zeroed", "fresh", "no memory")

@@ -28,7 +28,8 @@ from mnemic.bench.results import Record
 from mnemic.bench.sorting import evaluate_sorting
 from mnemic.memories.memoria import Memoria, MemoriaConfig
 from mnemic.memories.memoria.attention import Reader
-from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, VOCABULARY, SortingTask, seed_of
+from mnemic.tasks.base import seed_of
+from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, VOCABULARY, SortingTask
 from mnemic.training import Batch, train
 
 

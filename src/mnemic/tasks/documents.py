@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
-from mnemic.tasks.recall import generator
+from mnemic.tasks.base import generator
 from mnemic.training import IGNORED
 
 Item = TypeVar("Item")

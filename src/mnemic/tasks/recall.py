@@ -20,9 +20,8 @@ import torch
 from jaxtyping import Int
 from torch import Generator, Tensor
 
+from mnemic.tasks.base import shuffled
 from mnemic.training import IGNORED
-
-TEST_SEEDS = 1_000_000_000
 
 
 @dataclass
@@ -95,16 +94,6 @@ class RecallTask(ABC):
         """Exact match without the binding of key and value: a guess, and one of the stored values at random."""
         chance = 1 / len(self.candidates)
         return {"chance": chance, "a stored value at random": 1 / self.pairs + (1 - 1 / self.pairs) * chance}
-
-
-def generator(seed: int) -> Generator:
-    """A new source of randomness on the CPU."""
-    return Generator().manual_seed(seed)
-
-
-def shuffled(rows: int, count: int, generator: Generator) -> Int[Tensor, "b n"]:
-    """A random order of `0 .. count - 1` in each row."""
-    return torch.rand(rows, count, generator=generator).argsort(1)
 
 
 class SymbolRecall(RecallTask):

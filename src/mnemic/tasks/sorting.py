@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Generator, Tensor
 
-from mnemic.tasks.recall import TEST_SEEDS, generator
+from mnemic.tasks.base import TEST_SEEDS, generator
 from mnemic.training import IGNORED, Batch
 
 SYMBOLS = 20
@@ -43,22 +43,6 @@ PAD = 21
 """The token behind the answer."""
 
 VOCABULARY = 22
-
-FIRST_SEED = {"train": 0, "validation": TEST_SEEDS // 2, "test": TEST_SEEDS}
-"""Where each split's seeds begin."""
-
-
-def seed_of(split: str, number: int) -> int:
-    """The seed of batch `number` of a split: "train", "validation" or "test". Half a billion seeds each.
-
-    Raises:
-        ValueError: another split, or a number outside `0 .. 499_999_999`.
-    """
-    if split not in FIRST_SEED:
-        raise ValueError(f"split is {split!r}; choose one of {', '.join(FIRST_SEED)}")
-    if not 0 <= number < TEST_SEEDS // 2:
-        raise ValueError(f"number is {number}; a split has the batches 0 .. {TEST_SEEDS // 2 - 1}")
-    return FIRST_SEED[split] + number
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """An unbiased sample of all tokens beside the engrams, which is not in the paper.
 
 Engrams are chosen by similarity and use, so what they tell of a whole stream is biased; an unbiased sample is a floor
-that memories of the sorting task are held against. Every token gets a random key, and the tokens of the highest keys are
+that memories of the sorting task are held against. Every token gets a random key, and the tokens of highest key are
 kept: at any time each token so far is in the sample with equal probability.
 """
 
