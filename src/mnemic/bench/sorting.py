@@ -45,7 +45,7 @@ from mnemic.memories.memoria import Memoria, MemoriaConfig, engrams
 from mnemic.memories.memoria.attention import Reader
 from mnemic.memories.memoria.config import RULES
 from mnemic.state import State
-from mnemic.tasks.base import seed_of
+from mnemic.tasks.base import generator, seed_of
 from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, VOCABULARY, SortingTask, exact_order, kendall_tau
 from mnemic.training import IGNORED, Batch, train
 
@@ -79,7 +79,7 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Training steps with memory; every second one rehearses repeating."""
+        """Training steps with memory."""
         return sum(steps for _, steps, _ in self.stages)
 
     def rate(self, progress: float) -> float:
@@ -126,7 +126,7 @@ def make_base(length: int, width: int, depth: int, recipe: Recipe) -> GPT2LMHead
 
 def naming(task: SortingTask, rows: int, seed: int) -> Batch:
     """The answers alone: without a memory nothing but not to name a symbol twice can be learned from them."""
-    batch = task.batch(rows, seed)
+    batch = task.draw(rows, generator(seed))
     return Batch(batch.input_ids[:, task.tokens :], batch.labels[:, task.tokens :])
 
 
@@ -189,7 +189,7 @@ def begin(attachment: Attachment, task: SortingTask, recipe: Recipe, seed: int) 
     memory = attachment.memory
     assert isinstance(memory, Memoria)
     abstractor = memory.abstractor
-    ids = task.batch(128, seed_of("train", 400_000_000 + seed)).input_ids[:, : task.length]
+    ids = task.examples(128, "train", 400_000_000 + seed).input_ids[:, : task.length]
     hidden_btd = attachment.router.record(examine(attachment.model).trunk, ids)
     nn.init.normal_(abstractor.query, std=recipe.query)
     nn.init.eye_(abstractor.value.weight)
@@ -225,9 +225,8 @@ class Stages:
 
     def batch(self, step: int) -> Batch:
         """The same for the same step and seed."""
-        number = seed_of("train", 1_000_000 * self.seed + step)
         segments, rows = self.plan[step]
-        return SortingTask(self.length, segments).batch(rows, number)
+        return SortingTask(self.length, segments).examples(rows, "train", 1_000_000 * self.seed + step)
 
 
 def train_sorting(
@@ -342,7 +341,8 @@ def evaluate_sorting(
         "working and short-term memory": config.replace(reminded_ltm=0, random_ltm_seeds=0),
         **{f"rule {rule}": config.with_rule(rule) for rule in RULES if rule != own},
     }
-    test = task.batch(rows, seed_of("test", seed), config.segment_length)
+    test = task.examples(rows, "test", seed)
+    prompts, wanted = task.prompt(test), task.order(test)
     outcomes: dict[str, list[Tensor]] = {}
     written: dict[str, list[Tensor]] = {}
     reminded: dict[str, Any] = {}
@@ -351,7 +351,7 @@ def evaluate_sorting(
     for name, made in {"memory": attachment, **{n: variant(attachment, c) for n, c in variants.items()}}.items():
         counted, levels = [], []
         for start in range(0, rows, batch):
-            prompt, answer = test.prompt[start : start + batch], test.answer[start : start + batch]
+            prompt, answer = prompts[start : start + batch], wanted[start : start + batch]
             state = read_prompt(made, prompt)
             counted.append(reminded_segments(state, config.working, task.tokens // config.segment_length))
             levels.append(state["levels"].float().mean(0).tolist())
@@ -370,15 +370,15 @@ def evaluate_sorting(
     scores = {name: float(each.double().mean()) for name, each in right.items()}
     details = {"state_bytes": float(state_bytes)}
     for name, order in orders.items():
-        details |= {f"{name}: exact order": exact_order(order, test.answer)}
-        details |= {f"{name}: Kendall tau": kendall_tau(order, test.answer)}
+        details |= {f"{name}: exact order": exact_order(order, wanted)}
+        details |= {f"{name}: Kendall tau": kendall_tau(order, wanted)}
     score = Score(
         length=task.segments,
         tokens=task.tokens,
         examples=rows * SYMBOLS,
         score=scores.pop("memory"),
         controls=scores,
-        floors=task.floors(rows, seed_of("test", seed)),
+        floors=task.floors(rows, seed),
         ceiling=None,
         details=details,
         outcomes={name: "".join(map(str, each.int().flatten().tolist())) for name, each in right.items()},

@@ -72,6 +72,13 @@ class MemoryConfig(ABC):
     def tiny(cls) -> list[MemoryConfig]:
         """Small settings, one of each form, for the matrix of invariants (segments of 8, hosts of width 64)."""
 
+    @classmethod
+    def small(cls, segment_length: int, width: int, size: int | None = None) -> Self:
+        """Settings for comparisons on a small host of `width`. Where the state has a size to choose, `size` chooses it,
+        and bytes grow with it; otherwise it is ignored.
+        """
+        return cls(segment_length=segment_length)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values with the kind, as written to `memory_config.json`."""
         return {"kind": self.kind, **dataclasses.asdict(self)}

@@ -126,6 +126,11 @@ class EMTConfig(MemoryConfig):
             cls(**small, stack=2, read_layers=[0, -1], write_layer=0),
         ]
 
+    @classmethod
+    def small(cls, segment_length: int, width: int, size: int | None = None) -> EMTConfig:
+        """`size` slots of the host's width, 16 by default."""
+        return cls(segment_length=segment_length, slots=size or 16, dim=width, heads=4)
+
     def build(self, width: int, depth: int, causal: bool = True) -> EMT:
         """The module; raises `ValueError` naming a layer that the host does not have."""
         return EMT(self, width, depth)

@@ -153,6 +153,25 @@ class MemoriaConfig(MemoryConfig):
             ),
         ]
 
+    @classmethod
+    def small(cls, segment_length: int, width: int, size: int | None = None) -> MemoriaConfig:
+        """`size` engrams a segment, by default a quarter of its tokens but 4 to 8; four segments of them in
+        short-term memory, all reminded, and eight segments' of long-term ones. Gradients go one segment back and each
+        attention may read little, without which so small a model learns nothing of earlier segments.
+        """
+        working = size or max(4, min(8, segment_length // 4))
+        return cls(
+            segment_length=segment_length,
+            working=working,
+            reminded_stm=4 * working,
+            reminded_ltm=8 * working,
+            stm_capacity=4 * working,
+            lifespan=5.0,
+            heads=1,
+            grad_segments=1,
+            null=True,
+        )
+
     def build(self, width: int, depth: int, causal: bool = True) -> Memoria:
         """The module; raises `ValueError` naming a layer or width that the host does not have."""
         from mnemic.memories.memoria.memoria import Memoria
