@@ -12,7 +12,6 @@ from mnemic.bench import settings, sorting
 from mnemic.bench.results import Record
 from mnemic.bench.sorting import Recipe, SortingExperiment, Stages, sorting_config
 from mnemic.cli.main import app
-from mnemic.tasks.base import seed_of
 from mnemic.tasks.sorting import SYMBOLS, SortingTask
 
 LENGTH = 32
@@ -36,6 +35,13 @@ def begun(read=True):
     return attachment
 
 
+def streams(rows, segments):
+    """Prompts and their answers."""
+    task = SortingTask(LENGTH, segments)
+    examples = task.examples(rows)
+    return task.prompt(examples), task.order(examples)
+
+
 def test_the_papers_sizes_and_the_three_rules():
     config = sorting_config(256)
     sizes = (
@@ -53,7 +59,7 @@ def test_the_papers_sizes_and_the_three_rules():
 
 
 def test_naming_has_no_prompt():
-    batch, whole = sorting.naming(SortingTask(LENGTH, 1), 3, 5), SortingTask(LENGTH, 1).batch(3, 5)
+    batch, whole = sorting.naming(SortingTask(LENGTH, 1), 3, 5), SortingTask(LENGTH, 1).examples(3, "train", 5)
     assert torch.equal(batch.input_ids, whole.input_ids[:, LENGTH:])
     assert torch.equal(batch.labels, whole.labels[:, LENGTH:])
 
@@ -93,7 +99,7 @@ def test_the_rate_rises_holds_and_falls():
 
 def test_where_training_begins_values_vary_between_streams_as_asked_and_nothing_is_read():
     attachment = begun(read=False)
-    ids = SortingTask(LENGTH, 1).batch(128, seed_of("train", 400_000_000)).prompt
+    ids = SortingTask(LENGTH, 1).examples(128, "train", 400_000_000).input_ids[:, :LENGTH]
     with torch.no_grad():
         hidden = attachment.router.record(attachment.model.transformer, ids)
         engram = attachment.memory.abstractor(hidden, None)
@@ -107,8 +113,8 @@ def test_where_training_begins_values_vary_between_streams_as_asked_and_nothing_
 
 def test_conditions_differ_only_in_what_they_take_away():
     attachment = begun()
-    batch = SortingTask(LENGTH, 2).batch(4, 0)
-    state = sorting.read_prompt(attachment, batch.prompt)
+    prompt, answer = streams(4, 2)
+    state = sorting.read_prompt(attachment, prompt)
     assert state["step"].tolist() == [2] * 4
     asked = sorting.conditions(attachment, state)
     assert torch.equal(asked["other stream"]["engram"][1], state["engram"][0])
@@ -117,7 +123,7 @@ def test_conditions_differ_only_in_what_they_take_away():
     right, written = {}, {}
     for name, its in asked.items():
         with attachment.disabled() if its is None else contextlib.nullcontext():
-            right[name], written[name] = sorting.answers(attachment, batch.answer, its)
+            right[name], written[name] = sorting.answers(attachment, answer, its)
     assert all(each.shape == (4, SYMBOLS) for each in (*right.values(), *written.values()))
     assert torch.equal(written["fresh"], written["no memory"])
     assert not torch.equal(written["memory"], written["no memory"])
@@ -126,22 +132,22 @@ def test_conditions_differ_only_in_what_they_take_away():
 
 def test_given_symbols_and_greedy_writing_agree_on_the_first_symbol():
     attachment = begun()
-    batch = SortingTask(LENGTH, 2).batch(8, 0)
-    right, written = sorting.answers(attachment, batch.answer, sorting.read_prompt(attachment, batch.prompt))
-    assert torch.equal(right[:, 0], written[:, 0] == batch.answer[:, 0])
+    prompt, answer = streams(8, 2)
+    right, written = sorting.answers(attachment, answer, sorting.read_prompt(attachment, prompt))
+    assert torch.equal(right[:, 0], written[:, 0] == answer[:, 0])
 
 
 def test_a_variant_has_the_same_weights_and_leaves_the_first_alone():
     attachment = begun()
-    batch = SortingTask(LENGTH, 3).batch(4, 0)
-    before = sorting.read_prompt(attachment, batch.prompt)
+    prompt, _ = streams(4, 3)
+    before = sorting.read_prompt(attachment, prompt)
     alone = sorting.variant(attachment, sorting_config(LENGTH, reminded_stm=0, reminded_ltm=0))
     for name, tensor in attachment.model.state_dict().items():
         assert torch.equal(alone.model.state_dict()[name], tensor)
-    state = sorting.read_prompt(alone, batch.prompt)
+    state = sorting.read_prompt(alone, prompt)
     assert state["recalled"].shape[1] == 0
     assert sorting.reminded_segments(state, LENGTH // 8, 3) == [0.0] * 3
-    after = sorting.read_prompt(attachment, batch.prompt)
+    after = sorting.read_prompt(attachment, prompt)
     assert all(torch.equal(after[name], before[name]) for name in before)
     counted = sorting.reminded_segments(after, LENGTH // 8, 3)
     assert sum(counted) == pytest.approx(float((after["recalled"] >= 0).sum(1).float().mean()))
@@ -158,7 +164,7 @@ def test_an_experiment_makes_a_record_and_goes_on_where_it_stopped(tmp_path):
         assert score.score == score.outcomes["memory"].count("1") / 80
         assert all(len(outcome) == 80 for outcome in score.outcomes.values())
         assert {"memory: exact order", "no memory: Kendall tau"} <= set(score.details)
-        assert score.floors == SortingTask(LENGTH, score.length).floors(4, seed_of("test", 0))
+        assert score.floors == SortingTask(LENGTH, score.length).floors(4)
     assert set(made.seconds) == {"base", "training", "evaluation"}
     loaded = Record.load(made.save(tmp_path))
     assert [score.outcomes for score in loaded.scores] == [score.outcomes for score in made.scores]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnemic.analysis import memoria_tables
+from mnemic.analysis import capacity, memoria_tables, suite_tables, tasks_tables
 from mnemic.analysis.markdown import markdown, missing, spread
 from mnemic.bench.results import Record, records
 from mnemic.memories import CONFIGS
@@ -39,8 +39,10 @@ def tables(results: Path) -> dict[str, str]:
     made["overhead"] = overhead([r for r in records(results) if r.task in ("overhead-segment", "overhead-token")])
     made["naive"] = naive(records(results, "naive-token"))
     made["stream"] = endless(records(results, "endless-stream"))
+    made["capacity"] = capacity.table(records(results, "capacity"))
+    made["capacity-earlier"] = capacity.table_of_earlier(records(results, "capacity"))
     made["zero-shot"] = zero_shot(records(results, "zero-shot"))
-    return made | memoria_tables.tables(results)
+    return made | memoria_tables.tables(results) | suite_tables.tables(results) | tasks_tables.tables(results)
 
 
 def mechanisms() -> str:

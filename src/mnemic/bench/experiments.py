@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from mnemic.attachment import Attachment, attach
+from mnemic.bench.hosts import tiny_gpt2
 from mnemic.bench.recall import evaluate
 from mnemic.bench.results import Record, Score
 from mnemic.memories.base import MemoryConfig
@@ -264,33 +264,9 @@ def symbol_base(
 
 
 def _train_base(task: SymbolRecall, seed: int, reporter: Reporter, most: int) -> tuple[nn.Module, int, float]:
-    """Three blocks of width 64. Embeddings start larger and matrices as `nn.Linear` does, and the number of pairs
-    varies from batch to batch: each makes the plateau of guessing rarer.
-    """
+    """Three blocks of width 64. The number of pairs varies from batch to batch, which makes the plateau rarer."""
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=task.vocabulary,
-            n_positions=task.segment_length,
-            n_embd=64,
-            n_layer=3,
-            n_head=4,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            tie_word_embeddings=False,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-    nn.init.normal_(model.transformer.wte.weight, std=0.5)
-    nn.init.normal_(model.transformer.wpe.weight, std=0.2)
-    for parameter in model.transformer.h.parameters():
-        if parameter.ndim == 2:
-            bound = parameter.shape[0] ** -0.5  # GPT-2 stores its matrices input first
-            nn.init.uniform_(parameter, -bound, bound)
-    model.lm_head.reset_parameters()
+    model = tiny_gpt2(task.vocabulary, task.segment_length, width=64, depth=3, heads=4)
     tasks = [SymbolRecall(task.segment_length, pairs) for pairs in (2, 4, 6, 8)]
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.01)
     reporter.phase("train the base in its window", most)

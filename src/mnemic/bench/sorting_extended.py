@@ -28,7 +28,6 @@ from mnemic.bench.results import Record
 from mnemic.bench.sorting import evaluate_sorting
 from mnemic.memories.memoria import Memoria, MemoriaConfig
 from mnemic.memories.memoria.attention import Reader
-from mnemic.tasks.base import seed_of
 from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, VOCABULARY, SortingTask
 from mnemic.training import Batch, train
 
@@ -93,17 +92,18 @@ def train_base(model: nn.Module, recipe: Recipe, seed: int, reporter: Reporter) 
     task, count, right = SortingTask(recipe.inside, 1), recipe.inside, 0.0
     reporter.phase("sort within the window", recipe.windowed)
     for step in range(recipe.windowed):
-        batch = task.batch(64, seed_of("train", 100_000_000 + 1_000_000 * seed + step))
+        batch = task.examples(64, "train", 100_000_000 + 1_000_000 * seed + step)
+        answer = task.order(batch)
         ids = batch.input_ids[:, : count + SYMBOLS + 1]
         logits = model(input_ids=ids, use_cache=False).logits[:, count : count + SYMBOLS]
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.answer.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), answer.flatten())
         for group in optimizer.param_groups:
             group["lr"] = recipe.base_rate * factor(step, recipe.windowed)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        right = 0.95 * right + 0.05 * float((logits.argmax(-1) == batch.answer).float().mean())
+        right = 0.95 * right + 0.05 * float((logits.argmax(-1) == answer).float().mean())
         reporter.advance(1, loss=loss.item(), right=right)
     return right
 
@@ -145,7 +145,7 @@ class ExtendedExperiment:
 
         def batches(step: int) -> Batch:
             segments, rows = plan[step]
-            return SortingTask(length, segments).batch(rows, seed_of("train", 1_000_000 * self.seed + step))
+            return SortingTask(length, segments).examples(rows, "train", 1_000_000 * self.seed + step)
 
         reporter.phase("train base and memory", recipe.steps)
         accuracy, seconds, done = 0.0, 0.0, 0

@@ -11,8 +11,12 @@ import typer
 from rich.table import Table
 
 from mnemic.cli.show import Show, console
+from mnemic.cli.suite import SuiteGroup, suite
 
-bench = typer.Typer(no_args_is_help=True, help="The measurements behind the documentation's numbers.")
+bench = typer.Typer(
+    cls=SuiteGroup, no_args_is_help=True, help="A suite by name or file, or one of the other measurements."
+)
+bench.command("suite", hidden=True)(suite)
 
 Out = Annotated[Path, typer.Option(help="Folder for the result files.")]
 Seeds = Annotated[str, typer.Option(help="Seeds, separated by commas.")]

@@ -14,14 +14,18 @@ from rich.table import Table
 import mnemic.cli.memoria  # noqa: F401, its commands join `bench`
 from mnemic.cli.analyse import analyse
 from mnemic.cli.bench import bench
+from mnemic.cli.capacity import capacity
 from mnemic.cli.inspect import inspect
 from mnemic.cli.show import Show, console
+from mnemic.cli.tasks import tasks_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Persistent memory for any Hugging Face transformer."
 )
+bench.command("capacity")(capacity)
 app.add_typer(bench, name="bench")
 app.add_typer(analyse, name="analyse")
+app.add_typer(tasks_app, name="tasks")
 app.command()(inspect)
 
 
@@ -92,8 +96,11 @@ def report(
     check: Annotated[bool, typer.Option(help="Change nothing; fail if something would change.")] = False,
 ) -> None:
     """Writes the tables and pictures of the documentation from the result files."""
+    from mnemic.analysis.capacity import picture as capacity_picture
     from mnemic.analysis.curves import recall_curve
     from mnemic.analysis.report import fill, tables
+    from mnemic.analysis.suite_pictures import over_length, pareto
+    from mnemic.analysis.suite_tables import suites
     from mnemic.bench.results import records
 
     made = tables(results)
@@ -105,6 +112,13 @@ def report(
     ):
         if not check and (found := records(results, task)):
             recall_curve(found, root / "docs" / "images" / picture, title)
+    if not check and (found := records(results, "capacity")):
+        capacity_picture(found, root / "docs" / "images" / "capacity.png")
+    if not check:
+        for name, found in suites(results).items():
+            if found:
+                over_length(found, root / "docs" / "images" / f"suite-{name}.png", f"suite {name}: score over length")
+                pareto(found, root / "docs" / "images" / f"suite-{name}-pareto.png", f"suite {name}: what it costs")
     for page in changed:
         console.print(("stale: " if check else "wrote: ") + str(page))
     if check and changed:

@@ -63,7 +63,7 @@ def elu_plus_one(keys: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
 
 
 def dpfp3(keys: Float[Tensor, "*b d"]) -> Float[Tensor, "*b 6*d"]:
-    """Deterministic parameter-free projection with ν = 3 (Schlag et al. 2021, arXiv 2102.11174, equation 37).
+    """Deterministic parameter-free projection with ν = 3 (Schlag et al. 2021, arXiv 2102.11174).
 
     r = [relu(k); relu(-k)], φ(k) = [r ⊙ roll(r, 1); r ⊙ roll(r, 2); r ⊙ roll(r, 3)]. Positive and sparse.
     """

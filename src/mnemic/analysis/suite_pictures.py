@@ -1,0 +1,137 @@
+"""Pictures of a suite: scores over length with the floors drawn in, and what recall costs. Needs `mnemic[plot]`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mnemic.analysis.suite_tables import NONE, by_case, mechanisms_of, settings_of
+from mnemic.bench.results import Record, Score
+
+COLOURS = ("#1f5fa8", "#b5651d", "#2e7d32", "#8e3b8a", "#c9a227", "#00838f", "#c62828", "#6d4c41", "#5e7d1f", "#455a9d")
+FLOORS = {"uniform": "#bbbbbb", "majority": "#999999", "last segment": "#666666", "last 2 segments": "#444444"}
+
+
+def colours(found: Sequence[Record]) -> dict[str, str]:
+    """The same colour for a mechanism in every picture."""
+    named = [name for name in mechanisms_of(found) if name != NONE]
+    return {NONE: "#222222"} | {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(named)}
+
+
+def over_length(found: Sequence[Record], path: Path, title: str) -> Path:
+    """One panel a task: score over its axis, mean and range over seeds, every floor as a line."""
+    plt = _pyplot()
+    cases, colour = by_case(found), colours(found)
+    panels = list(dict.fromkeys((task, settings) for task, settings, _ in cases))
+    axes_of = {(record.task, settings_of(record)): record.measures.get("axis", "length") for record in found}
+    columns = min(4, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(3.1 * columns, 2.7 * lines + 0.7), squeeze=False)
+    figure.set_layout_engine("constrained")
+    for place, axes in enumerate(grid.flat):
+        if place >= len(panels):
+            axes.set_visible(False)
+            continue
+        task, settings = panels[place]
+        here = {length: found for (name, its, length), found in sorted(cases.items()) if (name, its) == panels[place]}
+        _panel(axes, here, colour)
+        axes.set_title(task, fontsize=9.5)
+        axes.set_xlabel(axes_of[task, settings], fontsize=8)
+        axes.set_ylim(-3, 104)
+        axes.tick_params(labelsize=7.5)
+        if place % columns == 0:
+            axes.set_ylabel("score, %", fontsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    handles = [plt.Line2D([], [], color=value, marker="o", markersize=4, label=name) for name, value in colour.items()]
+    handles += [plt.Line2D([], [], color=value, linestyle=":", label=name) for name, value in FLOORS.items()]
+    handles += [plt.Line2D([], [], color="#7b9e87", linestyle="--", label="sample of a segment's tokens")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return _save(plt, figure, path)
+
+
+def _panel(axes: Any, here: dict[int, dict[str, list[Score]]], colour: dict[str, str]) -> None:
+    lengths = list(here)
+    places = range(len(lengths))
+    for name, value in colour.items():
+        known = [(place, here[length][name]) for place, length in enumerate(lengths) if name in here[length]]
+        if not known:
+            continue
+        at = [place for place, _ in known]
+        scores = [[100 * score.score for score in seeds] for _, seeds in known]
+        axes.plot(
+            at, [statistics.mean(each) for each in scores], color=value, marker="o", markersize=3.5, linewidth=1.6
+        )
+        axes.fill_between(at, [min(e) for e in scores], [max(e) for e in scores], color=value, alpha=0.15, linewidth=0)
+    for name in next(iter(next(iter(here.values())).values()))[0].floors:
+        style = FLOORS.get(name, "#7b9e87" if name.startswith("sample") else None)
+        if style is None:
+            continue
+        line = [100 * next(iter(here[length].values()))[0].floors[name] for length in lengths]
+        dashes = "--" if name.startswith("sample") else ":"
+        if len(places) == 1:
+            axes.axhline(line[0], color=style, linestyle=dashes, linewidth=1)
+        axes.plot(places, line, color=style, linestyle=dashes, linewidth=1)
+    axes.set_xticks(list(places), [f"{length:,}" for length in lengths])
+    if len(places) == 1:
+        axes.set_xlim(-0.6, 0.6)
+
+
+def pareto(found: Sequence[Record], path: Path, title: str) -> Path:
+    """What a mechanism adds to the host without a memory, mean over tasks, lengths and seeds, against the bytes of a
+    stream's state and against the time a token takes beside the host's own.
+    """
+    plt = _pyplot()
+    colour = colours(found)
+    without = {
+        (case, place): score.score
+        for case, by_mechanism in by_case(found).items()
+        for place, score in enumerate(by_mechanism.get(NONE, []))
+    }
+    figure, pair = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained", sharey=True)
+    for name in mechanisms_of(found):
+        gains = [
+            100 * (score.score - without[case, place])
+            for case, by_mechanism in by_case(found).items()
+            for place, score in enumerate(by_mechanism.get(name, []))
+            if (case, place) in without
+        ]
+        if name == NONE or not gains:
+            continue
+        mine = [record for record in found if record.mechanism == name]
+        sizes = statistics.median(record.state_bytes or 0 for record in mine)
+        times = statistics.median(record.measures["cost"]["with memory / base"] for record in mine)
+        for axes, x in zip(pair, (sizes, times), strict=True):
+            axes.plot([x], [statistics.mean(gains)], "o", color=colour[name], markersize=7)
+            axes.annotate(name, (x, statistics.mean(gains)), xytext=(6, 5), textcoords="offset points", fontsize=8.5)
+    pair[0].set_xscale("log")
+    pair[0].set_xlabel("bytes of state a stream (median over tasks)")
+    pair[1].set_xlabel("time a token, with memory / host alone")
+    pair[0].set_ylabel("points above the host without a memory")
+    for axes in pair:
+        axes.axhline(0, color="#888888", linewidth=0.8)
+        axes.margins(x=0.25, y=0.2)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    return _save(plt, figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(plt: Any, figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+    return path

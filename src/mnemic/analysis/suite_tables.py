@@ -1,0 +1,135 @@
+"""Tables of a suite: mechanism x task x length with spread, controls and floors beside every score, and cost."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+
+from mnemic.analysis.markdown import markdown, missing, spread
+from mnemic.bench.results import Record, Score, records
+
+NONE = "none"
+CONTROLS = ("other stream", "zeroed", "fresh", "no memory")
+
+Case = tuple[str, str, int]
+"""Task, its settings as text, and length."""
+
+
+def suites(results: Path) -> dict[str, list[Record]]:
+    """The records of every suite in a folder of results, by the suite's name."""
+    folders = sorted(each for each in results.glob("suite-*") if each.is_dir())
+    return {folder.name.removeprefix("suite-"): records(folder) for folder in folders}
+
+
+def by_case(found: Sequence[Record]) -> dict[Case, dict[str, list[Score]]]:
+    """Scores by task, settings and length, then by mechanism, one for each seed."""
+    cases: dict[Case, dict[str, list[Score]]] = {}
+    for record in sorted(found, key=lambda record: (record.task, settings_of(record), record.seed)):
+        for score in record.scores:
+            case = (record.task, settings_of(record), score.length)
+            cases.setdefault(case, {}).setdefault(record.mechanism, []).append(score)
+    return cases
+
+
+def settings_of(record: Record) -> str:
+    """The task's settings as text, without the axis, which differs from length to length."""
+    axis = record.measures.get("axis")
+    return json.dumps({name: value for name, value in record.config["task"].items() if name != axis}, sort_keys=True)
+
+
+def mechanisms_of(found: Sequence[Record]) -> list[str]:
+    """No memory first, the others by name."""
+    return sorted({record.mechanism for record in found}, key=lambda name: (name != NONE, name))
+
+
+def tables(results: Path) -> dict[str, str]:
+    """`suite-NAME`, `suite-NAME-controls` and `suite-NAME-cost` for every suite that was run, and for those that come
+    with the package in any case.
+    """
+    from mnemic.bench.suite import names
+
+    made = suites(results)
+    tables: dict[str, str] = {}
+    for name in {*names(), *made}:
+        found = made.get(name, [])
+        tables[f"suite-{name}"] = scores(found)
+        tables[f"suite-{name}-controls"] = controls(found)
+        tables[f"suite-{name}-cost"] = cost(found)
+    return tables
+
+
+def scores(found: Sequence[Record]) -> str:
+    """Every mechanism on every task at every length, and what needs no learning."""
+    if not found:
+        return missing("this suite")
+    mechanisms, rows = mechanisms_of(found), []
+    for (task, _, length), by_mechanism in by_case(found).items():
+        floors = next(iter(by_mechanism.values()))[0].floors
+        best = {name: value for name, value in floors.items() if name not in ("oracle", "all tokens")}
+        floor = max(best, key=lambda name: best[name])
+        rows.append(
+            [task, f"{length:,}"]
+            + [spread([s.score for s in by_mechanism[name]]) if name in by_mechanism else "" for name in mechanisms]
+            + [f"{100 * floors['uniform']:.1f}", f"{100 * best[floor]:.1f} ({floor})"]
+        )
+    header = ["task", "length", *(f"`{name}`" for name in mechanisms), "uniform", "best floor"]
+    return markdown(header, rows) + "\n\n" + note(found)
+
+
+def note(found: Sequence[Record]) -> str:
+    """Seeds, host, steps and machine."""
+    seeds = sorted({record.seed for record in found})
+    hosts = sorted({record.host for record in found})
+    machine = found[0].machine
+    where = machine["accelerator"] or f"{machine['cores']} {machine['processor']} cores"
+    hours = sum(record.seconds["all"] for record in found) / 3600
+    return (
+        f"Per cent; mean and, in brackets, least and most over seeds {', '.join(map(str, seeds))}. Host: "
+        f"{'; '.join(hosts)}. {len(found)} runs, {hours:.1f} process-hours on {where}. Made by `{found[0].command}`."
+    )
+
+
+def controls(found: Sequence[Record]) -> str:
+    """A memory's score beside the same model with another stream's, a zeroed, a fresh and no memory."""
+    found = [record for record in found if record.mechanism != NONE]
+    if not found:
+        return missing("this suite")
+    rows = []
+    for (task, _, length), by_mechanism in by_case(found).items():
+        for name in mechanisms_of(found):
+            if name not in by_mechanism:
+                continue
+            seeds = by_mechanism[name]
+            rows.append(
+                [task, f"{length:,}", f"`{name}`", f"**{spread([s.score for s in seeds])}**"]
+                + [spread([s.controls[control] for s in seeds]) for control in CONTROLS]
+            )
+    return markdown(["task", "length", "mechanism", "own memory", *CONTROLS], rows)
+
+
+def cost(found: Sequence[Record]) -> str:
+    """Steps, wall time, parameters, bytes and time a token."""
+    if not found:
+        return missing("this suite")
+    rows = []
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in found:
+        groups.setdefault((record.task, settings_of(record), record.mechanism), []).append(record)
+    for (task, _, name), same in sorted(groups.items(), key=lambda item: (item[0][:2], item[0][2] != NONE, item[0][2])):
+        rows.append(
+            [
+                task,
+                f"`{name}`",
+                f"{same[0].config['recipe']['steps']:,}",
+                spread([record.seconds.get("training", 0) for record in same], 1, 0),
+                f"{same[0].measures['parameters']:,}",
+                f"{max(record.state_bytes or 0 for record in same):,}",
+                f"{statistics.median(r.measures['cost']['microseconds a token'] for r in same):.1f}",
+                f"{statistics.median(r.measures['cost']['with memory / base'] for r in same):.2f}",
+            ]
+        )
+    header = ["task", "mechanism", "steps", "training, s", "memory's parameters", "bytes a stream"]
+    return markdown([*header, "microseconds a token", "with memory / base"], rows)

@@ -1,0 +1,74 @@
+"""The tables of the tasks' pages: their floors, from result files, and what there is, from the tasks themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mnemic.analysis.examples import sentence
+from mnemic.analysis.markdown import markdown, missing
+from mnemic.bench.results import Record, records
+from mnemic.tasks import TASKS
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Every table of these pages by name: `tasks`, and `floors-NAME` for each task."""
+    found = {record.task: record for record in records(results) if record.task.startswith("floors-")}
+    names = [f"floors-{name}" for name in sorted(TASKS)]
+    made = {name: floors(found[name]) if name in found else missing(f"`{name}`") for name in names}
+    return {"tasks": tasks()} | made
+
+
+def tasks() -> str:
+    """What there is to test a memory with, with links to the pages, which are called like the tasks' modules."""
+    rows = []
+    for name, task in sorted(TASKS.items()):
+        page = task.__module__.rpartition(".")[2]
+        title, _, address = task.card.paper.rpartition(", http")
+        paper = f"[{title}](http{address})" if title else task.card.paper
+        rows.append(
+            [f"[`{name}`]({page}.md)", task.card.title, sentence(task.card.asks), f"`{task.axis}`", paper],
+        )
+    return markdown(["task", "title", "what a memory must do", "gets harder along", "paper"], rows)
+
+
+def floors(record: Record) -> str:
+    """Settings in rows, floors and ceiling in columns."""
+    settings, scores, metric = record.config["settings"], record.scores, record.config["metric"]
+    varied = [key for key in settings[0] if len({str(each[key]) for each in settings}) > 1]
+    names = list(dict.fromkeys(floor_name(floor) for score in scores for floor in score.floors))
+    ceiling = any(score.ceiling is not None for score in scores)
+    rows = []
+    for each, score in zip(settings, scores, strict=True):
+        values = {floor_name(floor): value for floor, value in score.floors.items()}
+        cells = [*(values.get(name) for name in names), *([score.ceiling] * ceiling)]
+        rows.append([*(_plain(each[key]) for key in varied), f"{score.tokens:,}", *(shown(c, metric) for c in cells)])
+    # settings in columns read badly where there is but one row
+    header = [*(f"`{key}`" for key in varied), "tokens", *names, *(["oracle"] * ceiling)]
+    table = (
+        markdown(header, rows)
+        if len(rows) > 1
+        else markdown(["floor", metric], list(zip(header, rows[0], strict=True))[1:])
+    )
+    fixed = ", ".join(f"`{key}` {_plain(value)}" for key, value in settings[0].items() if key not in varied)
+    tokens = f" of {scores[0].tokens:,} tokens" if len(rows) == 1 else ""
+    unit = "In %. " if metric == "%" and len(rows) > 1 else "" if len(rows) == 1 else f"{sentence(metric)} "
+    return f"{table}\n\n{unit}{scores[0].examples:,} test streams{tokens}; {fixed}. Made by `{_command(record)}`."
+
+
+def shown(value: float | None, metric: str) -> str:
+    """A floor as it is printed."""
+    return "-" if value is None else f"{100 * value:.1f}" if metric == "%" else f"{value:.3f}"
+
+
+def floor_name(floor: str) -> str:
+    """A floor's name without its size, which differs from row to row."""
+    return "sample of a segment" if floor.startswith("sample of ") and floor.endswith(" tokens") else floor
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _command(record: Record) -> str:
+    return record.command.split(" --out")[0]

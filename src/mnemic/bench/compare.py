@@ -1,0 +1,423 @@
+"""One run of a comparison: a mechanism on a task with one seed, trained and asked under every control.
+
+Every mechanism gets the same host with the same first weights, the same streams in the same order, the same steps of
+the same optimiser, and the same gradient scope. Every test stream is asked under five conditions:
+
+    memory          the stream's own memory
+    other stream    the memory of another stream of the batch, which has read as much
+    zeroed          the memory with every value zero
+    fresh           a memory that begins with the segment that asks
+    no memory       the memory switched off, with the same weights
+
+The mechanism "none" is the host trained without a memory for as many steps: what the task gives without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mnemic.attachment import Attachment, attach, memory_cache
+from mnemic.bench.experiments import Reporter, Silent
+from mnemic.bench.hosts import Host
+from mnemic.bench.results import Record, Score
+from mnemic.memories import CONFIGS, EMTConfig
+from mnemic.memories.base import MemoryConfig
+from mnemic.state import State, map_state
+from mnemic.tasks.base import TASKS, Task
+from mnemic.training import IGNORED, Batch, obstacle_to_parallel, read_segments, train
+
+CONDITIONS = ("memory", "other stream", "zeroed", "fresh", "no memory")
+NONE = "none"
+"""The mechanism that is none."""
+
+CHECKPOINT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run is trained: AdamW for `steps` steps of `rows` streams, the rate rising over `warm` steps and falling on
+    a cosine. `bptt_segments` is how many segments back gradients go, None for all.
+
+    `stages` make training easier at first: each a share of the steps, and settings of the task that differ in it.
+    """
+
+    steps: int = 600
+    rows: int = 64
+    learning_rate: float = 2e-3
+    warm: int = 100
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    bptt_segments: int | None = None
+    stages: tuple[dict[str, Any], ...] = ()
+
+    def rate(self, progress: float) -> float:
+        """Learning-rate factor at `progress` in [0, 1]."""
+        rise = min(1.0, (progress * self.steps + 1) / max(1, min(self.warm, self.steps // 4)))
+        return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def settings(self) -> list[dict[str, Any]]:
+        """What differs in the task at every step.
+
+        Raises:
+            ValueError: shares that leave nothing for the task itself, or are not between 0 and 1.
+        """
+        plan: list[dict[str, Any]] = []
+        for stage in self.stages:
+            share = stage.get("share", 0)
+            if not 0 < share < 1:
+                raise ValueError(f"a stage's share is {share!r}; give each a part of the steps between 0 and 1")
+            changes = {name: value for name, value in stage.items() if name != "share"}
+            plan += [changes] * round(share * self.steps)
+        if len(plan) >= self.steps > 0 and self.stages:
+            raise ValueError(f"the stages take {len(plan)} of {self.steps} steps; leave some for the task itself")
+        return plan + [{}] * (self.steps - len(plan))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run. `settings` are the task's; it is asked with each of `lengths` as its `axis`. `memory` are settings
+    over the mechanism's `small` ones; `size` as there.
+    """
+
+    task: str
+    mechanism: str
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[Any, ...] = ()
+    memory: dict[str, Any] = field(default_factory=dict)
+    size: int | None = None
+    host: Host = field(default_factory=Host)
+    recipe: Recipe = field(default_factory=Recipe)
+    test_rows: int = 256
+
+    def make_task(self, **changes: Any) -> Task:
+        """The task with its settings, and the host's tokenizer where host and task have one."""
+        if self.task not in TASKS:
+            raise ValueError(f"there is no task {self.task!r}; known: {', '.join(sorted(TASKS))}")
+        kind = TASKS[self.task]
+        settings = {**self.settings, **changes}
+        tokenizer = self.host.tokenizer()
+        if tokenizer is not None and "tokenizer" in kind.__dataclass_fields__:  # pyright: ignore[reportAttributeAccessIssue]
+            settings["tokenizer"] = tokenizer
+        try:
+            return kind(**settings)
+        except TypeError as error:
+            known = ", ".join(kind.__dataclass_fields__)  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(f"task {self.task!r} with {settings}: {error}; its settings: {known}") from None
+
+    def tests(self) -> list[tuple[Any, Task]]:
+        """The task at each length it is asked at."""
+        kind = TASKS[self.task]
+        if not self.lengths:
+            task = self.make_task()
+            return [(getattr(task, kind.axis), task)]
+        return [(length, self.make_task(**{kind.axis: length})) for length in self.lengths]
+
+    def config(self, segment_length: int) -> MemoryConfig | None:
+        """The mechanism's settings; None for none."""
+        if self.mechanism == NONE:
+            return None
+        if self.mechanism not in CONFIGS:
+            known = ", ".join([NONE, *sorted(CONFIGS)])
+            raise ValueError(f"there is no memory {self.mechanism!r}; known: {known}")
+        small = CONFIGS[self.mechanism].small(segment_length, self.host.width, self.size)
+        return MemoryConfig.from_dict({**small.to_dict(), **self.memory})
+
+    def described(self) -> dict[str, Any]:
+        """Everything that decides the result, as plain values: what a finished run is recognised by."""
+        task = self.make_task()
+        config = self.config(task.segment_length)
+        recipe = asdict(self.recipe)
+        recipe["betas"], recipe["stages"] = list(recipe["betas"]), list(recipe["stages"])
+        return {
+            "task": task.settings(),
+            "lengths": list(self.lengths),
+            "memory": config.to_dict() if config else None,
+            "host": asdict(self.host),
+            "recipe": recipe,
+            "test rows": self.test_rows,
+        }
+
+    def run(self, reporter: Reporter | None = None, checkpoint: str | Path | None = None) -> Record:
+        """Trains and measures; the record is not saved yet."""
+        reporter, begun = reporter or Silent(), time.monotonic()
+        task, tests = self.make_task(), self.tests()
+        torch.manual_seed(self.seed)
+        model = self.host.make(max(each.vocabulary for each in (task, *(t for _, t in tests))), task.segment_length)
+        config = self.config(task.segment_length)
+        # without a memory the model still goes through the same code, with one that is switched off
+        attachment = attach(model, config or EMTConfig.small(task.segment_length, 64), freeze=not self.host.trains)
+        without = attachment.disabled() if config is None else contextlib.nullcontext()
+        record = Record(self.task, self.mechanism, self.host.title, self.seed, self.described())
+        with without:
+            if self.host.trains or config is not None:
+                record.seconds["training"] = self._train(attachment, reporter, checkpoint)
+            model.eval()
+            asking = time.monotonic()
+            for length, test in tests:
+                reporter.phase(f"ask at {TASKS[self.task].axis} {length}", self.test_rows)
+                score = evaluate(attachment, test, self.test_rows, seed=self.seed, reporter=reporter)
+                score.length = length if isinstance(length, int) else 0
+                record.scores.append(score)
+                reporter.score(score)
+            record.seconds["evaluation"] = time.monotonic() - asking
+            record.measures["cost"] = cost(attachment, task)
+        record.measures["title"] = TASKS[self.task].card.title
+        record.measures["axis"] = TASKS[self.task].axis
+        record.measures["parameters"] = sum(p.numel() for p in attachment.memory.parameters()) if config else 0
+        record.state_bytes = max(int(score.details["state_bytes"]) for score in record.scores)
+        record.seconds["all"] = time.monotonic() - begun
+        return record
+
+    def _train(self, attachment: Attachment, reporter: Reporter, checkpoint: str | Path | None) -> float:
+        plan = self.recipe.settings()
+        tasks = {str(changes): self.make_task(**changes) for changes in plan}
+
+        def batches(step: int) -> Batch:
+            return tasks[str(plan[step])].examples(self.recipe.rows, "train", 1_000_000 * self.seed + step)
+
+        attachment.model.train(self.host.trains)
+        reporter.phase("train", self.recipe.steps)
+        seconds, accuracy, done = 0.0, 0.0, 0
+        for step in train(
+            attachment.model,
+            batches,
+            steps=self.recipe.steps,
+            learning_rate=self.recipe.learning_rate,
+            schedule=self.recipe.rate,
+            betas=self.recipe.betas,
+            weight_decay=self.recipe.weight_decay,
+            clip=self.recipe.clip,
+            bptt_segments=reach_of(attachment, self.recipe.bptt_segments),
+            checkpoint=checkpoint,
+            checkpoint_seconds=CHECKPOINT_SECONDS,
+        ):
+            seconds, accuracy = step.seconds, 0.95 * accuracy + 0.05 * step.accuracy
+            reporter.advance(step.step + 1 - done, loss=step.loss, right=accuracy)
+            done = step.step + 1
+        return seconds
+
+
+def reach_of(attachment: Attachment, asked: int | None) -> int | None:
+    """How far back gradients go: as far as asked for, but no farther than the mechanism lets them pass."""
+    own = attachment.memory.gradient_reach
+    return own if asked is None else asked if own is None else min(asked, own)
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def conditions(attachment: Attachment, state: State) -> dict[str, State | None]:
+    """The state under which each control asks; None for no memory."""
+
+    def zeroed(tensor: Tensor) -> Tensor:
+        return torch.zeros_like(tensor) if tensor.is_floating_point() else tensor
+
+    return {
+        "other stream": map_state(state, lambda tensor: tensor.roll(1, 0)),
+        "zeroed": map_state(state, zeroed),
+        "fresh": attachment.router.new_stream(len(next(iter(state.values())))).state,
+        "no memory": None,
+    }
+
+
+@dataclass
+class Predicted:
+    """For each condition the most probable token and the negative log-likelihood (nats) of the right one, both
+    `[b, t]` and meant where labels stand; bytes of the largest state of a row, in use.
+    """
+
+    tokens: dict[str, Int[Tensor, "b t"]]
+    nats: dict[str, Float[Tensor, "b t"]]
+    state_bytes: int
+
+
+@torch.no_grad()
+def predict(attachment: Attachment, ids: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]) -> Predicted:
+    """Reads whole streams and asks every segment with labels under every condition, from the state at its start."""
+    model, router = attachment.model, attachment.router
+    length, (rows, total) = router.segment_length, ids.shape
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    names = CONDITIONS if router.enabled else ("memory",)
+    tokens = {name: torch.zeros(rows, total, dtype=torch.long) for name in names}
+    nats = {name: torch.zeros(rows, total) for name in names}
+    ids, cache, state_bytes = ids.to(router.device), memory_cache(model, length), 0
+    segments = total // length
+    wanted = [bool((targets[:, s * length : (s + 1) * length] != IGNORED).any()) for s in range(segments)]
+
+    def note(name: str, logits: Tensor, here: slice) -> None:
+        tokens[name][:, here] = logits.argmax(-1).cpu()
+        target = targets[:, here].to(logits.device)
+        lost = F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
+        nats[name][:, here] = lost.cpu()
+
+    s = 0
+    while s < segments:
+        here = slice(s * length, (s + 1) * length)
+        if not wanted[s] and router.enabled and obstacle_to_parallel(model, length) is None:
+            # segments without a question can be read at once
+            stop = next((later for later in range(s, segments) if wanted[later]), segments)
+            cache.memory.stream = read_segments(model, ids[:, s * length : stop * length], cache.memory.stream)
+            s = stop
+            continue
+        if wanted[s] and router.enabled:
+            stream = cache.memory.stream or router.new_stream(rows)
+            state_bytes = max(state_bytes, sum(t[0].numel() * t.element_size() for t in stream.state.values()))
+            for name, state in conditions(attachment, stream.state).items():
+                with attachment.disabled() if state is None else contextlib.nullcontext():
+                    branch = memory_cache(model, length)
+                    if state is not None:
+                        branch.memory.stream = router.new_stream(rows, state)
+                    note(name, model(input_ids=ids[:, here], past_key_values=branch, use_cache=True).logits, here)
+        output = model(input_ids=ids[:, here], past_key_values=cache, use_cache=True)
+        if wanted[s]:
+            note("memory", output.logits, here)
+        s += 1
+    # the token at t was predicted one place before
+    tokens = {name: F.pad(each[:, :-1], (1, 0)) for name, each in tokens.items()}
+    nats = {name: F.pad(each[:, :-1], (1, 0)) for name, each in nats.items()}
+    return Predicted(tokens, nats, state_bytes)
+
+
+def evaluate(
+    attachment: Attachment,
+    task: Task,
+    rows: int,
+    *,
+    seed: int = 0,
+    batch: int = 64,
+    reporter: Reporter | None = None,
+) -> Score:
+    """Scores `rows` test streams under every condition, beside the task's floors."""
+    reporter = reporter or Silent()
+    test = task.examples(rows, "test", seed)
+    parts: list[Predicted] = []
+    for start in range(0, rows, batch):
+        some = test.take(slice(start, start + batch))
+        parts.append(predict(attachment, some.input_ids, some.labels))
+        reporter.advance(len(some.input_ids))
+    names = list(parts[0].tokens)
+    tokens = {name: torch.cat([part.tokens[name] for part in parts]) for name in names}
+    nats = {name: torch.cat([part.nats[name] for part in parts]) for name in names}
+    scores = {name: task.score(tokens[name], test) for name in names}
+    details: dict[str, float] = {"state_bytes": max(part.state_bytes for part in parts)}
+    for name in names:
+        measured = task.measures(tokens[name], test)
+        details |= {each if name == "memory" else f"{name}: {each}": value for each, value in measured.items()}
+    details["nats a labelled token"] = nats["memory"][test.asked].mean().item()
+    return Score(
+        length=0,
+        tokens=int(test.input_ids.shape[1]),
+        examples=int(task.right(test.labels, test).numel()),
+        score=scores.pop("memory"),
+        controls=scores,
+        floors=floors(task, rows, seed),
+        ceiling=1.0 if task.solvable else None,
+        details=details,
+        outcomes={name: _packed(task.right(tokens[name], test)) for name in names},
+    )
+
+
+_FLOORS: dict[str, dict[str, float]] = {}
+
+
+def floors(task: Task, rows: int, seed: int) -> dict[str, float]:
+    """The task's floors, computed once in a process: every mechanism is held against the same ones."""
+    key = json.dumps([task.name, task.settings(), rows, seed])
+    if key not in _FLOORS:
+        _FLOORS[key] = task.floors(rows, seed)
+    return _FLOORS[key]
+
+
+def _packed(right: Tensor) -> str:
+    return "".join("1" if each else "0" for each in right.tolist())
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cost(attachment: Attachment, task: Task, rows: int = 8, segments: int = 4, runs: int = 5) -> dict[str, float]:
+    """Microseconds a token when `rows` streams are read in step, with the memory and without it, medians of `runs`
+    interleaved ones; and their ratio.
+    """
+    router = attachment.router
+    length = router.segment_length
+    source = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, task.vocabulary, (rows, segments * length), generator=source).to(router.device)
+
+    def once() -> float:
+        cache, begun = memory_cache(attachment.model, length), time.perf_counter()
+        for segment in ids.split(length, 1):
+            attachment.model(input_ids=segment, past_key_values=cache, use_cache=True)
+        return 1e6 * (time.perf_counter() - begun) / ids.numel()
+
+    def timed() -> Iterator[tuple[float, float]]:
+        once()
+        for _ in range(runs):
+            with attachment.disabled():
+                without = once()
+            yield once(), without
+
+    pairs = list(timed())
+    return {
+        "microseconds a token": statistics.median(with_it for with_it, _ in pairs),
+        "microseconds a token without": statistics.median(without for _, without in pairs),
+        "with memory / base": statistics.median(with_it / without for with_it, without in pairs),
+    }
+
+
+# --- equal bytes -----------------------------------------------------------------------------------------------------
+
+
+def most_bytes(run: Run) -> int:
+    """The law of the run's state: most bytes of a stream when the longest of its tests asks."""
+    task = run.make_task()
+    config = run.config(task.segment_length)
+    if config is None:
+        return 0
+    written = max(test.examples(1, "test").input_ids.shape[1] // task.segment_length - 1 for _, test in run.tests())
+    return config.build(run.host.width, run.host.depth).most_bytes(written)
+
+
+def match_bytes(runs: Sequence[Run], most: int) -> list[Run]:
+    """The runs with the largest `size` whose state takes at most `most` bytes; as they are where there is no size.
+
+    Raises:
+        ValueError: a mechanism whose smallest state is larger.
+    """
+    return [_matched(run, most) for run in runs]
+
+
+def _matched(run: Run, most: int) -> Run:
+    def sized(size: int) -> Run:
+        return replace(run, size=size)
+
+    if run.mechanism == NONE or most_bytes(sized(1)) == most_bytes(sized(2)):
+        return run
+    if most_bytes(sized(1)) > most:
+        raise ValueError(
+            f"{run.mechanism} on {run.task} takes {most_bytes(sized(1)):,} bytes at its smallest; "
+            f"match at least that instead of {most:,}"
+        )
+    low, high = 1, 2
+    while most_bytes(sized(high)) <= most:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if most_bytes(sized(middle)) <= most else (low, middle)
+    return sized(low)

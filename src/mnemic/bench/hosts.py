@@ -1,0 +1,115 @@
+"""Models that memories are compared on: small ones made on the spot, or any pretrained one, frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+SMALL = ("tiny-gpt2", "tiny-llama")
+
+
+@dataclass(frozen=True)
+class Host:
+    """`name` is "tiny-gpt2" or "tiny-llama", made with `depth` blocks of `width` and trained together with its memory;
+    or the folder or hub id of a pretrained causal model, which stays frozen and brings its tokenizer.
+    """
+
+    name: str = "tiny-gpt2"
+    width: int = 64
+    depth: int = 2
+    heads: int = 4
+
+    @property
+    def trains(self) -> bool:
+        """Whether the host's own weights train."""
+        return self.name in SMALL
+
+    @property
+    def title(self) -> str:
+        """For records."""
+        if not self.trains:
+            return self.name.rstrip("/").rpartition("/")[2]
+        return f"{self.name}, {self.depth} blocks, width {self.width}, trained with its memory"
+
+    def make(self, vocabulary: int, positions: int) -> nn.Module:
+        """The model; a small one draws its weights from torch's global generator.
+
+        Raises:
+            ValueError: a pretrained model with fewer tokens than `vocabulary`.
+        """
+        if self.name == "tiny-gpt2":
+            return tiny_gpt2(vocabulary, positions, self.width, self.depth, self.heads)
+        if self.name == "tiny-llama":
+            return tiny_llama(vocabulary, self.width, self.depth, self.heads)
+        model = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32).eval()
+        if model.config.vocab_size < vocabulary:
+            raise ValueError(f"{self.name} has {model.config.vocab_size} tokens, the task needs {vocabulary}")
+        return model
+
+    def tokenizer(self) -> Any:
+        """That of a pretrained model; None for the small ones, which use a task's own vocabulary."""
+        return None if self.trains else AutoTokenizer.from_pretrained(self.name)
+
+
+def tiny_gpt2(vocabulary: int, positions: int, width: int, depth: int, heads: int) -> GPT2LMHeadModel:
+    """A GPT-2 whose embeddings start larger, and whose matrices start as `nn.Linear` does: so small a model then leaves
+    the plateau of guessing sooner.
+    """
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=positions,
+            n_embd=width,
+            n_layer=depth,
+            n_head=heads,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+    nn.init.normal_(model.transformer.wte.weight, std=0.5)
+    nn.init.normal_(model.transformer.wpe.weight, std=0.2)
+    for parameter in model.transformer.h.parameters():
+        if parameter.ndim == 2:
+            bound = parameter.shape[0] ** -0.5  # GPT-2 stores its matrices input first
+            nn.init.uniform_(parameter, -bound, bound)
+    model.lm_head.reset_parameters()
+    return model
+
+
+def tiny_llama(vocabulary: int, width: int, depth: int, heads: int) -> LlamaForCausalLM:
+    """A Llama, with rotary positions, started likewise."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+    nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
+    for module in [*model.model.layers.modules(), model.lm_head]:
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+    return model

@@ -1,0 +1,204 @@
+"""A suite: tasks with their lengths, run with every mechanism and seed on equal terms.
+
+A suite is a TOML file:
+
+    title = "What it is for"
+
+    [host]                        # fields of `Host`
+    width = 64
+
+    [recipe]                      # fields of `Recipe`, for all tasks
+    steps = 600
+
+    [memory.emt]                  # settings of a mechanism over its small ones, for all tasks
+    heads = 2
+
+    [[task]]
+    name = "reverse"
+    settings = { count = 12 }     # fields of the task
+    lengths = [2, 4]              # values of the task's axis that it is asked at; its own setting if left out
+    recipe = { steps = 1000 }     # over those above
+    memory.emt = { slots = 32 }   # over those above
+    only = ["none", "emt"]        # for what is meant for some mechanisms
+
+Every run writes one record, and a run whose record is there with the same settings is not run again. A run that was
+killed goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from mnemic.bench.compare import NONE, Recipe, Run
+from mnemic.bench.hosts import Host
+from mnemic.bench.results import Record
+from mnemic.memories import CONFIGS
+from mnemic.tasks.base import TASKS
+
+PLACE = files("mnemic") / "suites"
+"""Where the suites that come with the package are."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A task of a suite."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[Any, ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)
+    memory: dict[str, dict[str, Any]] = field(default_factory=dict)
+    test_rows: int = 256
+    only: tuple[str, ...] = ()
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is compared."""
+
+    name: str
+    title: str
+    host: Host
+    entries: tuple[Entry, ...]
+    mechanisms: tuple[str, ...] = ()
+
+    def runs(self, mechanisms: Sequence[str] = (), seeds: int = 1, host: Host | None = None) -> list[Run]:
+        """Every task with every mechanism and seed; all registered mechanisms unless some are named. "none", the host
+        without a memory, is always among them.
+
+        Raises:
+            ValueError: an unknown mechanism, or fewer than 1 seed.
+        """
+        if seeds < 1:
+            raise ValueError(f"seeds is {seeds}; use 1 or more")
+        named = list(mechanisms) or list(self.mechanisms) or sorted(CONFIGS)
+        if unknown := sorted({*named} - {NONE, *CONFIGS}):
+            raise ValueError(f"unknown memory {', '.join(unknown)}; known: {', '.join([NONE, *sorted(CONFIGS)])}")
+        return [
+            Run(
+                task=entry.name,
+                mechanism=mechanism,
+                seed=seed,
+                settings=entry.settings,
+                lengths=entry.lengths,
+                memory=entry.memory.get(mechanism, {}),
+                host=host or self.host,
+                recipe=entry.recipe,
+                test_rows=entry.test_rows,
+            )
+            for entry in self.entries
+            for seed in range(seeds)
+            for mechanism in dict.fromkeys([NONE, *named])
+            if not entry.only or mechanism in entry.only
+        ]
+
+
+def names() -> list[str]:
+    """The suites that come with the package."""
+    return sorted(each.name.removesuffix(".toml") for each in PLACE.iterdir() if each.name.endswith(".toml"))
+
+
+def load(suite: str | Path) -> Suite:
+    """A suite by its name, or from a TOML file.
+
+    Raises:
+        FileNotFoundError: neither a name nor a file.
+        ValueError: a file with an unknown task, mechanism or setting, or that is not TOML.
+    """
+    path = Path(suite)
+    if path.is_file():
+        name, text = path.stem, path.read_text()
+    elif str(suite) in names():
+        name, text = str(suite), (PLACE / f"{suite}.toml").read_text()
+    else:
+        raise FileNotFoundError(f"{suite} is neither a file nor one of the suites {', '.join(names())}")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{suite} is not TOML: {error}") from error
+    return parse(name, values)
+
+
+def parse(name: str, values: dict[str, Any]) -> Suite:
+    """A suite from the values of its file; raises `ValueError` naming what is wrong."""
+    _known(name, values, {"title", "host", "recipe", "memory", "mechanisms", "test_rows", "task"})
+    if not values.get("task"):
+        raise ValueError(f"suite {name} has no [[task]]; add at least one")
+    host = _made(Host, values.get("host", {}), f"{name}: host")
+    common = values.get("recipe", {})
+    entries = []
+    for number, task in enumerate(values["task"]):
+        where = f"{name}: task {number + 1} ({task.get('name')})"
+        _known(where, task, {"name", "settings", "lengths", "recipe", "memory", "test_rows", "only", "label"})
+        if task.get("name") not in TASKS:
+            raise ValueError(f"{where}: there is no such task; known: {', '.join(sorted(TASKS))}")
+        both = (values.get("memory", {}), task.get("memory", {}))
+        memory = {kind: {**both[0].get(kind, {}), **both[1].get(kind, {})} for kind in {*both[0], *both[1]}}
+        if unknown := sorted({*memory, *task.get("only", ())} - {NONE, *CONFIGS}):
+            raise ValueError(f"{where}: unknown memory {', '.join(unknown)}; known: {', '.join(sorted(CONFIGS))}")
+        _known(where, task.get("settings", {}), set(TASKS[task["name"]].__dataclass_fields__))  # pyright: ignore
+        recipe = {**common, **task.get("recipe", {})}
+        recipe = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items()}
+        entries.append(
+            Entry(
+                name=task["name"],
+                settings=task.get("settings", {}),
+                lengths=tuple(task.get("lengths", ())),
+                recipe=_made(Recipe, recipe, f"{where}: recipe"),
+                memory=memory,
+                test_rows=task.get("test_rows", values.get("test_rows", 256)),
+                only=tuple(task.get("only", ())),
+            )
+        )
+    return Suite(name, values.get("title", name), host, tuple(entries), tuple(values.get("mechanisms", ())))
+
+
+def _known(where: str, values: dict[str, Any], known: set[str]) -> None:
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{where} has no {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+
+
+def _made(kind: Any, values: dict[str, Any], where: str) -> Any:
+    _known(where, values, {each.name for each in dataclasses.fields(kind)})
+    return kind(**values)
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def plain(values: Any) -> Any:
+    """Values as they come back from JSON."""
+    return json.loads(json.dumps(values))
+
+
+def file_name(run: Run) -> str:
+    """`<task>-<settings' mark>-<mechanism>-seed<seed>.json`: one task may be in a suite with several settings."""
+    task = {**run.settings, "lengths": list(run.lengths)}
+    mark = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()[:6]
+    return f"{run.task}-{mark}-{run.mechanism}-seed{run.seed}.json"
+
+
+def finished(run: Run, folder: Path) -> Record | None:
+    """The record of a run that was finished with the same settings, if there is one."""
+    path = folder / file_name(run)
+    if not path.is_file():
+        return None
+    record = Record.load(path)
+    return record if record.config == plain(run.described()) else None
+
+
+def limited(suite: Suite, tasks: Sequence[str]) -> Suite:
+    """The suite with some of its tasks; raises `ValueError` for one that it does not have."""
+    if unknown := sorted(set(tasks) - {entry.name for entry in suite.entries}):
+        have = ", ".join(dict.fromkeys(entry.name for entry in suite.entries))
+        raise ValueError(f"suite {suite.name} has no task {', '.join(unknown)}; it has {have}")
+    return replace(suite, entries=tuple(entry for entry in suite.entries if entry.name in tasks)) if tasks else suite

@@ -1,0 +1,195 @@
+"""`mnemic bench SUITE`: a suite with its live table."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mnemic.cli.show import SECONDS_BETWEEN_LINES, console
+
+if TYPE_CHECKING:
+    from mnemic.bench.compare import Run
+    from mnemic.bench.results import Record
+    from mnemic.bench.workers import Event
+
+
+def suite(
+    name: Annotated[str, typer.Argument(metavar="SUITE", help="smoke, cpu, paper, or a TOML file.")],
+    memory: Annotated[
+        str, typer.Option(help="Mechanisms, separated by commas; all by default. none is always run.")
+    ] = "",
+    host: Annotated[
+        str, typer.Option(help="tiny-gpt2, tiny-llama, or a pretrained causal model, which stays frozen.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(help="Seeds, from 0 on.")] = 3,
+    task: Annotated[str, typer.Option(help="Some of the suite's tasks, separated by commas.")] = "",
+    match: Annotated[
+        str,
+        typer.Option(help="bytes: every mechanism gets as many bytes of state as the smallest; bytes=65536: so many."),
+    ] = "",
+    workers: Annotated[int, typer.Option(help="Runs at the same time; all cores by default.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the result files; the suite gets one of its own in it.")] = Path(
+        "results"
+    ),
+) -> None:
+    """Mechanism x task x length on equal terms, with controls and floors. A run that is finished is not run again."""
+    from dataclasses import replace
+
+    from mnemic.bench.compare import match_bytes, most_bytes
+    from mnemic.bench.results import command
+    from mnemic.bench.suite import limited, load
+    from mnemic.bench.workers import perform
+
+    try:
+        chosen = limited(load(name), [word for word in task.split(",") if word])
+        model = replace(chosen.host, name=host) if host else chosen.host
+        runs = chosen.runs([word for word in memory.split(",") if word], seeds, model)
+        if match:
+            runs = matched(runs, match, most_bytes, match_bytes)
+        for run in runs:
+            run.described()  # wrong settings are told before anything runs
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from None
+    folder = out / (f"suite-{chosen.name}" + (f"-{model.title}" if host else "") + ("-bytes" if match else ""))
+    with Board(f"{chosen.title}: score, %, mean over finished seeds", runs) as board:
+        perform(runs, folder, command(), workers or os.cpu_count() or 1, board.take)
+    console.print(board.table())
+    for number, error in board.failed.items():
+        console.print(f"[red]failed:[/red] {label(runs[number])}: {escape(error)}", highlight=False)
+    console.print(f"results {folder}")
+    if board.failed:
+        raise typer.Exit(1)
+
+
+def matched(runs: list[Run], match: str, most_bytes: Any, match_bytes: Any) -> list[Run]:
+    """The runs with states of equal bytes, task by task."""
+    kind, _, number = match.partition("=")
+    if kind != "bytes" or (number and not number.isdigit()):
+        raise ValueError(f"match is {match!r}; use bytes, or bytes=65536")
+    result = list(runs)
+    for key in {(run.task, str(run.settings), run.lengths) for run in runs}:
+        places = [i for i, run in enumerate(runs) if (run.task, str(run.settings), run.lengths) == key]
+        most = int(number) if number else min(size for i in places if (size := most_bytes(runs[i])))
+        for place, run in zip(places, match_bytes([runs[i] for i in places], most), strict=True):
+            result[place] = run
+    return result
+
+
+def label(run: Run) -> str:
+    """A run in a line."""
+    return f"{run.task} {run.mechanism} seed {run.seed}"
+
+
+class Board:
+    """Bars of what is running above a table of what is finished."""
+
+    def __init__(self, title: str, runs: list[Run]) -> None:
+        self.title, self.runs = title, runs
+        self.records: dict[int, Record] = {}
+        self.failed: dict[int, str] = {}
+        self.progress = Progress(
+            TextColumn("{task.description:<44}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self.all = self.progress.add_task("all runs", total=len(runs), note="")
+        self.bars: dict[int, Any] = {}
+        self.live = Live(self, console=console, refresh_per_second=2, transient=True)
+        self.printed = 0.0
+
+    def __enter__(self) -> Board:
+        if console.is_terminal:
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if console.is_terminal:
+            self.live.__exit__(*error)
+
+    def __rich__(self) -> Group:
+        return Group(self.progress, self.table())
+
+    def take(self, event: Event) -> None:
+        """Shows an event."""
+        run = self.runs[event.number]
+        bar = self.bars.get(event.number)
+        if event.record is not None or event.error is not None:
+            if event.record is not None:
+                self.records[event.number] = event.record
+            elif event.error is not None:
+                self.failed[event.number] = event.error
+            if bar is not None:
+                self.progress.remove_task(self.bars.pop(event.number))
+            self.progress.advance(self.all)
+            if not console.is_terminal and not event.again:
+                done = len(self.records) + len(self.failed)
+                console.print(f"{done} of {len(self.runs)}  {label(run)}: {outcome(event)}", highlight=False)
+            return
+        note = "  ".join(f"{name} {value:.3f}" for name, value in event.note.items())
+        if bar is None:
+            bar = self.bars[event.number] = self.progress.add_task("", total=event.total, note="")
+        description = f"{label(run)}: {event.phase}"
+        self.progress.update(bar, description=description, completed=event.done, total=event.total, note=note)
+        if not console.is_terminal and time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
+            self.printed = time.monotonic()
+            console.print(f"  {description} {event.done} of {event.total}  {note}", highlight=False)
+
+    def table(self) -> Table:
+        """Scores by task and length, one column a mechanism, and the floors."""
+        mechanisms = list(dict.fromkeys(run.mechanism for run in self.runs))
+        floors = ("uniform", "last segment", "oracle")
+        table = Table(title=self.title, title_justify="left", title_style="bold")
+        table.add_column("task")
+        table.add_column("length", justify="right")
+        for name in mechanisms:
+            table.add_column(name, justify="right")
+        for name in floors:
+            table.add_column(name, justify="right", style="dim")
+        rows: dict[tuple[str, Any, str], dict[str, list[Any]]] = {}
+        for number, record in self.records.items():
+            run = self.runs[number]
+            for score in record.scores:
+                key = (run.task, score.length, str(run.settings))
+                rows.setdefault(key, {}).setdefault(run.mechanism, []).append(score)
+        for (task, length, _), found in rows.items():
+            some = next(iter(found.values()))[0]
+            cells = [
+                f"{100 * statistics.mean(s.score for s in found[name]):.1f}" if name in found else ""
+                for name in mechanisms
+            ]
+            known = [f"{100 * some.floors[name]:.1f}" if name in some.floors else "" for name in floors]
+            table.add_row(task, str(length), *cells, *known)
+        return table
+
+
+def outcome(event: Event) -> str:
+    """A finished run in a line."""
+    if event.record is None:
+        return f"failed: {event.error}"
+    scores = ", ".join(f"{100 * score.score:.1f}" for score in event.record.scores)
+    return f"{scores} % in {event.record.seconds['all']:.0f} s"
+
+
+class SuiteGroup(typer.core.TyperGroup):
+    """Takes a word that is no command for a suite: `mnemic bench smoke`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command of that name, else `suite` with all words."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            args = ["suite", *args]
+        return super().resolve_command(ctx, args)

@@ -1,0 +1,715 @@
+"""Language modelling on long documents read in order: bits per byte, by position in the document.
+
+The oldest test of a memory (Transformer-XL, https://arxiv.org/abs/1901.02860; Compressive Transformer,
+https://arxiv.org/abs/1911.05507; Memoria, https://arxiv.org/abs/2310.03052, section 4.2): what was read of a document
+makes the rest easier to predict. A stream is an excerpt of `segments` segments of one document. Every token but the
+first has a label. What counts is the probability that a model gives to each, not the most probable token: `bits` makes
+bits per byte of negative log-likelihoods, which compare between tokenizers, and perplexity, which does not.
+
+Without `data` documents come from a small world of our own. A document is about `cast` people with names, and every
+person has six traits that never change within it. Sentences are drawn one by one: a person of the cast, one of eight
+kinds of sentence, each as likely as another. Six kinds name a trait, one names another of the cast, one a random place.
+So names and traits can be known from what was read, and the rest cannot: what an ideal reader pays for each word is
+known exactly (`reader_bits`), for a reader of everything as well as for one of the last segment. The lists, the
+sentences and the reader are ours. With the tokenizer "words", a word is a token; its bytes are its letters and the
+space before it.
+
+With `data` documents are real ones, divided into those to train on, to choose by and to test on. Floors there are
+n-gram models that are learned on training documents and count on in the segments that they may look at: an honest
+mirror of a memory that remembers word for word.
+
+`Stateful` makes batches for training whose rows stay with their documents, as in those papers, with the memory carried
+from step to step or begun again every so many steps (Memoria: 500, on enwik8 1,500, and never at a document's end).
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+
+from mnemic.tasks import text as encoders
+from mnemic.tasks.base import Examples, Task, TaskCard, generator, seed_of, shuffled
+from mnemic.tasks.documents import DocumentBatch, DocumentStream, Tokens, bits_per_byte, novels, split, tokenize
+from mnemic.training import IGNORED
+
+Text = tuple[str, str]
+"""A document: its name and its text."""
+
+# --- real documents --------------------------------------------------------------------------------------------------
+
+HEADING = re.compile(r" = [^=\n].* = ")
+"""Title of an article in WikiText. Those of its sections have more signs."""
+
+
+def articles(text: str) -> list[Text]:
+    """The articles of a WikiText file, in order: titles, and texts that begin with the title's line.
+
+    An article begins with a line ` = Title = ` between two empty ones; other lines of that form are formulas or table
+    rows.
+
+    Raises:
+        ValueError: no article in it.
+    """
+    lines = text.split("\n")
+    starts = [
+        place
+        for place, line in enumerate(lines)
+        if HEADING.fullmatch(line)
+        and (place == 0 or not lines[place - 1].strip())
+        and (place + 1 == len(lines) or not lines[place + 1].strip())
+    ]
+    if not starts:
+        raise ValueError('this text has no line " = Title = " as articles of WikiText begin with; is it WikiText?')
+    parts = itertools.pairwise([*starts, len(lines)])
+    return [(lines[start].strip(" ="), "\n".join(lines[start:stop]).strip("\n") + "\n") for start, stop in parts]
+
+
+def wikitext(path: str | os.PathLike[str]) -> list[Text]:
+    """The articles of WikiText files: a file, or every `.txt` in a folder or a tar archive (Merity et al. 2016,
+    https://arxiv.org/abs/1609.07843). Titles are not unique.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: a file without articles, or one that is not UTF-8.
+    """
+    return [article for _, text in novels(path) for article in articles(text)]
+
+
+def enwik8(path: str | os.PathLike[str]) -> dict[str, list[Text]]:
+    """The first bytes of English Wikipedia (http://mattmahoney.net/dc/textdata.html), divided as is usual: the first
+    90 % to train on, 5 % to choose by, 5 % to test on; one document each. A cut moves back to where a character begins.
+
+    `path` is the file or its zip, which is read and not unpacked. A beginning of it will do.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: a zip with another number of files than one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; pass enwik8 or enwik8.zip")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [entry for entry in archive.infolist() if not entry.is_dir()]
+            if len(names) != 1:
+                raise ValueError(f"{path} holds {len(names)} files; pass enwik8 or enwik8.zip, which holds one")
+            if names[0].file_size > 2**30:
+                raise ValueError(f"{path} unpacks to {names[0].file_size} bytes; enwik8 has 100,000,000")
+            data = archive.read(names[0])
+    else:
+        data = path.read_bytes()
+    cuts = [0, len(data) * 90 // 100, len(data) * 95 // 100, len(data)]
+    for place in (1, 2):
+        while cuts[place] > 0 and data[cuts[place]] & 0xC0 == 0x80:
+            cuts[place] -= 1
+    # the end of the file cuts through a character
+    names = ("train", "validation", "test")
+    parts = zip(names, itertools.pairwise(cuts), strict=True)
+    return {name: [(f"enwik8 {name}", data[start:stop].decode(errors="ignore"))] for name, (start, stop) in parts}
+
+
+def from_hub(name: str, split: str = "test", config: str | None = None, column: str = "text") -> list[Text]:
+    """Documents of a dataset on the Hugging Face hub, one a row; of WikiText, whose rows are lines, the articles.
+
+    Needs the package `datasets`, and the network where the dataset is not in its cache; `name` may be a folder.
+
+    Raises:
+        ModuleNotFoundError: the package is missing.
+        ValueError: the dataset has no such column.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("texts from the hub need the package datasets: pip install datasets") from error
+    rows = datasets.load_dataset(name, config, split=split)
+    if column not in (rows.column_names or []):
+        raise ValueError(f"{name} has no column {column!r}; choose one of {', '.join(rows.column_names or [])}")
+    texts = [str(text) for text in rows[column]]
+    if "wikitext" in name.lower():
+        # some versions keep the line feed of each line
+        return articles("\n".join(text.removesuffix("\n") for text in texts))
+    return [(f"{name} {number}", text) for number, text in enumerate(texts)]
+
+
+# --- batches whose rows stay with their documents --------------------------------------------------------------------
+
+
+class Stateful:
+    """The batches of a stream of documents, with the memory carried, or begun again every `reset_every` steps.
+
+    Rows go on reading where they are: only `fresh` differs. `per_document` False leaves a memory alone where a document
+    begins, so that only the steps count, as in Memoria's training.
+
+    Raises:
+        ValueError: `reset_every` below 1.
+    """
+
+    def __init__(self, stream: DocumentStream, reset_every: int | None = None, per_document: bool = True) -> None:
+        if reset_every is not None and reset_every < 1:
+            raise ValueError(f"reset_every is {reset_every}; use 1 step or more, or None to carry the memory on")
+        self.stream, self.reset_every, self.per_document = stream, reset_every, per_document
+
+    @property
+    def steps(self) -> int | None:
+        """Steps until the end; None for a stream without end."""
+        return self.stream.steps
+
+    def __getitem__(self, step: int) -> DocumentBatch:
+        """The batch of a step. Rows that have run out of documents are never fresh.
+
+        Raises:
+            IndexError: a step below 0, or behind the end.
+        """
+        batch = self.stream[step]
+        begins = step == 0 if self.reset_every is None else step % self.reset_every == 0
+        fresh = batch.fresh if self.per_document else torch.zeros_like(batch.fresh)
+        return replace(batch, fresh=(fresh | begins) & (batch.document >= 0))
+
+    def __iter__(self) -> Iterator[DocumentBatch]:
+        """The batches from step 0 on."""
+        return (self[step] for step in (itertools.count() if self.steps is None else range(self.steps)))
+
+
+# --- a world of people with traits -----------------------------------------------------------------------------------
+
+
+def _words(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
+NAMES = _words("""
+    ada bela cora dora edgar finn greta hugo iris jonas klara liam mona nils olga piet quinn rosa sven thea ulla vera
+    wanda xenia yann zora arno britta carl dina emil frida""")
+TRAITS = {
+    "works": _words("""
+        baker miller weaver potter smith tailor fisher hunter farmer shepherd gardener carpenter mason painter printer
+        sailor porter teacher doctor lawyer judge clerk piper cook"""),
+    "lives": _words("""
+        ashford birchley crowhill dunmere eastwick fernham glenrock hazelton ironbridge jarrow kingsey larkfield
+        marlow northam oakley penrith queensbury ripley stonegate thornby upton vellum westbourne yarrow"""),
+    "keeps": _words("""
+        badger canary donkey falcon ferret goat goose hamster hare hedgehog heron lamb lizard mouse owl parrot pigeon
+        pony rabbit raven robin squirrel swan turtle"""),
+    "owns": _words("""
+        basket blanket bottle bucket candle clock compass drum fiddle hammer kettle ladder lantern locket map mirror
+        needle purse ring saddle scarf shovel trunk wheel"""),
+    "likes": _words("""
+        apples barley beans bread butter cabbage carrots cheese cherries figs ginger grapes honey leeks lentils mint
+        mustard olives onions pears plums radishes soup turnips"""),
+    "fears": _words("""
+        bees bells bulls cellars crowds darkness drums fevers fire fog ghosts heights ice lightning mirrors moths rats
+        silence snakes spiders storms thunder wasps wolves"""),
+}
+PLACES = _words("""
+    abbey bakery bank barn bridge castle cave chapel cliff dock fair ferry field forge fountain garden gate hall
+    harbour hill inn lake library market""")
+FORMS = {
+    "works": "works as a {} .",
+    "lives": "lives in {} now .",
+    "keeps": "keeps a {} .",
+    "owns": "owns a {} .",
+    "likes": "likes {} most .",
+    "fears": "fears {} most .",
+    "meets": "meets {} again .",
+    "walks": "walks to the {} .",
+}
+"""What follows a name; the first word tells the kind of sentence, one of eight."""
+
+OPENING = "here begins a tale ."
+CHOICES = {**{kind: len(values) for kind, values in TRAITS.items()}, "walks": len(PLACES)}
+
+
+def tale(cast: int, sentences: int, generator: Generator) -> list[str]:
+    """A document as sentences, the first of which is the same for all."""
+    people = shuffled(1, len(NAMES), generator)[0, :cast].tolist()
+    traits = {kind: torch.randint(len(TRAITS[kind]), (cast,), generator=generator).tolist() for kind in TRAITS}
+    who = torch.randint(cast, (sentences,), generator=generator).tolist()
+    kinds = torch.randint(len(FORMS), (sentences,), generator=generator).tolist()
+    other = torch.randint(1, cast, (sentences,), generator=generator).tolist()
+    place = torch.randint(len(PLACES), (sentences,), generator=generator).tolist()
+    told = [OPENING]
+    for number, person in enumerate(who):
+        kind = list(FORMS)[kinds[number]]
+        if kind == "walks":
+            word = PLACES[place[number]]
+        elif kind == "meets":
+            word = NAMES[people[(person + other[number]) % cast]]
+        else:
+            word = TRAITS[kind][traits[kind][person]]
+        told.append(f"{NAMES[people[person]]} {FORMS[kind].format(word)}")
+    return told
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word as the reader sees it: `kind` "who", "kind", a trait, "meets", "walks" or "" where it is certain, and
+    whom it is about.
+    """
+
+    text: str
+    kind: str = ""
+    person: str = ""
+
+
+def parse(words: Sequence[str]) -> list[Word]:
+    """What each word of a tale is for. A word behind the last full stop may be cut."""
+    found: list[Word] = [Word(word) for word in words[: len(OPENING.split())]]
+    sentence: list[str] = []
+    for word in words[len(found) :]:
+        sentence.append(word)
+        person, place = sentence[0], len(sentence) - 1
+        kind = sentence[1] if place > 0 else ""
+        form = FORMS[kind].split() if kind in FORMS else []
+        if place < 2:
+            found.append(Word(word, "who" if place == 0 else "kind", person))
+        elif place - 1 < len(form) and form[place - 1] == "{}":
+            found.append(Word(word, kind, person))
+        else:
+            found.append(Word(word))
+        if word == ".":
+            sentence = []
+    return found
+
+
+def facts_told(words: Sequence[Word]) -> set[tuple[str, str]]:
+    """Which traits of which people were told."""
+    return {(word.person, word.kind) for word in words if word.kind in TRAITS}
+
+
+def reader_bits(
+    words: Sequence[Word], segment: Sequence[int], earlier: Sequence[Sequence[int]], cast: int
+) -> list[float]:
+    """What an ideal reader pays for each word, in bits: -log2 of its probability, exact under the rules of the world.
+
+    `segment` tells in which segment each word begins, `earlier` for each segment which earlier ones the reader
+    remembers. A reader that has forgotten something still knows how the sentence began that it is in.
+
+    A person is known if their name was read. With `n` of the cast known, a sentence begins with each of them with
+    probability `1 / cast`, and with every other name with `(cast - n) / cast / (names - n)`. A trait that was read is
+    certain, another one is any of its list.
+    """
+    people: dict[str, set[int]] = {}
+    traits: dict[tuple[str, str], set[int]] = {}
+    bits = []
+    for place, (word, here) in enumerate(zip(words, segment, strict=True)):
+        remembered = {here, *earlier[here]}
+        known = {name for name, mentions in people.items() if not mentions.isdisjoint(remembered)}
+        if word.kind in ("who", "meets"):
+            # nobody meets themselves
+            known -= {word.person} if word.kind == "meets" else set()
+            left, names = cast - (word.kind == "meets"), len(NAMES) - (word.kind == "meets")
+            new = word.text not in known
+            chance = (left - len(known)) / left / (names - len(known)) if new else 1 / left
+            bits.append(-math.log2(chance) if chance > 0 else 0.0)  # a cut name may be none
+            if place + 1 < len(words):  # the last word may be cut
+                people.setdefault(word.text, set()).add(here)
+        elif word.kind == "kind":
+            bits.append(math.log2(len(FORMS)))
+        elif word.kind in TRAITS:
+            mentions = traits.setdefault((word.person, word.kind), set())
+            bits.append(math.log2(CHOICES[word.kind]) if mentions.isdisjoint(remembered) else 0.0)
+            mentions.add(here)
+        else:
+            bits.append(math.log2(CHOICES["walks"]) if word.kind == "walks" else 0.0)
+    return bits
+
+
+# --- n-grams ---------------------------------------------------------------------------------------------------------
+
+
+class Ngram:
+    """Counts of what follows each context of up to `order - 1` tokens, mixed as Witten and Bell (1991) do: a context
+    that was followed by `t` different tokens in `n` places gives the shorter one `t / (n + t)`.
+    """
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+        # the number of places stands under -1
+        self.counts: dict[tuple[int, ...], dict[int, int]] = {}
+
+    def add(self, history: Sequence[int], token: int) -> None:
+        """Counts a token behind its history."""
+        for length in range(min(self.order, len(history) + 1)):
+            after = self.counts.setdefault(tuple(history[len(history) - length :]), {-1: 0})
+            after[token] = after.get(token, 0) + 1
+            after[-1] += 1
+
+    def probability(self, history: Sequence[int], token: int, base: float) -> tuple[float, int]:
+        """Probability of a token, where `base` is its probability without any count; how many contexts were known."""
+        length = 0
+        for length in range(min(self.order, len(history) + 1)):
+            after = self.counts.get(tuple(history[len(history) - length :]))
+            if after is None:
+                return base, length
+            types, places = len(after) - 1, after[-1]
+            base = (after.get(token, 0) + types * base) / (places + types)
+        return base, length + 1
+
+
+class Learned:
+    """An n-gram model of training text, and how far to trust counts of the document itself.
+
+    The counts of what may be looked at of a document (`earlier`, and the segment so far) begin where the learned model
+    ends, and both are mixed: the weight of the counts depends on how long a context they know, and is learned on other
+    streams than those that are scored.
+    """
+
+    def __init__(self, order: int, vocabulary: int, streams: Int[Tensor, "b t"]) -> None:
+        self.order, self.vocabulary = order, vocabulary
+        self.learned = Ngram(order)
+        for row in streams.tolist():
+            for place, token in enumerate(row):
+                self.learned.add(row[max(0, place - order + 1) : place], token)
+
+    def base(self, row: Sequence[int], order: int | None = None) -> list[float]:
+        """Probabilities of each token from training alone, with contexts of fewer than `order` tokens."""
+        reach = (self.order if order is None else order) - 1
+        return [
+            self.learned.probability(row[max(0, place - reach) : place], token, 1 / self.vocabulary)[0]
+            for place, token in enumerate(row)
+        ]
+
+    def bits(
+        self,
+        row: Sequence[int],
+        base: Sequence[float],
+        length: int,
+        earlier: Sequence[Sequence[int]],
+        trust: list[list[float]],
+        learn: bool = False,
+    ) -> float:
+        """Bits of all tokens but the first, in segments of `length`. `trust` has for each length of known context the
+        sum of weights and their number; `learn` changes it.
+        """
+        total, reach = 0.0, self.order - 1
+        own, read = Ngram(self.order), []
+        for here in range(len(row) // length):
+            if list(earlier[here]) != read:
+                own, read = Ngram(self.order), list(earlier[here])
+                for segment in read:
+                    start = segment * length
+                    for place in range(start, start + length):
+                        own.add(row[max(0, place - reach, start) : place], row[place])
+            for place in range(here * length, (here + 1) * length):
+                history, token = row[max(0, place - reach) : place], row[place]
+                counted, known = own.probability(history, token, base[place])
+                weight = trust[known][0] / trust[known][1]
+                chance = weight * counted + (1 - weight) * base[place]
+                total -= math.log2(chance) if place else 0.0
+                if learn:
+                    trust[known][0] += weight * counted / chance
+                    trust[known][1] += 1
+                own.add(history, token)
+            read.append(here)
+        return total
+
+
+# --- the task --------------------------------------------------------------------------------------------------------
+
+KINDS = ("texts", "wikitext", "enwik8", "hub")
+STARTS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Where ranges of positions begin, in segments."""
+
+TRAINED_TOKENS = 50_000
+"""How much training text the n-gram floors are learned on."""
+
+SCORED_TOKENS = 20_000
+"""About how much test text floors are measured on at most: every token counts, so a few streams are many places."""
+
+
+@dataclass(frozen=True)
+class Language(Task):
+    """Bits per byte of excerpts of `segments` segments with `segment_length` tokens.
+
+    `tokenizer` is "words" (only without `data`), "bytes", or a fast Hugging Face tokenizer. `data` is a path, `kind`
+    what is there: "texts" (`novels`: a folder, a tar archive or a file), "wikitext", "enwik8", or "hub": then `data` is
+    the name of a dataset there, or name:config, and its own splits are used. Texts and articles are divided by
+    document, 80/10/10, by `seed`. Documents shorter than an excerpt are not used; every excerpt begins a whole number
+    of segments behind the beginning of its document. `order` is that of the n-gram floors.
+
+    In `Examples` an answer is a segment, its evidence the beginning of each segment before it (of the first: the first
+    token), `extra["bytes"]` the bytes that its labelled tokens stand for. `facts` counts the traits that are told; 0
+    for real text. `score` is the share of tokens that are predicted, `floors` and `bits` are in bits per byte.
+
+    Raises:
+        ValueError: settings that cannot be, or no document of that length.
+    """
+
+    segments: int = 8
+    segment_length: int = 64
+    tokenizer: Any = "words"
+    cast: int = 4
+    data: str | None = None
+    kind: str = "texts"
+    seed: int = 0
+    order: int = 4
+
+    name = "language"
+    card = TaskCard(
+        "Language modelling",
+        "Predict each token of a long document, the better for what was read of it long before.",
+        "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context, https://arxiv.org/abs/1901.02860",
+    )
+    axis = "segments"
+    by_answer = False
+    solvable = False
+    metric: ClassVar[str] = "bits per byte"
+    lower_is_better: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.segments < 1 or self.segment_length < 2 or self.order < 1:
+            raise ValueError(
+                f"segments is {self.segments}, segment_length {self.segment_length}, order {self.order}; use 1, 2 and "
+                "1 or more"
+            )
+        if not 2 <= self.cast <= len(NAMES):
+            raise ValueError(f"cast is {self.cast}; a tale has 2 to {len(NAMES)} people")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if isinstance(self.tokenizer, str) and self.tokenizer not in ("words", "bytes"):
+            raise ValueError(f'tokenizer is {self.tokenizer!r}; use "words", "bytes" or a Hugging Face tokenizer')
+        if self.data is not None and self.tokenizer == "words":
+            raise ValueError(
+                'tokenizer is "words", which knows the words of the generated tales only; real text takes "bytes" or a '
+                "Hugging Face tokenizer"
+            )
+
+    @cached_property
+    def encoder(self) -> encoders.Encoder:
+        """Vocabulary and readable tokens."""
+        lists = (NAMES, *TRAITS.values(), PLACES, [OPENING], [form.format("") for form in FORMS.values()])
+        return encoders.encoder(self.tokenizer, [" ".join(words) for words in lists])
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are 0 .. vocabulary - 1."""
+        return self.encoder.vocabulary
+
+    @property
+    def uniform(self) -> float:
+        """Share of tokens that a uniform guess has right. In bits per byte see `floors`."""
+        return 1 / self.vocabulary
+
+    @property
+    def length(self) -> int:
+        """Tokens of a stream."""
+        return self.segments * self.segment_length
+
+    def text(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as a person reads them."""
+        return self.encoder.pieces(ids)
+
+    # --- streams -----------------------------------------------------------------------------------------------------
+
+    def draw(self, rows: int, generator: Generator, split: str = "train") -> Examples:
+        """New excerpts: of new tales, or of the split's documents, where each place is as likely as another."""
+        if self.data is None:
+            parts = [self._tale(generator) for _ in range(rows)]
+        else:
+            parts = [self._excerpt(split, generator) for _ in range(rows)]
+        t, s = self.length, self.segments
+        ids = torch.stack([part.ids for part in parts]) if parts else torch.empty(0, t, dtype=torch.long)
+        lengths = torch.stack([part.lengths for part in parts]) if parts else torch.empty(0, t, dtype=torch.long)
+        labels, answer = ids.clone(), (torch.arange(t) // self.segment_length).expand(rows, t).clone()
+        labels[:, 0], answer[:, 0] = IGNORED, -1
+        lengths[:, 0] = 0  # nothing predicts the first token
+        begins = torch.arange(s) * self.segment_length
+        before = torch.where(begins < begins[:, None], begins, -1)
+        before[0, 0] = 0
+        told = [len(facts_told(parse(self._spelt(row)[0]))) if self.data is None else 0 for row in ids.tolist()]
+        return Examples(
+            input_ids=ids,
+            labels=labels,
+            answer=answer,
+            evidence=before.expand(rows, s, s).clone(),
+            facts=torch.tensor(told, dtype=torch.long),
+            extra={"bytes": lengths.unflatten(1, (s, -1)).sum(2)},
+        )
+
+    def _tale(self, generator: Generator) -> Tokens:
+        # a sentence has 4 words at least, and a word is a token at least
+        text = " ".join(tale(self.cast, self.length // 4 + 1, generator))
+        if self.tokenizer != "words":
+            tokens = tokenize(text, self.tokenizer)
+            return Tokens(tokens.ids[: self.length], tokens.lengths[: self.length])
+        words = text.split()[: self.length]
+        # the space before a word is its first byte
+        lengths = torch.tensor([len(word) + (place > 0) for place, word in enumerate(words)])
+        return Tokens(torch.tensor(self.encoder.encode(" ".join(words))), lengths)
+
+    def _excerpt(self, split: str, generator: Generator) -> Tokens:
+        documents = self._tokens(split)
+        starts = [(len(document) - self.length) // self.segment_length + 1 for document in documents]
+        ends = list(itertools.accumulate(starts))
+        place = int(torch.randint(ends[-1], (1,), generator=generator))
+        number = bisect.bisect_right(ends, place)
+        start = (place - ends[number] + starts[number]) * self.segment_length
+        part, document = slice(start, start + self.length), documents[number]
+        return Tokens(document.ids[part].long(), document.lengths[part].long())
+
+    @cached_property
+    def documents(self) -> dict[str, list[Text]]:
+        """The real documents of each split.
+
+        Raises:
+            ValueError: too few of them to divide.
+        """
+        assert self.data is not None
+        if self.kind == "enwik8":
+            return enwik8(self.data)
+        if self.kind == "hub":
+            name, _, config = self.data.partition(":")
+            return {part: from_hub(name, part, config or None) for part in ("train", "validation", "test")}
+        found = wikitext(self.data) if self.kind == "wikitext" else novels(self.data)
+        if len(found) < 3:
+            raise ValueError(f"{self.data} has {len(found)} documents; to divide them takes 3 or more")
+        parts = split(found, self.seed, shares=(0.8, 0.1, 0.1) if len(found) >= 10 else _thirds(len(found)))
+        return {"train": parts.train, "validation": parts.validation, "test": parts.test}
+
+    @cached_property
+    def _kept(self) -> dict[str, list[Tokens]]:
+        return {}
+
+    def _tokens(self, part: str) -> list[Tokens]:
+        """The documents of a split that are long enough, tokenized when they are first asked for."""
+        if part not in self._kept:
+            tokens = [_small(tokenize(text, self.tokenizer)) for _, text in self.documents[part]]
+            kept = [each for each in tokens if len(each) >= self.length]
+            if not kept:
+                longest = max(map(len, tokens), default=0)
+                raise ValueError(
+                    f"no {part} document of {self.data} has {self.length} tokens (the longest has {longest}); use "
+                    "fewer segments or shorter ones"
+                )
+            self._kept[part] = kept
+        return self._kept[part]
+
+    # --- scoring -----------------------------------------------------------------------------------------------------
+
+    def guess(
+        self,
+        ids: Int[Tensor, "b t"],
+        asked: Bool[Tensor, "b t"],
+        seen: Bool[Tensor, "b t"],
+        generator: Generator,
+    ) -> Int[Tensor, "b t"]:
+        """The most frequent token of training everywhere: every token is asked for, so none may be looked at. Readers
+        that are told each token after they have predicted it are in `floors`.
+        """
+        return torch.full_like(ids, self._most_frequent)
+
+    @cached_property
+    def _most_frequent(self) -> int:
+        return int(self.examples(100).input_ids.flatten().bincount().argmax())
+
+    def bits(self, nll_nats: Float[Tensor, "b t"], examples: Examples) -> dict[str, float]:
+        """What a model's negative log-likelihoods come to. `nll_nats [b, t]`, nats, at labelled places: place `p` has
+        that of the token at `p`, given those before. Other places are not read.
+
+        Returns:
+            "bits per byte" over everything and "perplexity" per token, then "bits per byte, segment 0", "1", "2-3",
+            "4-7" and so on, by position in the excerpt. Sums over rows are divided by sums, so every byte counts alike.
+
+        Raises:
+            ValueError: another shape, or a labelled place whose number is not finite.
+        """
+        if nll_nats.shape != examples.labels.shape:
+            raise ValueError(f"nll_nats is {list(nll_nats.shape)}, the labels are {list(examples.labels.shape)}")
+        nats = nll_nats.detach().cpu().double().masked_fill(~examples.asked, 0)
+        if not bool(nats.isfinite().all()):
+            raise ValueError("nll_nats has a number that is not finite at a labelled place")
+        sums, lengths = nats.unflatten(1, (-1, self.segment_length)).sum((0, 2)), examples.extra["bytes"].sum(0)
+        found = {
+            "bits per byte": bits_per_byte(float(sums.sum()), int(lengths.sum())),
+            "perplexity": (sums.sum() / examples.asked.sum()).exp().item(),
+        }
+        starts = [start for start in STARTS if start < len(sums)]
+        for start, stop in zip(starts, [*starts[1:], len(sums)], strict=True):
+            name = f"{start}" if stop == start + 1 else f"{start}-{stop - 1}"
+            part = float(sums[start:stop].sum()), int(lengths[start:stop].sum())
+            found[f"bits per byte, segment {name}"] = bits_per_byte(*part)
+        return found
+
+    def views(self, generator: Generator) -> dict[str, list[list[int]]]:
+        """For each reader which earlier segments it remembers, for each segment. The sample is one of them by chance,
+        a memory of a segment's worth: n-grams of scattered tokens would be none.
+        """
+        numbers = range(self.segments)
+        drawn = [[int(torch.randint(s, (1,), generator=generator))] if s else [] for s in numbers]
+        return {
+            "this segment": [[] for _ in numbers],
+            "last segment": [list(range(max(0, s - 1), s)) for s in numbers],
+            "last 2 segments": [list(range(max(0, s - 2), s)) for s in numbers],
+            "sample of a segment": drawn,
+            "everything": [list(range(s)) for s in numbers],
+        }
+
+    def floors(self, rows: int = 200, number: int = 0) -> dict[str, float]:
+        """Bits per byte without a trained memory, on test streams of about `SCORED_TOKENS` tokens: lower is better.
+
+        A uniform guess among all tokens, frequencies of training text, and n-grams of training text together with those
+        of what each reader remembers. "n-gram, this segment" has no memory. For generated tales also the ideal readers:
+        "reader, this segment" is the best that is possible without a memory, "reader, everything" the best there is.
+        """
+        examples = self.examples(min(rows, 2 + SCORED_TOKENS // self.length), "test", number)
+        total = int(examples.extra["bytes"].sum())
+        streams = examples.input_ids.tolist()
+        count = int(examples.asked.sum())
+        found = {"uniform": count * math.log2(self.vocabulary) / total}
+        model = self._learned
+        unigram = [-math.log2(chance) for row in streams for chance in model.base(row, 1)[1:]]
+        found["unigram"] = sum(unigram) / total
+        views = self.views(generator(seed_of("test", number) + 1))
+        others = self.examples(2 + SCORED_TOKENS // 5 // self.length, "validation").input_ids.tolist()
+        bases = [[(row, model.base(row)) for row in some] for some in (others, streams)]
+        for name, earlier in views.items():
+            trust = [[1.0, 2.0] for _ in range(self.order + 1)]
+            for row, base in bases[0]:
+                model.bits(row, base, self.segment_length, earlier, trust, learn=True)
+            sums = [model.bits(row, base, self.segment_length, earlier, trust) for row, base in bases[1]]
+            found[f"n-gram, {name}"] = sum(sums) / total
+        if self.data is None:
+            spelt = [self._spelt(row) for row in streams]
+            told = [(parse(words), segment) for words, segment in spelt]
+            for name, earlier in views.items():
+                paid = [sum(reader_bits(words, segment, earlier, self.cast)) for words, segment in told]
+                found[f"reader, {name}"] = sum(paid) / total
+        return found
+
+    @cached_property
+    def _learned(self) -> Learned:
+        rows = -(-TRAINED_TOKENS // self.length)
+        return Learned(self.order, self.vocabulary, self.examples(rows).input_ids)
+
+    def _spelt(self, ids: Sequence[int]) -> tuple[list[str], list[int]]:
+        """The words of a tale, and the segment in which each begins."""
+        pieces = self.encoder.pieces(ids)
+        pieces = [f" {piece}" for piece in pieces] if self.tokenizer == "words" else pieces
+        ends = list(itertools.accumulate(len(piece) for piece in pieces))
+        words = list(re.finditer(r"\S+", "".join(pieces)))
+        # a tokenizer may give a word the space before it
+        places = [bisect.bisect_right(ends, max(0, word.start() - 1)) for word in words]
+        return [word.group() for word in words], [place // self.segment_length for place in places]
+
+
+def _thirds(count: int) -> tuple[float, float, float]:
+    """Shares that give validation and test a document each."""
+    return (count - 2) / count, 1 / count, 1 / count
+
+
+def _small(tokens: Tokens) -> Tokens:
+    """The same in a third of the space: long documents are kept whole."""
+    return Tokens(tokens.ids.int(), tokens.lengths.short())

@@ -1,0 +1,752 @@
+"""A pass key, or needles, in a haystack (Landmark Attention, https://arxiv.org/abs/2305.16300, section 4.2; RULER,
+https://arxiv.org/abs/2404.06654, section 3).
+
+`passkey`: an instruction opens the stream, five short sentences follow again and again, and somewhere among them one
+line tells a number of five digits twice. The question asks for it. `needle`: several lines tell a number or a word for
+a key such as "quiet-harbor" each; the question names one key or more, so the others are distractors. The haystack is
+repeated noise, other needles, or given text.
+
+Rules. Every line stands between two sentences of the haystack. Where, is uniform over all gaps, or nearest to a fixed
+`depth` in per cent, for a map of lengths and depths (`grid`). Keys differ within a stream, and so do the values of one
+key. Nothing else in a stream has a key's form, so nothing unlabelled can be taken for a needle. Several values of a
+key are asked in the order they were told, and each counts: the score is the share of values that are right, as in
+RULER, where their order does not matter.
+
+The layout is ours: `length` tokens of context, in whole segments, then one segment that asks:
+
+    [instruction, hay, needle, hay | ... | hay | question, answer, padding]
+
+Words and sentences are our own; only the rules follow the papers. For models of a few thousand parameters
+`haystack="markov"` is the same task in characters: needles `@kk=vvvv;` in letters from a Markov chain of order 2.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Generator, Tensor
+
+from mnemic.tasks.base import Examples, Task, TaskCard
+from mnemic.tasks.documents import novels
+from mnemic.tasks.text import Bytes, Encoder, Pretrained, Question, Story, Words, assemble, encoder
+
+NOISE = (
+    "The river is slow and the hills are far.",
+    "A cart rolls by.",
+    "Leaves fall on the path.",
+    "We rest a while, then we walk on.",
+    "Evening comes and morning comes.",
+)
+"""What a pass key is hidden in, over and over."""
+
+INSTRUCTION = "Somewhere in this long text a secret is told. Find it and keep it in mind, for it is asked at the end."
+PASSKEY = "The pass key is {0}. Keep it: {0} is the pass key."
+PASSKEY_QUESTION = "Which pass key was told? It was"
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ADJECTIVES = _words(
+    """
+    amber ancient balmy bitter bold brave brisk broad bronze calm clever cosy crimson crisp curly dainty daring
+    deep dusty eager early fancy fierce frosty gentle giddy glossy golden grand hasty hazel hollow honest humble
+    icy idle ivory jolly keen lively lofty lonely loyal lunar mellow mighty misty modest muddy narrow nimble
+    noble opal pale patient placid plain polished proud quaint quick quiet rapid rare restless robust rosy royal
+    rugged rusty sandy scarlet shady sharp shiny silent silver sleepy solar sober spicy stark steady stormy
+    subtle sunny swift tame tender tidy vast vivid
+    """
+)
+NOUNS = _words(
+    """
+    anchor acorn anvil arch badger barrel beacon bell birch bishop boulder bridge brook candle canyon castle
+    cedar cliff clover comet compass coral cottage crane crater creek crown dagger desert dolphin eagle ember
+    engine falcon feather fern fiddle fjord flute forest fossil fountain glacier goblet gondola granite grove
+    hammer harbor hawk heron island jaguar jewel juniper kettle kite lagoon lantern lark ledger lemon lily lynx
+    magnet maple meadow meteor mirror mule nectar oasis orchard otter owl palace parrot pebble pepper pine
+    planet pony prairie quarry raven reef ribbon rocket saddle sparrow spruce
+    """
+)
+"""A key is one of each, such as "quiet-harbor"."""
+
+VALUES = _words(
+    """
+    algebra almond apron ballad banjo basket biscuit blanket bonnet bottle button cabinet carpet cello cereal
+    chapel chess circus cocoa collar copper cotton cushion custard daisy diary dinner drama easel envelope essay
+    fable fabric faucet feast fennel flannel gadget garlic ginger glove gravy guitar hazelnut helmet hockey hymn
+    igloo jacket jelly jigsaw kimono kiosk ladle laundry leather lettuce linen locket lyric mango marble
+    meringue mitten mosaic muffin mustard napkin needle noodle novel nutmeg oboe olive onion opera orchid
+    pancake paper parcel parsley pastry pencil pillow pocket poem pottery pudding puzzle quilt radish raisin
+    recipe rhubarb riddle rug salad sandal satchel sauce scarf sherbet shovel slipper soap sonnet spoon stamp
+    stocking sugar syrup tailor teapot thimble toffee trumpet tulip turnip umbrella vanilla velvet vinegar
+    violin waffle walnut waltz whistle zipper
+    """
+)
+"""What is told of a key with `values="word"`."""
+
+DIGITS = {"passkey": 5, "number": 7}
+
+# --- haystacks -------------------------------------------------------------------------------------------------------
+
+
+class Characters:
+    """Letters, digits, space and the marks `@=;`: a token each. 0 is padding."""
+
+    pad = 0
+    letters = "abcdefghijklmnopqrstuvwxyz "
+
+    def __init__(self) -> None:
+        self.signs = ["<pad>", *self.letters, *"0123456789@=;"]
+        self.ids = {sign: place for place, sign in enumerate(self.signs)}
+        self.vocabulary = len(self.signs)
+
+    def encode(self, text: str) -> list[int]:
+        """One token a character."""
+        return [self.ids[sign] for sign in text]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The characters."""
+        return [self.signs[token] for token in ids]
+
+
+def readable(encoder: Encoder, ids: Sequence[int], seen: Sequence[bool]) -> str:
+    """The seen tokens as text in lower case, with a line feed wherever tokens between them are not seen."""
+    ids = list(ids)
+    known = torch.tensor([False, *seen, False])
+    begins = (known[1:] & ~known[:-1]).nonzero()[:, 0].tolist()
+    ends = (known[:-1] & ~known[1:]).nonzero()[:, 0].tolist()
+    return "\n".join(decoded(encoder, ids[begin:end]) for begin, end in zip(begins, ends, strict=True)).lower()
+
+
+def decoded(encoder: Encoder, ids: Sequence[int]) -> str:
+    """Tokens as running text."""
+    if isinstance(encoder, Pretrained):
+        return str(encoder.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+    if isinstance(encoder, Bytes):
+        return bytes(ids).decode(errors="replace")
+    return (" " if isinstance(encoder, Words) else "").join(encoder.pieces(ids))
+
+
+SENTENCE_END = re.compile(r"([.!?][\"'\u201d\u2019)\]]*)\s+(?=[\"'\u201c\u2018(]?[A-Z])")
+ABBREVIATED = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Rev|Col|Capt|Esq|Hon|Prof|[A-Z])\.$")
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text. One ends at a full stop, question or exclamation mark before a capital, with exceptions
+    for titles and initials, and at a blank line."""
+    found = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        flat, start = " ".join(paragraph.split()), 0
+        for end in SENTENCE_END.finditer(flat):
+            if not ABBREVIATED.search(flat[start : end.end(1)]):
+                found.append(flat[start : end.end(1)])
+                start = end.end()
+        found += [flat[start:]] if flat[start:] else []
+    return found
+
+
+@lru_cache(maxsize=2)
+def library(path: str) -> list[tuple[str, str]]:
+    """`novels`, read once."""
+    return novels(path)
+
+
+@lru_cache(maxsize=8)
+def pages(path: str, document: int) -> list[str]:
+    """The sentences of one text, found once."""
+    return sentences(library(path)[document][1])
+
+
+class Book:
+    """Sentences of given texts, read on from a random place.
+
+    `path` is as in `novels`. Of every ten texts, by name, the last is for tests, the one before for validation, the
+    others for training; with fewer the last is for tests, the one before for validation.
+    Sentences of fewer than `shortest` tokens are left out, and so are those for which `barred` is true.
+
+    Raises:
+        ValueError: fewer than 3 texts, or texts without enough sentences that may be used.
+    """
+
+    def __init__(self, path: str, encoder: Encoder, shortest: int = 1, barred: Any = None) -> None:
+        self.path, self.encoder, self.shortest, self.barred = path, encoder, shortest, barred
+        count = len(library(path))
+        if count < 3:
+            raise ValueError(f"{path} has {count} texts; training, validation and test need 3 or more, of their own")
+        test = {place for place in range(count) if place % 10 == 9} or {count - 1}
+        held = {place - 1 for place in test}
+        self.shares = {"train": [place for place in range(count) if place not in test | held]}
+        self.shares |= {"validation": sorted(held), "test": sorted(test)}
+
+    def take(self, tokens: int, generator: Generator, split: str) -> list[list[int]]:
+        """Sentences of `tokens` tokens or a little more."""
+        taken, total, tries = [], 0, 0
+        while total < tokens:
+            tries += 1
+            if tries > 1000:
+                raise ValueError(f"{self.path} has too few sentences of {self.shortest} tokens or more")
+            share = self.shares[split]
+            text = pages(self.path, share[int(torch.randint(len(share), (), generator=generator))])
+            start = int(torch.randint(max(len(text), 1), (), generator=generator))
+            # a block of sentences at a time, since tokenizers are quicker so
+            while start < len(text) and total < tokens:
+                block = text[start : start + max(8, (tokens - total) // 20)]
+                start += len(block)
+                for each in self._tokens([each for each in block if not (self.barred and self.barred(each))]):
+                    if len(each) >= self.shortest:
+                        taken.append(each)
+                        total += len(each)
+        return taken
+
+    def _tokens(self, block: list[str]) -> list[list[int]]:
+        if not isinstance(self.encoder, Pretrained) or not block:
+            return [self.encoder.encode(each) for each in block]
+        # as `Pretrained.encode` does for one sentence
+        spaced = len(self.encoder.encode("a")) == len(self.encoder.tokenizer(" a", add_special_tokens=False).input_ids)
+        block = [f" {each}" for each in block] if spaced else block
+        return self.encoder.tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+class Drawn:
+    """Sentences drawn one by one from a list, or with `cycle` the list again and again."""
+
+    def __init__(self, sentences: Sequence[list[int]], cycle: bool = False) -> None:
+        self.sentences, self.cycle = sentences, cycle
+        self.lengths = torch.tensor([len(each) for each in sentences])
+
+    def take(self, tokens: int, generator: Generator, split: str) -> list[list[int]]:
+        """Sentences of `tokens` tokens or a little more."""
+        count = -(-tokens // int(self.lengths.min()))
+        if self.cycle:
+            order = torch.arange(count) % len(self.sentences)
+        else:
+            order = torch.randint(len(self.sentences), (count,), generator=generator)
+        enough = int((self.lengths[order].cumsum(0) < tokens).sum()) + 1
+        return [self.sentences[place] for place in order[:enough].tolist()]
+
+
+class Markov:
+    """Letters from a Markov chain of order 2, with the frequencies of a text; a sentence is one letter."""
+
+    def __init__(self, text: str, encoder: Characters) -> None:
+        self.encoder, self.size = encoder, len(encoder.letters)
+        letters = [encoder.letters.index(each) for each in re.sub(r"[^a-z]+", " ", text.lower())]
+        letters += letters[:2]
+        # whole counts and a draw from 0 .. their sum: exact, and so the same everywhere
+        self.counts = torch.zeros(self.size**2, self.size, dtype=torch.long)
+        for first, second, third in zip(letters, letters[1:], letters[2:], strict=False):
+            self.counts[first * self.size + second, third] += 1
+        self.starts = self.counts.sum(1).nonzero()[:, 0]
+        self.edges = [row.tolist() for row in self.counts.cumsum(1)]
+
+    def take(self, tokens: int, generator: Generator, split: str) -> list[list[int]]:
+        """`tokens` letters."""
+        state = int(self.starts[torch.randint(len(self.starts), (), generator=generator)])
+        found = []
+        for luck in torch.rand(tokens, generator=generator, dtype=torch.float64).tolist():
+            edges = self.edges[state]
+            letter = bisect_right(edges, int(luck * edges[-1]))
+            found.append([letter + 1])
+            state = state % self.size * self.size + letter
+        return found
+
+
+def trimmed(hay: list[list[int]], tokens: int) -> list[list[int]]:
+    """Sentences of exactly so many tokens: the last one is cut."""
+    kept, left = [], tokens
+    for each in hay:
+        if left <= 0:
+            break
+        kept.append(each[:left])
+        left -= len(each)
+    return kept
+
+
+def woven(hay: list[list[int]], lines: list[list[int]], gaps: list[int]) -> tuple[list[int], list[int]]:
+    """The hay as one list of tokens, with each line before sentence `gaps[i]` of it, and where each line begins.
+
+    Lines of the same gap keep their order.
+    """
+    order = sorted(range(len(lines)), key=lambda line: gaps[line])
+    context: list[int] = []
+    begins, done = [0] * len(lines), 0
+    for line in order:
+        while done < gaps[line]:
+            context += hay[done]
+            done += 1
+        begins[line] = len(context)
+        context += lines[line]
+    for each in hay[done:]:
+        context += each
+    return context, begins
+
+
+def grid(lengths: Iterable[int], depths: Iterable[float] = range(0, 101, 10), **settings: Any) -> list[dict[str, Any]]:
+    """Settings of one task for every length and depth (in per cent): the cells of a heat map, a row of depths after
+    the other. `TASKS["passkey"](**cell)` is the task of a cell.
+    """
+    depths = list(depths)
+    return [{**settings, "length": length, "depth": depth} for length in lengths for depth in depths]
+
+
+def _check_context(task: PasskeyTask | NeedleTask, least: int) -> None:
+    if task.segment_length < 1 or task.length < 1 or task.length % task.segment_length:
+        raise ValueError(
+            f"length is {task.length} and segment_length {task.segment_length}; the context must be whole segments"
+        )
+    if task.length < least:
+        raise ValueError(f"length is {task.length}; what is told needs {least} tokens, use more")
+    if task.depth is not None and not 0 <= task.depth <= 100:
+        raise ValueError(f"depth is {task.depth}; use None for any, or per cent, 0 .. 100")
+
+
+def _check_question(task: Task, tokens: int) -> None:
+    if tokens > task.segment_length:
+        raise ValueError(f"question and answer need {tokens} tokens, segment_length is {task.segment_length}; use more")
+
+
+def _gap(task: PasskeyTask | NeedleTask, hay: list[list[int]], generator: Generator) -> int:
+    """Where a line goes: a gap drawn evenly, or the one that is nearest to the task's depth."""
+    drawn = int(torch.randint(len(hay) + 1, (), generator=generator))
+    if task.depth is None:
+        return drawn
+    ends = torch.tensor([0, *(len(each) for each in hay)]).cumsum(0)
+    return int((ends * 100 - task.depth * int(ends[-1])).abs().argmin())
+
+
+def _number(digits: int, generator: Generator) -> str:
+    return str(int(torch.randint(10 ** (digits - 1), 10**digits, (), generator=generator)))
+
+
+def runs(asked: Sequence[bool]) -> list[tuple[int, int]]:
+    """Where each answer of a row begins and ends: asked places without another between them."""
+    flags = torch.tensor([False, *asked, False])
+    begins = (flags[1:] & ~flags[:-1]).nonzero()[:, 0].tolist()
+    return list(zip(begins, (flags[:-1] & ~flags[1:]).nonzero()[:, 0].tolist(), strict=True))
+
+
+def write(into: Tensor, place: tuple[int, int], tokens: Sequence[int]) -> None:
+    """An answer where it is asked for; what does not fit is cut, what is missing stays 0."""
+    said = list(tokens)[: place[1] - place[0]]
+    into[place[0] : place[0] + len(said)] = torch.tensor(said, dtype=torch.long)
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PasskeyTask(Task):
+    """A pass key of five digits in `length` tokens of context.
+
+    `depth` is where it is told, in per cent of the filler before it; None draws a place evenly. `tokenizer` is "words",
+    where every digit is a token, "bytes", or one of Hugging Face. `extra["depth"]` is where it was told, rounded.
+
+    Raises:
+        ValueError: a length that is not whole segments, lines that do not fit, or a depth outside 0 .. 100.
+    """
+
+    length: int = 512
+    segment_length: int = 128
+    depth: float | None = None
+    tokenizer: Any = "words"
+
+    name = "passkey"
+    axis = "length"
+    card = TaskCard(
+        title="Pass key",
+        asks="Find one number, told once in a long text that says nothing else, and keep it.",
+        paper="Landmark Attention, https://arxiv.org/abs/2305.16300",
+    )
+
+    def __post_init__(self) -> None:
+        line, answer = self._line("10000")
+        _check_context(self, len(self._opening) + len(line) + 1)
+        _check_question(self, len(self._encoder.encode(PASSKEY_QUESTION)) + len(answer))
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return encoder(self.tokenizer, [*NOISE, INSTRUCTION, PASSKEY, PASSKEY_QUESTION, " ".join("0123456789")])
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        return self._encoder.encode(INSTRUCTION)
+
+    @cached_property
+    def _hay(self) -> Drawn:
+        return Drawn([self._encoder.encode(each) for each in NOISE], cycle=True)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are 0 .. vocabulary - 1."""
+        return self._encoder.vocabulary
+
+    @property
+    def uniform(self) -> float:
+        """One of the numbers 10000 .. 99999."""
+        return 1 / 90_000
+
+    @property
+    def unit(self) -> int:
+        """Tokens of the line that tells."""
+        return min(len(self._line("10000")[0]), self.segment_length)
+
+    def _line(self, number: str) -> tuple[list[int], list[int]]:
+        """The line that tells a number, and the number as the answer, as tokens."""
+        said = spelled(number, self._encoder)
+        return self._encoder.encode(PASSKEY.format(said)), continued(self._encoder, PASSKEY_QUESTION, said)
+
+    def draw(self, rows: int, generator: Generator, split: str = "train") -> Examples:
+        """`rows` new streams. Evidence is the line that tells."""
+        question = self._encoder.encode(PASSKEY_QUESTION)
+        stories = []
+        for _ in range(rows):
+            line, value = self._line(_number(DIGITS["passkey"], generator))
+            room = self.length - len(self._opening) - len(line)
+            hay = trimmed(self._hay.take(room, generator, split), room)
+            context, (begin,) = woven(hay, [line], [_gap(self, hay, generator)])
+            extra = {"depth": round(100 * begin / room)}
+            asked = Question(question, value, [begin + len(self._opening)], extra)
+            stories.append(Story(self._opening + context, [asked], facts=1))
+        return assemble(stories, self.segment_length, self._encoder.pad)
+
+    def guess(
+        self, ids: Int[Tensor, "b t"], asked: Bool[Tensor, "b t"], seen: Bool[Tensor, "b t"], generator: Generator
+    ) -> Int[Tensor, "b t"]:
+        """The number as far as it is seen, behind "pass key is" or before "is the pass key"; other digits by luck."""
+        said, count = torch.zeros_like(ids), DIGITS["passkey"]
+        for row in range(len(ids)):
+            text = readable(self._encoder, ids[row].tolist(), seen[row].tolist())
+            number = list(_number(count, generator))
+            for found in re.finditer(r"pass key is ?([\d ]*)", text):
+                for place, digit in enumerate(found[1].replace(" ", "")[:count]):
+                    number[place] = digit
+            for found in re.finditer(r"([\d ]*) is the pass key", text):
+                for place, digit in enumerate(found[1].replace(" ", "")[::-1][:count]):
+                    number[count - 1 - place] = digit
+            for place in runs(asked[row].tolist()):
+                write(said[row], place, self._line("".join(number))[1])
+        return said
+
+    def majority(self, examples: Examples, rows: int = 500) -> float:
+        """As for every task, but counted over short streams: answers do not depend on the length."""
+        return Task.majority(_shortest(self), examples, rows)
+
+    def text(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as a person reads them."""
+        return self._encoder.pieces(ids)
+
+
+def continued(encoder: Encoder, text: str, value: str) -> list[int]:
+    """The tokens of a value that follows a text.
+
+    Raises:
+        ValueError: a tokenizer that joins the two.
+    """
+    before, both = encoder.encode(text), encoder.encode(f"{text} {value}")
+    if both[: len(before)] != before:
+        raise ValueError(f'this tokenizer joins {text!r} and {value!r}; use tokenizer="bytes" or another')
+    return both[len(before) :]
+
+
+def spelled(value: str, encoder: Encoder) -> str:
+    """A value as the encoder must be given it: with "words" every digit is a token."""
+    return " ".join(value) if isinstance(encoder, Words) and value.isdigit() else value
+
+
+def _shortest(task: Any) -> Any:
+    """The same task with the least context that holds what is told."""
+    for segments in range(1, task.length // task.segment_length):
+        try:
+            return replace(task, length=segments * task.segment_length)
+        except ValueError:
+            continue
+    return task
+
+
+NEEDLE = "A special {kind} for {key} is {value}."
+MARKOV_NEEDLE = re.compile(r"@(\w\w)=(\d{4});")
+MARKOV_QUESTION = re.compile(r"@(\w\w)=\Z")
+TOLD = re.compile(r"a special (?:number|word) for (\w+) ?- ?(\w+) is (\d(?: ?\d)*|\w+)(?= ?\.)")
+ASKED = re.compile(r"special (?:number|word)s? for (\w+) ?- ?(\w+) (?:was|were) told")
+HAYSTACKS = ("noise", "needles", "essay", "markov")
+
+
+@dataclass(frozen=True)
+class NeedleTask(Task):
+    """Needles in a haystack: `keys` keys with `per_key` values each are told in `length` tokens, `queries` are asked.
+
+    `keys` above `queries` are distractors. `values` is "number" (7 digits) or "word" (one of 128).
+    `haystack` is "noise" (the sentences of `PasskeyTask`), "needles" (everything else is needles of further keys),
+    "essay" (texts from `data`, as in `documents.novels`: each split has its own), or "markov": letters of a Markov
+    chain with needles `@kk=vvvv;` of two letters and four digits, in characters. `depth` in per cent is where the
+    needles that are asked stand; None draws a place evenly for each. `tokenizer` is "words", where every digit is a
+    token, "bytes", or one of Hugging Face; texts from `data` need one of the latter. `extra["depth"]` is where each
+    was told, rounded.
+
+    Raises:
+        ValueError: settings outside their range, or lines that do not fit.
+    """
+
+    length: int = 512
+    segment_length: int = 128
+    keys: int = 4
+    per_key: int = 1
+    queries: int = 1
+    values: str = "number"
+    haystack: str = "noise"
+    depth: float | None = None
+    tokenizer: Any = "words"
+    data: str | None = None
+
+    name = "needle"
+    axis = "length"
+    card = TaskCard(
+        title="Needles in a haystack",
+        asks="Keep what was told of many keys in a long text, and say it of the key that is named.",
+        paper="RULER, https://arxiv.org/abs/2404.06654",
+    )
+
+    def __post_init__(self) -> None:
+        choices = {"values": ("number", "word"), "haystack": HAYSTACKS}
+        for setting, allowed in choices.items():
+            if getattr(self, setting) not in allowed:
+                raise ValueError(f"{setting} is {getattr(self, setting)!r}; use one of {', '.join(allowed)}")
+        if not 1 <= self.queries <= self.keys <= self._possible or self.per_key < 1:
+            raise ValueError(
+                f"keys is {self.keys}, queries {self.queries} and per_key {self.per_key}; use 1 <= queries <= keys "
+                f"<= {self._possible} and 1 or more values for each"
+            )
+        if self.values == "word" and self.haystack != "markov" and self.per_key > len(VALUES):
+            raise ValueError(f"per_key is {self.per_key}; there are {len(VALUES)} words")
+        if (self.data is None) == (self.haystack == "essay"):
+            raise ValueError(f'haystack is {self.haystack!r} and data is {self.data!r}; "essay" needs texts, only it')
+        if self.haystack == "essay" and self.tokenizer == "words":
+            raise ValueError('tokenizer is "words", which has no words of other texts; use "bytes" or Hugging Face')
+        if self.haystack == "markov" and (self.tokenizer != "words" or self.values != "number"):
+            raise ValueError('haystack "markov" has its own characters and values; leave tokenizer and values alone')
+        needle, value = self._needle(*self._sample)
+        needles = self.keys * self.per_key
+        _check_context(self, needles * len(needle) + 1)
+        question = self._question(self._sample[0])
+        each = len(question) + self.per_key * len(value) + (self.per_key - 1) * len(self._comma)
+        _check_question(self, self.queries * each)
+        if self.haystack == "needles" and self.length // len(needle) + 2 + self.keys > self._possible:
+            limit = (self._possible - self.keys - 2) * len(needle) // self.segment_length * self.segment_length
+            raise ValueError(f"length is {self.length}; there are keys for {limit} tokens of needles")
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        if self.haystack == "markov":
+            return Characters()
+        words = [*NOISE, *ADJECTIVES, *NOUNS, *VALUES, *"0123456789", NEEDLE.format(kind="word", key="-", value="")]
+        asks = [self._asking(count, kind, "") for kind in ("number", "word") for count in (1, 2)]
+        return encoder(self.tokenizer, [*words, *asks])
+
+    @cached_property
+    def _hay(self) -> Drawn | Book | Markov:
+        if isinstance(self._encoder, Characters):
+            return Markov(" ".join([*NOISE, INSTRUCTION, *ADJECTIVES, *NOUNS, *VALUES]), self._encoder)
+        if self.data is not None:
+            return Book(self.data, self._encoder, barred=_names_a_key)
+        return Drawn([self._encoder.encode(each) for each in NOISE], cycle=True)
+
+    @property
+    def _possible(self) -> int:
+        return 26**2 if self.haystack == "markov" else len(ADJECTIVES) * len(NOUNS)
+
+    @property
+    def _sample(self) -> tuple[str, str]:
+        if self.haystack == "markov":
+            return "aa", "0000"
+        longest = max(ADJECTIVES, key=len) + "-" + max(NOUNS, key=len)
+        return longest, "1234567" if self.values == "number" else max(VALUES, key=len)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are 0 .. vocabulary - 1."""
+        return self._encoder.vocabulary
+
+    @property
+    def uniform(self) -> float:
+        """One of the possible values."""
+        if self.haystack == "markov":
+            return 1e-4
+        return 1 / 9_000_000 if self.values == "number" else 1 / len(VALUES)
+
+    @property
+    def unit(self) -> int:
+        """Tokens of a needle."""
+        return min(len(self._needle(*self._sample)[0]), self.segment_length)
+
+    def _key(self, number: int) -> str:
+        if self.haystack == "markov":
+            return Characters.letters[number // 26] + Characters.letters[number % 26]
+        return f"{ADJECTIVES[number // len(NOUNS)]}-{NOUNS[number % len(NOUNS)]}"
+
+    def _value(self, generator: Generator) -> str:
+        if self.haystack == "markov":
+            return f"{int(torch.randint(10**4, (), generator=generator)):04}"
+        if self.values == "word":
+            return VALUES[int(torch.randint(len(VALUES), (), generator=generator))]
+        return _number(DIGITS["number"], generator)
+
+    def _needle(self, key: str, value: str) -> tuple[list[int], list[int]]:
+        """A needle, and its value as an answer, as tokens."""
+        if self.haystack == "markov":
+            return self._encoder.encode(f"@{key}={value};"), self._encoder.encode(value)
+        said = spelled(value, self._encoder)
+        needle = self._encoder.encode(NEEDLE.format(kind=self.values, key=key, value=said))
+        return needle, continued(self._encoder, "and", said)
+
+    @staticmethod
+    def _asking(count: int, kind: str, key: str) -> str:
+        return (
+            f"Which special {kind} for {key} was told? Answer:"
+            if count == 1
+            else f"Which special {kind}s for {key} were told? Answers:"
+        )
+
+    def _question(self, key: str) -> list[int]:
+        text = f"@{key}=" if self.haystack == "markov" else self._asking(self.per_key, self.values, key)
+        return self._encoder.encode(text)
+
+    @cached_property
+    def _comma(self) -> list[int]:
+        return self._encoder.encode(";" if self.haystack == "markov" else "and")
+
+    def draw(self, rows: int, generator: Generator, split: str = "train") -> Examples:
+        """`rows` new streams. Evidence of each value is the needle that tells it."""
+        return assemble([self._story(generator, split) for _ in range(rows)], self.segment_length, self._encoder.pad)
+
+    def _story(self, generator: Generator, split: str) -> Story:
+        # keys in random order: the first are asked, the next are distractors, the others may be hay
+        order = torch.randperm(self._possible, generator=generator).tolist()
+        lines: list[tuple[str, list[int], list[int]]] = []
+        for key in map(self._key, order[: self.keys]):
+            told: list[str] = []
+            while len(told) < self.per_key:
+                value = self._value(generator)
+                told += [value] if value not in told else []
+            lines += [(key, *self._needle(key, value)) for value in told]
+        room = self.length - sum(len(line) for _, line, _ in lines)
+        if room < 0:
+            raise ValueError(f"length is {self.length}; the needles alone are {self.length - room} tokens, use more")
+        hay, further = self._around(room, order[self.keys :], generator, split)
+        count = self.queries * self.per_key
+        drawn = torch.randint(len(hay) + 1, (len(lines),), generator=generator).tolist()
+        gaps = [_gap(self, hay, generator) if place < count else drawn[place] for place in range(len(lines))]
+        context, begins = woven(hay, [line for _, line, _ in lines], gaps)
+        before = torch.tensor([0, *(len(each) for each in hay)]).cumsum(0).tolist()
+        questions = []
+        for query in range(self.queries):
+            own = sorted(range(query * self.per_key, (query + 1) * self.per_key), key=lambda line: begins[line])
+            for which, line in enumerate(own):
+                text = self._question(lines[line][0]) if which == 0 else self._comma
+                extra = {"depth": round(100 * before[gaps[line]] / max(room, 1))}
+                questions.append(Question(text, lines[line][2], [begins[line]], extra))
+        return Story(context, questions, facts=len(lines) + further)
+
+    def _around(self, room: int, keys: list[int], generator: Generator, split: str) -> tuple[list[list[int]], int]:
+        """What the needles lie in, and how many further ones it has."""
+        if self.haystack != "needles":
+            return trimmed(self._hay.take(room, generator, split), room), 0
+        hay, total = [], 0
+        for key in keys:
+            if total >= room:
+                break
+            hay.append(self._needle(self._key(key), self._value(generator))[0])
+            total += len(hay[-1])
+        return trimmed(hay, room), len(hay) - (total > room)
+
+    def _read(self, text: str) -> dict[str, list[str]]:
+        """What a text tells of each key, in order."""
+        told: dict[str, list[str]] = {}
+        if self.haystack == "markov":
+            for key, value in MARKOV_NEEDLE.findall(text):
+                told.setdefault(key, []).append(value)
+        else:
+            for first, second, value in TOLD.findall(text):
+                told.setdefault(f"{first}-{second}", []).append(value.replace(" ", ""))
+        return told
+
+    def _named(self, text: str) -> str:
+        """The key that the last question in a text names; nothing where there is none."""
+        if self.haystack == "markov":
+            found = MARKOV_QUESTION.findall(text)
+            return found[-1] if found else ""
+        found = ASKED.findall(text)
+        return "-".join(found[-1]) if found else ""
+
+    def guess(
+        self, ids: Int[Tensor, "b t"], asked: Bool[Tensor, "b t"], seen: Bool[Tensor, "b t"], generator: Generator
+    ) -> Int[Tensor, "b t"]:
+        """Reads all needles that are seen whole; a value that none of them tells is drawn anew.
+
+        Where a key has more values than are seen, those seen are the last ones if nothing behind the first seen token
+        is unseen, as in a window, and otherwise any that follow each other.
+        """
+        said = torch.zeros_like(ids)
+        for row in range(len(ids)):
+            tokens, known = ids[row].tolist(), seen[row].tolist()
+            told, given, key = self._read(readable(self._encoder, tokens, known)), 0, ""
+            behind = (seen[row] | asked[row])[known.index(True) if True in known else 0 :]
+            skip: dict[str, int] = {}
+            for name, values in told.items():
+                missing = max(self.per_key - len(values), 0)
+                drawn = int(torch.randint(missing + 1, (), generator=generator)) if missing else 0
+                skip[name] = missing if bool(behind.all()) else drawn
+            for begin, end in runs(asked[row].tolist()):
+                first = begin - begin % self.segment_length
+                named = self._named(readable(self._encoder, tokens[first:begin], known[first:begin]))
+                given, key = (given + 1, key) if named in ("", key) else (0, named)
+                values = told.get(key, [])
+                which = given - skip.get(key, 0)
+                value = values[which] if 0 <= which < len(values) else self._value(generator)
+                write(said[row], (begin, end), self._needle("", value)[1])
+        return said
+
+    def measures(self, predicted: Int[Tensor, "b t"], examples: Examples) -> dict[str, float]:
+        """Share of answers that are the value of another key ("another needle"), and of streams with all values right
+        ("all values")."""
+        others, total, whole = 0, 0, 0
+        right = self.right(predicted, examples).tolist()
+        for row in range(len(predicted)):
+            places = runs(examples.asked[row].tolist())
+            mine, right = right[: len(places)], right[len(places) :]
+            whole += all(mine)
+            ids = examples.input_ids[row].tolist()
+            every = [
+                value
+                for values in self._read(readable(self._encoder, ids, [True] * len(ids))).values()
+                for value in values
+            ]
+            for place, good in zip(places, mine, strict=True):
+                written = decoded(self._encoder, predicted[row, place[0] : place[1]].tolist()).lower().replace(" ", "")
+                total, others = total + 1, others + (not good and written in every)
+        return {"another needle": others / max(total, 1), "all values": whole / max(len(predicted), 1)}
+
+    def majority(self, examples: Examples, rows: int = 500) -> float:
+        """As for every task, but counted over short streams: answers do not depend on the length."""
+        return Task.majority(_shortest(self), examples, rows)
+
+    def text(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as a person reads them."""
+        return self._encoder.pieces(ids)
+
+
+def _names_a_key(sentence: str) -> bool:
+    """Whether words of a key follow each other in a sentence."""
+    words = re.findall(r"\w+", sentence.lower())
+    return any(first in _ADJECTIVES and second in _NOUNS for first, second in itertools.pairwise(words))
+
+
+_ADJECTIVES, _NOUNS = frozenset(ADJECTIVES), frozenset(NOUNS)

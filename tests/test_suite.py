@@ -1,0 +1,282 @@
+"""Suites: what is compared, on equal terms, with controls; resumed, matched in bytes, and refused when wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mnemic.attachment import attach
+from mnemic.bench import compare
+from mnemic.bench.compare import CONDITIONS, NONE, Recipe, Run, match_bytes, most_bytes, predict
+from mnemic.bench.hosts import Host
+from mnemic.bench.results import Record, records
+from mnemic.bench.suite import file_name, finished, limited, load, names, parse
+from mnemic.bench.workers import perform
+from mnemic.cli import app
+from mnemic.memories import CONFIGS, EMTConfig
+from mnemic.training import unroll
+
+QUICK = Recipe(steps=12, rows=8, warm=4)
+REVERSE = Run("reverse", "emt", settings={"count": 12, "segment_length": 12}, recipe=QUICK, test_rows=16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_memory_that_is_needed_is_learned():
+    """Reverse over two segments: beyond the floor with the own memory, at the floor with any other."""
+    recipe = Recipe(steps=150, rows=48, learning_rate=4e-3, warm=20)
+    score = replace(REVERSE, recipe=recipe, test_rows=128).run().scores[0]
+    assert score.score > 0.5, score
+    assert score.floors["no memory"] == pytest.approx(0.198, abs=0.001)
+    for name in CONDITIONS[1:]:
+        assert score.controls[name] < 0.3, (name, score.controls)
+    assert set(score.outcomes) == set(CONDITIONS)
+    assert score.outcomes["memory"].count("1") / len(score.outcomes["memory"]) == pytest.approx(score.score)
+
+
+@pytest.mark.parametrize("mechanism", [NONE, *sorted(CONFIGS)])
+def test_every_mechanism_by_existing(mechanism):
+    record = replace(REVERSE, mechanism=mechanism, test_rows=8).run()
+    assert record.mechanism == mechanism
+    assert (record.config["memory"] is None) == (mechanism == NONE)
+    assert (record.state_bytes == 0) == (mechanism == NONE)
+    assert set(record.scores[0].controls) == (set() if mechanism == NONE else set(CONDITIONS[1:]))
+    assert record.seconds["training"] > 0
+    assert record.measures["cost"]["with memory / base"] > 0
+    json.dumps(record.config)
+
+
+def test_equal_terms():
+    """First weights of the host, streams and steps are the same whatever the memory."""
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def spy(model, batches, **settings):
+        base = [p.clone() for n, p in model.named_parameters() if "mnemic" not in n]
+        seen.append((base, batches(0).input_ids, batches(5).input_ids, settings["steps"]))
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "train", spy)
+        for mechanism in (NONE, *sorted(CONFIGS)):
+            with pytest.raises(Stop):
+                replace(REVERSE, mechanism=mechanism).run()
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0][0], other[0], strict=True))
+        assert torch.equal(seen[0][1], other[1])
+        assert torch.equal(seen[0][2], other[2])
+        assert seen[0][3] == other[3]
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_predictions_are_those_of_training(name):
+    """What is asked under "memory" is what a plain pass over the stream gives, wherever labels lie."""
+    task = replace(REVERSE, settings={"count": 12, "segment_length": 6}).make_task()
+    torch.manual_seed(0)
+    model = Host().make(task.vocabulary, 6).eval()
+    attachment = attach(model, CONFIGS[name].small(6, 64))
+    with torch.no_grad():
+        for parameter in attachment.memory.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    examples = task.examples(4, "test")
+    predicted = predict(attachment, examples.input_ids, examples.labels)
+    with torch.no_grad():
+        unrolled = unroll(model, examples.input_ids, examples.labels, parallel=False)
+    assert torch.equal(predicted.tokens["memory"][examples.asked], unrolled.logits.argmax(-1))
+    assert predicted.nats["memory"][examples.asked].mean() == pytest.approx(unrolled.loss.item(), rel=1e-4)
+    assert not torch.equal(predicted.nats["memory"], predicted.nats["no memory"])
+
+
+def test_a_frozen_host_stays_as_it_is():
+    run = replace(REVERSE, mechanism="emt")
+    task = run.make_task()
+    torch.manual_seed(0)
+    model = Host().make(task.vocabulary, task.segment_length)
+    attachment = attach(model, EMTConfig.small(task.segment_length, 64))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "mnemic" not in name}
+    run._train(attachment, compare.Silent(), None)
+    after = {name: tensor for name, tensor in model.state_dict().items() if "mnemic" not in name}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+# --- stages and bytes ------------------------------------------------------------------------------------------------
+
+
+def test_stages():
+    recipe = Recipe(steps=10, stages=({"share": 0.2, "count": 3}, {"share": 0.5, "count": 6}))
+    assert recipe.settings() == [{"count": 3}] * 2 + [{"count": 6}] * 5 + [{}] * 3
+    for wrong in (({"share": 1.0, "count": 3},), ({"count": 3},), ({"share": 0.6}, {"share": 0.6})):
+        with pytest.raises(ValueError, match=r"share|stages"):
+            Recipe(steps=10, stages=wrong).settings()
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_equal_bytes(name):
+    run = replace(REVERSE, mechanism=name)
+    (matched,) = match_bytes([run], 40_000)
+    if matched.size is None:
+        pytest.skip(f"{name} has no size to choose")
+    assert most_bytes(matched) <= 40_000 < most_bytes(replace(matched, size=matched.size + 1))
+    with pytest.raises(ValueError, match="at its smallest"):
+        match_bytes([run], 10)
+
+
+# --- suites ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names())
+def test_suites_that_come_with_the_package(name):
+    suite = load(name)
+    runs = suite.runs(seeds=2)
+    assert {run.mechanism for run in runs} == {NONE, *CONFIGS}
+    assert len({file_name(run) for run in runs}) == len(runs)
+    for run in runs:
+        for _, task in run.tests():
+            assert task.examples(1, "test").input_ids.shape[1] % task.segment_length == 0
+        assert len(run.recipe.settings()) == run.recipe.steps
+        if run.mechanism == NONE:
+            for changes in run.recipe.stages:
+                run.make_task(**{key: value for key, value in changes.items() if key != "share"})
+
+
+TASK = {"name": "reverse"}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, "no \\[\\[task\\]\\]"),
+        ({"task": [TASK], "hosts": {}}, "hosts"),
+        ({"task": [{"name": "reverze"}]}, "reverze.*known: .*reverse"),
+        ({"task": [{**TASK, "settings": {"cont": 3}}]}, "cont.*known: .*count"),
+        ({"task": [{**TASK, "recipe": {"step": 3}}]}, "step.*known: .*steps"),
+        ({"task": [{**TASK, "memory": {"emtt": {}}}]}, "emtt.*known: .*emt"),
+        ({"task": [TASK], "host": {"size": 3}}, "size.*known: .*width"),
+    ],
+)
+def test_wrong_suites(values, said):
+    with pytest.raises(ValueError, match=said):
+        parse("mine", values)
+
+
+def test_wrong_names(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"neither a file nor .*smoke"):
+        load("smokey")
+    (tmp_path / "a.toml").write_text("title = ")
+    with pytest.raises(ValueError, match="not TOML"):
+        load(tmp_path / "a.toml")
+    suite = parse("mine", {"task": [TASK]})
+    with pytest.raises(ValueError, match=r"unknown memory emtt"):
+        suite.runs(["emtt"])
+    with pytest.raises(ValueError, match="seeds is 0"):
+        suite.runs(seeds=0)
+    with pytest.raises(ValueError, match=r"no task sorting; it has reverse"):
+        limited(suite, ["sorting"])
+    with pytest.raises(ValueError, match="count"):
+        Run("reverse", "emt", settings={"counter": 3}).make_task()
+
+
+SUITE = """
+title = "Two"
+test_rows = 16
+[recipe]
+steps = 6
+rows = 4
+[[task]]
+name = "reverse"
+settings = { count = 12, segment_length = 12 }
+"""
+
+
+def bench(*words):
+    return CliRunner().invoke(app, ["bench", *(str(word) for word in words)])
+
+
+def test_the_command_and_what_is_finished(tmp_path):
+    (tmp_path / "two.toml").write_text(SUITE)
+    words = (tmp_path / "two.toml", "--memory", "emt", "--seeds", 1, "--workers", 1, "--out", tmp_path / "out")
+    result = bench(*words)
+    assert result.exit_code == 0, result.output
+    found = records(tmp_path / "out" / "suite-two")
+    assert [record.mechanism for record in found] == ["emt", NONE]
+    assert not list((tmp_path / "out" / "suite-two" / ".checkpoints").glob("*"))
+    for record in found:
+        assert f"{100 * record.scores[0].score:.1f}" in result.output
+    written = [record.written for record in found]
+    assert bench(*words).exit_code == 0
+    assert [record.written for record in records(tmp_path / "out" / "suite-two")] == written, "run again for nothing"
+    (tmp_path / "two.toml").write_text(SUITE.replace("steps = 6", "steps = 7"))
+    assert bench(*words).exit_code == 0
+    assert all(record.config["recipe"]["steps"] == 7 for record in records(tmp_path / "out" / "suite-two"))
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """The checkpoint of a run that was stopped is where the next one begins, and the result is that of one go."""
+
+    class Killed(Exception):
+        pass
+
+    class Killer(compare.Silent):
+        def __init__(self):
+            self.steps = 0
+
+        def advance(self, steps, **values):
+            self.steps += steps
+            if self.steps >= 8 and "loss" in values:
+                raise Killed
+
+    whole = REVERSE.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "CHECKPOINT_SECONDS", 0.0)
+        with pytest.raises(Killed):
+            REVERSE.run(Killer(), tmp_path / "a.safetensors")
+        assert (tmp_path / "a.safetensors").is_file()
+    told = []
+
+    class Teller(compare.Silent):
+        def advance(self, steps, **values):
+            told.append(steps)
+
+    again = REVERSE.run(Teller(), tmp_path / "a.safetensors")
+    assert told[0] >= 7, "it began anew"
+    assert again.scores[0].outcomes == whole.scores[0].outcomes
+    assert again.scores[0].details["nats a labelled token"] == whole.scores[0].details["nats a labelled token"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_fails_says_so_and_the_others_go_on(tmp_path, workers):
+    wrong, events = replace(REVERSE, recipe=replace(QUICK, learning_rate=1e30)), []
+    perform([wrong, replace(REVERSE, seed=1)], tmp_path, "mnemic bench", workers, events.append)
+    errors = {event.number: event.error for event in events if event.error}
+    assert set(errors) == {0}
+    assert "learning_rate" in errors[0]
+    assert finished(replace(REVERSE, seed=1), tmp_path) is not None
+    assert finished(wrong, tmp_path) is None
+    phases = {event.phase for event in events if event.number == 1 and not event.record}
+    assert phases == {"train", "ask at count 12"}
+    assert isinstance(next(event.record for event in events if event.record), Record)
+
+
+def test_refusals_of_the_command(tmp_path):
+    for words, said in (
+        (("smokey",), "neither a file"),
+        (("smoke", "--memory", "emtt"), "unknown memory"),
+        (("smoke", "--match", "byte"), "bytes=65536"),
+        (("smoke", "--task", "nothing"), "no task"),
+        (("smoke", "--seeds", 0), "seeds is 0"),
+    ):
+        result = bench(*words, "--out", tmp_path)
+        assert result.exit_code == 2, result.output
+        assert said.split()[0] in result.output
