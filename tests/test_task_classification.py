@@ -237,7 +237,7 @@ def shelf(tmp_path):
         (tmp_path / "films" / kind).mkdir(parents=True, exist_ok=True)
         words = [f"w{(number * place) % 17}" for place in range(5 + 4 * number)]
         words.insert(2, f"number{number}")
-        text = "\n".join([*words, "dull" if kind == "neg" else "grand"])
+        text = "\n".join([*words, "dull" if kind == "neg" else "find"])  # a word of the question
         (tmp_path / "films" / kind / f"{number:02}.txt").write_text(text)
     (tmp_path / "films" / "README").write_text("nothing")
     (tmp_path / "films" / "other.txt").write_text("nothing")
@@ -314,7 +314,7 @@ def test_the_end_that_is_kept(shelf):
     front, back = (
         Classification(data=str(shelf), segments=1, segment_length=20, keep=keep) for keep in ("front", "back")
     )
-    tell = {"dull": "bad", "grand": "good"}
+    tell = {"dull": "bad", "find": "good"}
     for task, wanted in ((front, False), (back, True)):
         examples = task.examples(30)
         long = [row for row in examples.input_ids.tolist() if len(set(task.text(row)[:20]) & set(tell)) == 0]

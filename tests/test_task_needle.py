@@ -65,7 +65,8 @@ def test_passkey_rules():
     for row in range(50):
         text = words(task, examples.input_ids[row, :512])
         numbers = re.findall(r"\d(?: \d){4}", text)
-        assert len(numbers) == 2 and numbers[0] == numbers[1]
+        assert len(numbers) == 2
+        assert numbers[0] == numbers[1]
         assert numbers[0] == words(task, examples.input_ids[row][examples.asked[row]])
         assert numbers[0][0] != "0"
         assert text.startswith("somewhere in this long text")
@@ -77,8 +78,8 @@ def test_passkey_rules():
 
 def test_passkey_digits_are_balanced():
     task = PasskeyTask(length=128)
-    examples = task.examples(4000)
-    digits = examples.input_ids[examples.asked].view(4000, 5)
+    examples = task.examples(1500)
+    digits = examples.input_ids[examples.asked].view(1500, 5)
     for place in range(5):
         counts = digits[:, place].unique(return_counts=True)[1]
         assert len(counts) == (9 if place == 0 else 10)
@@ -88,9 +89,10 @@ def test_passkey_digits_are_balanced():
 
 def test_depth_is_uniform_over_gaps():
     task = PasskeyTask(length=1024)
-    depth = task.examples(2000).extra["depth"][:, 0]
+    depth = task.examples(1000).extra["depth"][:, 0]
     counts = (depth.clamp_max(99) // 10).bincount(minlength=10)
-    assert depth.min() == 0 and depth.max() == 100
+    assert depth.min() == 0
+    assert depth.max() == 100
     # 0.999 of chi-square with 9 degrees of freedom; deciles hold 14 to 15 of the 139 gaps, which adds some
     assert chi_square(counts) < 27.88 + 8
 
@@ -103,12 +105,14 @@ def test_fixed_depth(task):
         assert ((examples.extra["depth"] - depth).abs() <= 1.5).all()
     first = task(length=1024, depth=0).examples(3).evidence
     last = task(length=1024, depth=100).examples(3).evidence
-    assert (first < 60 + 10).all() and (last > 1024 - 90).all()
+    assert (first < 60 + 10).all()
+    assert (last > 1024 - 90).all()
 
 
 def test_grid():
     cells = grid([128, 256], [0, 50, 100], segment_length=64)
-    assert len(cells) == 6 and cells[1] == {"segment_length": 64, "length": 128, "depth": 50}
+    assert len(cells) == 6
+    assert cells[1] == {"segment_length": 64, "length": 128, "depth": 50}
     assert {(cell["length"], cell["depth"]) for cell in cells} == {(n, d) for n in (128, 256) for d in (0, 50, 100)}
     assert len(grid([512])) == 11
     for cell in cells:
@@ -130,12 +134,12 @@ def test_passkey_reads_what_it_sees():
 
 def test_passkey_floors():
     """Of 512 tokens of context the last segment has a quarter; the line must lie in it whole."""
-    floors = PasskeyTask().floors(400)
+    floors = PasskeyTask().floors(200)
     assert floors["oracle"] == 1
     assert floors["uniform"] == 1 / 90_000
-    # three standard deviations of a share of 400
-    assert abs(floors["last segment"] - 0.25) < 0.075
-    assert abs(floors["last 2 segments"] - 0.5) < 0.08
+    # three standard deviations of a share of 200
+    assert abs(floors["last segment"] - 0.25) < 0.095
+    assert abs(floors["last 2 segments"] - 0.5) < 0.11
     assert floors["majority"] < 0.01
 
 
@@ -164,7 +168,8 @@ def test_needle_rules():
     assert (examples.facts == 10).all()
     for row in range(40):
         told = TOLD.findall(words(task, examples.input_ids[row, :1024]))
-        assert len(told) == 10 and len({(a, b) for a, b, _ in told}) == 5
+        assert len(told) == 10
+        assert len({(a, b) for a, b, _ in told}) == 5
         values = {}
         for a, b, value in told:
             values.setdefault(f"{a} - {b}", []).append(value)
@@ -201,18 +206,20 @@ def test_no_filler_is_a_needle():
 
 def test_word_values_are_balanced():
     task = NeedleTask(length=64, segment_length=32, keys=1, values="word")
-    examples = task.examples(6400)
+    examples = task.examples(2560)
     counts = examples.input_ids[examples.asked].unique(return_counts=True)[1]
     # 0.999 of chi-square with 127 degrees of freedom
-    assert len(counts) == 128 and chi_square(counts) < 181.99
+    assert len(counts) == 128
+    assert chi_square(counts) < 181.99
 
 
 def test_needle_floors():
-    floors = NeedleTask(values="word").floors(400)
+    floors = NeedleTask(values="word").floors(200)
     # a needle of 9 tokens begins in the last of 4 segments, or else it is one of 128 words
     expected = 0.25 + 0.75 / 128
-    assert floors["oracle"] == 1 and floors["uniform"] == 1 / 128
-    assert abs(floors["last segment"] - expected) < 0.07
+    assert floors["oracle"] == 1
+    assert floors["uniform"] == 1 / 128
+    assert abs(floors["last segment"] - expected) < 0.095
     assert floors["majority"] < 0.05
 
 
@@ -222,7 +229,9 @@ def test_last_values_in_a_window():
     examples = task.examples(300, "test")
     alone = (examples.evidence[:, 0, 0] < 384) & (examples.evidence[:, 1, 0] >= 384)
     right = task.right(task.solve(examples, task.last(examples, 1)), examples).view(300, 2)[alone]
-    assert alone.sum() > 50 and right[:, 1].all() and not right[:, 0].any()
+    assert alone.sum() > 50
+    assert right[:, 1].all()
+    assert not right[:, 0].any()
 
 
 def test_needles_all_around():
@@ -240,7 +249,8 @@ def test_markov():
     examples = task.examples(300)
     for row in examples.input_ids:
         text = "".join(task.text(row.tolist()))
-        assert text.count("@") == 4 and len(set(re.findall(r"@(\w\w)=\d{4};", text[:512]))) == 3
+        assert text.count("@") == 4
+        assert len(set(re.findall(r"@(\w\w)=\d{4};", text[:512]))) == 3
         assert re.fullmatch(r"[a-z ]*(@[a-z]{2}=\d{4};[a-z ]*){3}", text[:512])
     assert perfect(task) == 1
     assert perfect(NeedleTask(haystack="markov", keys=4, per_key=2, queries=3)) == 1
@@ -364,7 +374,9 @@ def test_books_divide_texts(tmp_path):
     for number in range(12):
         (tmp_path / f"{number:02}.txt").write_text("Short one. " + f"The text number {number} goes on. " * 40)
     book = Book(str(tmp_path), Bytes(), shortest=12)
-    assert book.shares["test"] == [9] and book.shares["validation"] == [8] and len(book.shares["train"]) == 10
+    assert book.shares["test"] == [9]
+    assert book.shares["validation"] == [8]
+    assert len(book.shares["train"]) == 10
     for split, allowed in book.shares.items():
         drawn = {bytes(each).decode() for each in book.take(3000, generator(0), split)}
         assert {int(re.findall(r"\d+", each)[0]) for each in drawn} <= set(allowed)

@@ -87,8 +87,51 @@ BLIND: dict[str, str] = {
 
 CHUNKS = 50
 
-GOLDEN: dict[str, str] = {}
-
+GOLDEN: dict[str, str] = {
+    "babilong": "345a2b818c0c29cc",
+    "babilong-1": "1d14522102da2dd1",
+    "babilong-2": "80016100e8d8d98c",
+    "classification": "fab8aa29eae4383d",
+    "classification-1": "a95520caf2e0edad",
+    "copy": "8fca3acd0c3b4ea4",
+    "copy-1": "737d45a5406eb56a",
+    "embedded": "d9b6b2a020fe70a5",
+    "embedded-1": "20fa189274c5309d",
+    "interference": "6bb1c4e6882e0516",
+    "interference-1": "0d9a8f23ab8e0317",
+    "interference-2": "6554f34bdd361f2b",
+    "language": "e5f98906e2d554f3",
+    "language-1": "179ca0461fc00f3c",
+    "mqar": "3b78d47093001b33",
+    "mqar-1": "7490dbe46b114776",
+    "mqar-2": "5cc7fddee440da52",
+    "needle": "acd77376198ada48",
+    "needle-1": "f38e805f2c7b58cb",
+    "needle-2": "a6290b8dd56b6d8c",
+    "order": "d5dc96aa938eeee3",
+    "order-1": "45b393b9157902ae",
+    "passkey": "e3b259bc85d1989a",
+    "passkey-1": "3b72bfc3b59cf145",
+    "quadratic": "c9262bb9a6795863",
+    "quadratic-1": "549358f357a801f9",
+    "recall-language": "842d278cd077648a",
+    "recall-language-1": "43b476471d712a7c",
+    "recall-symbols": "4da63909c7dec26e",
+    "recall-symbols-1": "7261711f630a6827",
+    "retrieval": "73ea54b62077e1a2",
+    "retrieval-1": "8c9323a77d611c28",
+    "retrieval-2": "62199a96da91f284",
+    "reverse": "3ad37dbea0c3263c",
+    "reverse-1": "64695df4c64ac35c",
+    "rewrites": "8b69d5f08915feb8",
+    "rewrites-1": "cbc8a9329253e895",
+    "rewrites-2": "fcbeb85852754796",
+    "sorting": "d171e05bd3a0b605",
+    "sorting-1": "580e497e06e96d56",
+    "sorting-2": "6bc6fd3aabee165c",
+    "updates": "10f6399fc0b4e8cd",
+    "updates-1": "b32b04cd5fb074bb",
+}
 
 CASES = {
     f"{name}{f'-{place}' if place else ''}": (name, settings)

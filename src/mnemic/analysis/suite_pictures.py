@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnemic.analysis.suite_tables import NONE, by_case, mechanisms_of, settings_of
+from mnemic.analysis.suite_tables import FLOORS, NONE, by_case, floor, mechanisms_of, metrics, settings_of
 from mnemic.bench.results import Record, Score
 
 COLOURS = ("#1f5fa8", "#b5651d", "#2e7d32", "#8e3b8a", "#c9a227", "#00838f", "#c62828", "#6d4c41", "#5e7d1f", "#455a9d")
-FLOORS = {"uniform": "#bbbbbb", "majority": "#999999", "last segment": "#666666", "last 2 segments": "#444444"}
+STYLES = {"own segment": ("#bbbbbb", ":"), "last segment": ("#888888", ":"), "last 2 segments": ("#444444", ":")}
+STYLES |= {"sample": ("#7b9e87", "--")}
+assert set(STYLES) == set(FLOORS)
 
 
 def colours(found: Sequence[Record]) -> dict[str, str]:
@@ -37,47 +39,47 @@ def over_length(found: Sequence[Record], path: Path, title: str) -> Path:
             continue
         task, settings = panels[place]
         here = {length: found for (name, its, length), found in sorted(cases.items()) if (name, its) == panels[place]}
-        _panel(axes, here, colour)
-        axes.set_title(task, fontsize=9.5)
+        unit = metrics(found)[task]
+        _panel(axes, here, colour, 100 if unit == "%" else 1)
+        axes.set_title(task if unit == "%" else f"{task}: {unit}, lower is better", fontsize=9)
         axes.set_xlabel(axes_of[task, settings], fontsize=8)
-        axes.set_ylim(-3, 104)
+        if unit == "%":
+            axes.set_ylim(-3, 104)
         axes.tick_params(labelsize=7.5)
         if place % columns == 0:
             axes.set_ylabel("score, %", fontsize=8)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     handles = [plt.Line2D([], [], color=value, marker="o", markersize=4, label=name) for name, value in colour.items()]
-    handles += [plt.Line2D([], [], color=value, linestyle=":", label=name) for name, value in FLOORS.items()]
-    handles += [plt.Line2D([], [], color="#7b9e87", linestyle="--", label="sample of a segment's tokens")]
+    handles += [
+        plt.Line2D([], [], color=value, linestyle=dashes, label=f"floor: {name}")
+        for name, (value, dashes) in STYLES.items()
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
     return _save(plt, figure, path)
 
 
-def _panel(axes: Any, here: dict[int, dict[str, list[Score]]], colour: dict[str, str]) -> None:
+def _panel(axes: Any, here: dict[int, dict[str, list[Score]]], colour: dict[str, str], scale: float) -> None:
     lengths = list(here)
-    places = range(len(lengths))
     for name, value in colour.items():
         known = [(place, here[length][name]) for place, length in enumerate(lengths) if name in here[length]]
         if not known:
             continue
         at = [place for place, _ in known]
-        scores = [[100 * score.score for score in seeds] for _, seeds in known]
+        scores = [[scale * score.score for score in seeds] for _, seeds in known]
         axes.plot(
             at, [statistics.mean(each) for each in scores], color=value, marker="o", markersize=3.5, linewidth=1.6
         )
         axes.fill_between(at, [min(e) for e in scores], [max(e) for e in scores], color=value, alpha=0.15, linewidth=0)
-    for name in next(iter(next(iter(here.values())).values()))[0].floors:
-        style = FLOORS.get(name, "#7b9e87" if name.startswith("sample") else None)
-        if style is None:
-            continue
-        line = [100 * next(iter(here[length].values()))[0].floors[name] for length in lengths]
-        dashes = "--" if name.startswith("sample") else ":"
-        if len(places) == 1:
-            axes.axhline(line[0], color=style, linestyle=dashes, linewidth=1)
-        axes.plot(places, line, color=style, linestyle=dashes, linewidth=1)
-    axes.set_xticks(list(places), [f"{length:,}" for length in lengths])
-    if len(places) == 1:
+    for name, (value, dashes) in STYLES.items():
+        line = [floor(next(iter(here[length].values()))[0], name) for length in lengths]
+        known = [(place, scale * each) for place, each in enumerate(line) if each is not None]
+        if len(known) == 1:
+            axes.axhline(known[0][1], color=value, linestyle=dashes, linewidth=1)
+        axes.plot([x for x, _ in known], [y for _, y in known], color=value, linestyle=dashes, linewidth=1)
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    if len(lengths) == 1:
         axes.set_xlim(-0.6, 0.6)
 
 
@@ -87,6 +89,7 @@ def pareto(found: Sequence[Record], path: Path, title: str) -> Path:
     """
     plt = _pyplot()
     colour = colours(found)
+    found = [record for record in found if record.measures.get("metric", "%") == "%"]
     without = {
         (case, place): score.score
         for case, by_mechanism in by_case(found).items()

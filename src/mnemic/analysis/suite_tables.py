@@ -61,21 +61,52 @@ def tables(results: Path) -> dict[str, str]:
     return tables
 
 
+FLOORS = {
+    "own segment": ("own segment", "no memory", "reader, this segment"),
+    "last segment": ("last segment", "reader, last segment"),
+    "last 2 segments": ("last 2 segments", "reader, last 2 segments"),
+    "sample": ("sample", "reader, sample"),
+}
+"""The floors beside every score, and what tasks call them."""
+
+
+def floor(score: Score, name: str) -> float | None:
+    """A floor of a score; None where the task has none of the kind."""
+    for key in FLOORS[name]:
+        for own, value in score.floors.items():
+            if own == key or (name == "sample" and own.startswith(f"{key} of ")):
+                return value
+    return None
+
+
+def shown(values: Sequence[float], metric: str) -> str:
+    """Mean with least and most, in per cent or in the task's unit."""
+    return spread(values) if metric == "%" else spread(values, 1, 3)
+
+
+def metrics(found: Sequence[Record]) -> dict[str, str]:
+    """The unit of each task."""
+    return {record.task: record.measures.get("metric", "%") for record in found}
+
+
 def scores(found: Sequence[Record]) -> str:
     """Every mechanism on every task at every length, and what needs no learning."""
     if not found:
         return missing("this suite")
-    mechanisms, rows = mechanisms_of(found), []
+    mechanisms, rows, metric = mechanisms_of(found), [], metrics(found)
     for (task, _, length), by_mechanism in by_case(found).items():
-        floors = next(iter(by_mechanism.values()))[0].floors
-        best = {name: value for name, value in floors.items() if name not in ("oracle", "all tokens")}
-        floor = max(best, key=lambda name: best[name])
-        rows.append(
-            [task, f"{length:,}"]
-            + [spread([s.score for s in by_mechanism[name]]) if name in by_mechanism else "" for name in mechanisms]
-            + [f"{100 * floors['uniform']:.1f}", f"{100 * best[floor]:.1f} ({floor})"]
-        )
-    header = ["task", "length", *(f"`{name}`" for name in mechanisms), "uniform", "best floor"]
+        unit = metric[task]
+        some = next(iter(by_mechanism.values()))
+        cells = [
+            shown([s.score for s in by_mechanism[name]], unit) if name in by_mechanism else "" for name in mechanisms
+        ]
+        beside = []
+        for name in FLOORS:
+            values = [value for s in some if (value := floor(s, name)) is not None]
+            beside.append(shown([statistics.mean(values)], unit) if values else "")
+        title = task if unit == "%" else f"{task} ({unit})"
+        rows.append([title, f"{length:,}", *cells, *beside])
+    header = ["task", "length", *(f"`{name}`" for name in mechanisms), *(f"*{name}*" for name in FLOORS)]
     return markdown(header, rows) + "\n\n" + note(found)
 
 
@@ -87,8 +118,8 @@ def note(found: Sequence[Record]) -> str:
     where = machine["accelerator"] or f"{machine['cores']} {machine['processor']} cores"
     hours = sum(record.seconds["all"] for record in found) / 3600
     return (
-        f"Per cent; mean and, in brackets, least and most over seeds {', '.join(map(str, seeds))}. Host: "
-        f"{'; '.join(hosts)}. {len(found)} runs, {hours:.1f} process-hours on {where}. Made by `{found[0].command}`."
+        f"Per cent unless said otherwise; mean and, in brackets, least and most over seeds {', '.join(map(str, seeds))}. Host: "
+        f"{'; '.join(hosts)}. Floors in italics need nothing learned. {len(found)} runs, {hours:.1f} process-hours on {where}. Made by `{found[0].command}`."
     )
 
 
@@ -97,15 +128,15 @@ def controls(found: Sequence[Record]) -> str:
     found = [record for record in found if record.mechanism != NONE]
     if not found:
         return missing("this suite")
-    rows = []
+    rows, metric = [], metrics(found)
     for (task, _, length), by_mechanism in by_case(found).items():
         for name in mechanisms_of(found):
             if name not in by_mechanism:
                 continue
             seeds = by_mechanism[name]
             rows.append(
-                [task, f"{length:,}", f"`{name}`", f"**{spread([s.score for s in seeds])}**"]
-                + [spread([s.controls[control] for s in seeds]) for control in CONTROLS]
+                [task, f"{length:,}", f"`{name}`", f"**{shown([s.score for s in seeds], metric[task])}**"]
+                + [shown([s.controls[control] for s in seeds], metric[task]) for control in CONTROLS]
             )
     return markdown(["task", "length", "mechanism", "own memory", *CONTROLS], rows)
 

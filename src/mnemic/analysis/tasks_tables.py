@@ -10,6 +10,9 @@ from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.results import Record, records
 from mnemic.tasks import TASKS
 
+FEW = 3
+"""Up to so many settings stand beside each other."""
+
 
 def tables(results: Path) -> dict[str, str]:
     """Every table of these pages by name: `tasks`, and `floors-NAME` for each task."""
@@ -33,27 +36,22 @@ def tasks() -> str:
 
 
 def floors(record: Record) -> str:
-    """Settings in rows, floors and ceiling in columns."""
+    """Floors and ceiling in columns and settings in rows; the other way round where there are few settings."""
     settings, scores, metric = record.config["settings"], record.scores, record.config["metric"]
     varied = [key for key in settings[0] if len({str(each[key]) for each in settings}) > 1]
     names = list(dict.fromkeys(floor_name(floor) for score in scores for floor in score.floors))
     ceiling = any(score.ceiling is not None for score in scores)
+    columns = [*(f"`{key}`" for key in varied), "tokens", *names, *(["oracle"] * ceiling)]
     rows = []
     for each, score in zip(settings, scores, strict=True):
         values = {floor_name(floor): value for floor, value in score.floors.items()}
         cells = [*(values.get(name) for name in names), *([score.ceiling] * ceiling)]
         rows.append([*(_plain(each[key]) for key in varied), f"{score.tokens:,}", *(shown(c, metric) for c in cells)])
-    # settings in columns read badly where there is but one row
-    header = [*(f"`{key}`" for key in varied), "tokens", *names, *(["oracle"] * ceiling)]
-    table = (
-        markdown(header, rows)
-        if len(rows) > 1
-        else markdown(["floor", metric], list(zip(header, rows[0], strict=True))[1:])
-    )
-    fixed = ", ".join(f"`{key}` {_plain(value)}" for key, value in settings[0].items() if key not in varied)
-    tokens = f" of {scores[0].tokens:,} tokens" if len(rows) == 1 else ""
-    unit = "In %. " if metric == "%" and len(rows) > 1 else "" if len(rows) == 1 else f"{sentence(metric)} "
-    return f"{table}\n\n{unit}{scores[0].examples:,} test streams{tokens}; {fixed}. Made by `{_command(record)}`."
+    if len(rows) <= FEW:
+        columns, *rows = [list(each) for each in zip(columns, *rows, strict=True)]
+    fixed = [f"`{key}` {_plain(each)}" for key, each in settings[0].items() if key not in varied and each is not None]
+    note = f"In {metric}, {scores[0].examples:,} test streams" + ("; " + ", ".join(fixed)) * bool(fixed)
+    return f"{markdown(columns, rows)}\n\n{note}. Made by `{record.command.split(' --out')[0]}`."
 
 
 def shown(value: float | None, metric: str) -> str:
@@ -68,7 +66,3 @@ def floor_name(floor: str) -> str:
 
 def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _command(record: Record) -> str:
-    return record.command.split(" --out")[0]

@@ -36,7 +36,8 @@ from mnemic.bench.results import Record, Score
 from mnemic.memories import CONFIGS, EMTConfig
 from mnemic.memories.base import MemoryConfig
 from mnemic.state import State, map_state
-from mnemic.tasks.base import TASKS, Task
+from mnemic.tasks.base import TASKS, Examples, Task
+from mnemic.tasks.language import Language
 from mnemic.training import IGNORED, Batch, obstacle_to_parallel, read_segments, train
 
 CONDITIONS = ("memory", "other stream", "zeroed", "fresh", "no memory")
@@ -178,6 +179,8 @@ class Run:
             record.measures["cost"] = cost(attachment, task)
         record.measures["title"] = TASKS[self.task].card.title
         record.measures["axis"] = TASKS[self.task].axis
+        record.measures["metric"] = TASKS[self.task].metric
+        record.measures["lower is better"] = TASKS[self.task].lower_is_better
         record.measures["parameters"] = sum(p.numel() for p in attachment.memory.parameters()) if config else 0
         record.state_bytes = max(int(score.details["state_bytes"]) for score in record.scores)
         record.seconds["all"] = time.monotonic() - begun
@@ -313,23 +316,32 @@ def evaluate(
     names = list(parts[0].tokens)
     tokens = {name: torch.cat([part.tokens[name] for part in parts]) for name in names}
     nats = {name: torch.cat([part.nats[name] for part in parts]) for name in names}
-    scores = {name: task.score(tokens[name], test) for name in names}
+    scores = {name: task.result(tokens[name], nats[name], test) for name in names}
     details: dict[str, float] = {"state_bytes": max(part.state_bytes for part in parts)}
     for name in names:
         measured = task.measures(tokens[name], test)
+        measured |= task.bits(nats[name], test) if isinstance(task, Language) else {}
         details |= {each if name == "memory" else f"{name}: {each}": value for each, value in measured.items()}
     details["nats a labelled token"] = nats["memory"][test.asked].mean().item()
     return Score(
         length=0,
         tokens=int(test.input_ids.shape[1]),
-        examples=int(task.right(test.labels, test).numel()),
+        examples=rows if task.lower_is_better else int(task.right(test.labels, test).numel()),
         score=scores.pop("memory"),
         controls=scores,
         floors=floors(task, rows, seed),
         ceiling=1.0 if task.solvable else None,
         details=details,
-        outcomes={name: _packed(task.right(tokens[name], test)) for name in names},
+        outcomes={name: _outcomes(task, tokens[name], nats[name], test) for name in names},
     )
+
+
+def _outcomes(task: Task, tokens: Tensor, nats: Tensor, test: Examples) -> str:
+    """What the score is computed from: whether each answer is right, or the mean nats of each stream."""
+    if task.lower_is_better:
+        means = nats.masked_fill(~test.asked, 0).sum(1) / test.asked.sum(1)
+        return " ".join(f"{mean:.4f}" for mean in means.tolist())
+    return "".join("1" if each else "0" for each in task.right(tokens, test).tolist())
 
 
 _FLOORS: dict[str, dict[str, float]] = {}
@@ -341,10 +353,6 @@ def floors(task: Task, rows: int, seed: int) -> dict[str, float]:
     if key not in _FLOORS:
         _FLOORS[key] = task.floors(rows, seed)
     return _FLOORS[key]
-
-
-def _packed(right: Tensor) -> str:
-    return "".join("1" if each else "0" for each in right.tolist())
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------

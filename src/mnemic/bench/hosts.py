@@ -79,7 +79,6 @@ def tiny_gpt2(vocabulary: int, positions: int, width: int, depth: int, heads: in
             tie_word_embeddings=False,
             bos_token_id=1,
             eos_token_id=2,
-            pad_token_id=0,
         )
     )
     nn.init.normal_(model.transformer.wte.weight, std=0.5)
@@ -105,7 +104,6 @@ def tiny_llama(vocabulary: int, width: int, depth: int, heads: int) -> LlamaForC
             tie_word_embeddings=False,
             bos_token_id=1,
             eos_token_id=2,
-            pad_token_id=0,
         )
     )
     nn.init.normal_(model.model.embed_tokens.weight, std=0.5)

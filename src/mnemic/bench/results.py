@@ -22,7 +22,8 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 class Score:
     """One mechanism on one task at one length. `controls`, `floors` and `ceiling` are in the unit of `score`.
 
-    `outcomes` holds what the score is computed from, one character an example and control: `1` right, `0` wrong.
+    `outcomes` holds what the score is computed from, one character an example and control: `1` right, `0` wrong; where
+    the score is about probabilities, the mean nats of each stream, separated by spaces.
     """
 
     length: int

@@ -62,7 +62,7 @@ def suite(
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
     folder = out / (f"suite-{chosen.name}" + (f"-{model.title}" if host else "") + ("-bytes" if match else ""))
-    with Board(f"{chosen.title}: score, %, mean over finished seeds", runs) as board:
+    with Board(f"{chosen.title}: %, mean over finished seeds", runs) as board:
         perform(runs, folder, command(), workers or os.cpu_count() or 1, board.take)
     console.print(board.table())
     for number, error in board.failed.items():
@@ -151,29 +151,30 @@ class Board:
 
     def table(self) -> Table:
         """Scores by task and length, one column a mechanism, and the floors."""
+        from mnemic.analysis.suite_tables import FLOORS, by_case, floor, metrics
+
         mechanisms = list(dict.fromkeys(run.mechanism for run in self.runs))
-        floors = ("uniform", "last segment", "oracle")
         table = Table(title=self.title, title_justify="left", title_style="bold")
         table.add_column("task")
         table.add_column("length", justify="right")
         for name in mechanisms:
             table.add_column(name, justify="right")
-        for name in floors:
+        for name in FLOORS:
             table.add_column(name, justify="right", style="dim")
-        rows: dict[tuple[str, Any, str], dict[str, list[Any]]] = {}
-        for number, record in self.records.items():
-            run = self.runs[number]
-            for score in record.scores:
-                key = (run.task, score.length, str(run.settings))
-                rows.setdefault(key, {}).setdefault(run.mechanism, []).append(score)
-        for (task, length, _), found in rows.items():
-            some = next(iter(found.values()))[0]
-            cells = [
-                f"{100 * statistics.mean(s.score for s in found[name]):.1f}" if name in found else ""
+        found = list(self.records.values())
+        units = metrics(found)
+        for (task, _, length), by_mechanism in by_case(found).items():
+
+            def cell(value: float | None, unit: str = units[task]) -> str:
+                return "" if value is None else f"{100 * value:.1f}" if unit == "%" else f"{value:.3f}"
+
+            means = [
+                cell(statistics.mean(score.score for score in by_mechanism[name])) if name in by_mechanism else ""
                 for name in mechanisms
             ]
-            known = [f"{100 * some.floors[name]:.1f}" if name in some.floors else "" for name in floors]
-            table.add_row(task, str(length), *cells, *known)
+            some = next(iter(by_mechanism.values()))[0]
+            title = task if units[task] == "%" else f"{task}, {units[task]}"
+            table.add_row(title, f"{length:,}", *means, *(cell(floor(some, name)) for name in FLOORS))
         return table
 
 
@@ -181,8 +182,10 @@ def outcome(event: Event) -> str:
     """A finished run in a line."""
     if event.record is None:
         return f"failed: {event.error}"
-    scores = ", ".join(f"{100 * score.score:.1f}" for score in event.record.scores)
-    return f"{scores} % in {event.record.seconds['all']:.0f} s"
+    unit = event.record.measures["metric"]
+    scale, digits = (100, 1) if unit == "%" else (1, 3)
+    scores = ", ".join(f"{scale * score.score:.{digits}f}" for score in event.record.scores)
+    return f"{scores} {unit} in {event.record.seconds['all']:.0f} s"
 
 
 class SuiteGroup(typer.core.TyperGroup):

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from mnemic.training import IGNORED, Batch
@@ -128,6 +128,9 @@ class Task(ABC):
     card: ClassVar[TaskCard]
     axis: ClassVar[str]
     by_answer: ClassVar[bool] = True
+    metric: ClassVar[str] = "%"
+    """The unit of `result`; "%" stands for shares in [0, 1]."""
+    lower_is_better: ClassVar[bool] = False
     solvable: ClassVar[bool] = True
     """False for tasks on real data that nobody can answer always: they have no oracle."""
 
@@ -207,25 +210,53 @@ class Task(ABC):
         """
         return self.right(predicted, examples).double().mean().item()
 
+    def result(self, predicted: Int[Tensor, "b t"], nats: Float[Tensor, "b t"], examples: Examples) -> float:
+        """What a run is judged by: `score`, unless the task is about probabilities. `nats` are the negative
+        log-likelihoods of the right tokens at labelled places.
+        """
+        return self.score(predicted, examples)
+
     def measures(self, predicted: Int[Tensor, "b t"], examples: Examples) -> dict[str, float]:
         """What else is worth knowing, by name, such as the age of the values that were said instead."""
         return {}
 
     def floors(self, rows: int = 200, number: int = 0) -> dict[str, float]:
         """Scores without anything learned, on test streams: a uniform guess, the most frequent answers, and the solver
-        that sees the last segment, the last two, or a segment's worth of tokens drawn evenly from everything.
+        that sees of the stream only the segment that asks, one or two segments more, or a segment's worth of tokens
+        drawn evenly from everything before. "oracle" sees everything.
 
-        The segment that asks is always seen. "oracle" sees everything.
+        Where several segments ask, each is answered from what lies before its own end. The right answers of earlier
+        segments are part of the stream there, as they are when a model reads it.
         """
         examples = self.examples(rows, "test", number)
-        views = {
-            "last segment": self.last(examples, 1),
-            "last 2 segments": self.last(examples, 2),
-            f"sample of {self.segment_length} tokens": self.sample(examples, generator(seed_of("test", number) + 1)),
+        luck = generator(seed_of("test", number) + 1)
+        views: dict[str, Callable[[Examples], Tensor]] = {
+            "own segment": lambda part: self.last(part, 0),
+            "last segment": lambda part: self.last(part, 1),
+            "last 2 segments": lambda part: self.last(part, 2),
+            f"sample of {self.segment_length} tokens": lambda part: self.sample(part, luck),
         }
-        views |= {"oracle": torch.ones_like(examples.asked)} if self.solvable else {}
-        scored = {name: self.score(self.solve(examples, seen), examples) for name, seen in views.items()}
+        scored = {name: self.score(self.answered(examples, view), examples) for name, view in views.items()}
+        scored |= {"oracle": self.score(self.solve(examples), examples)} if self.solvable else {}
         return {"uniform": self.uniform, "majority": self.majority(examples), **scored}
+
+    def asking(self, examples: Examples) -> Iterator[tuple[slice, Examples]]:
+        """Each segment that asks in any row: where it stands, and the streams up to its end with its labels alone."""
+        size = self.segment_length
+        for first in range(0, examples.asked.shape[1], size):
+            here, end = slice(first, first + size), first + size
+            if not bool(examples.asked[:, here].any()):
+                continue
+            labels, answer = examples.labels[:, :end].clone(), examples.answer[:, :end].clone()
+            labels[:, :first], answer[:, :first] = IGNORED, -1
+            yield here, replace(examples, input_ids=examples.input_ids[:, :end], labels=labels, answer=answer)
+
+    def answered(self, examples: Examples, view: Callable[[Examples], Tensor]) -> Int[Tensor, "b t"]:
+        """The solver's answers where the questions of each segment may use what `view` shows of the stream so far."""
+        predicted = torch.zeros_like(examples.input_ids)
+        for here, part in self.asking(examples):
+            predicted[:, here] = self.solve(part, view(part))[:, here]
+        return predicted
 
     def solve(self, examples: Examples, seen: Bool[Tensor, "b t"] | None = None, seed: int = 0) -> Int[Tensor, "b t"]:
         """The solver's answers for what it sees, everything by default; the answers themselves are taken away first."""
@@ -263,11 +294,7 @@ class Task(ABC):
 
 
 def _offsets(answer: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
-    """How many tokens of the same answer stand before each."""
-    offset, same = torch.zeros_like(answer), torch.ones_like(answer, dtype=torch.bool)
-    for shift in range(1, answer.shape[1]):
-        same = same & (F.pad(answer[:, :-shift], (shift, 0), value=-1) == answer) & (answer >= 0)
-        if not bool(same.any()):
-            break
-        offset += same
-    return offset
+    """How many tokens of the same answer stand before each; an answer's tokens follow each other."""
+    place = torch.arange(answer.shape[1]).expand_as(answer)
+    begins = F.pad(answer[:, :-1], (1, 0), value=-1) != answer
+    return place - torch.where(begins, place, 0).cummax(1).values

@@ -643,6 +643,10 @@ class Language(Task):
             found[f"bits per byte, segment {name}"] = bits_per_byte(*part)
         return found
 
+    def result(self, predicted: Int[Tensor, "b t"], nats: Float[Tensor, "b t"], examples: Examples) -> float:
+        """Bits per byte."""
+        return self.bits(nats, examples)["bits per byte"]
+
     def views(self, generator: Generator) -> dict[str, list[list[int]]]:
         """For each reader which earlier segments it remembers, for each segment. The sample is one of them by chance,
         a memory of a segment's worth: n-grams of scattered tokens would be none.

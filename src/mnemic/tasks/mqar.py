@@ -27,15 +27,15 @@ Ours:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isqrt
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard, generator, seed_of
+from mnemic.tasks.base import Examples, Task, TaskCard
 from mnemic.training import IGNORED
 
 PUBLISHED: dict[str, tuple[tuple[int, int], ...]] = {
@@ -45,50 +45,8 @@ PUBLISHED: dict[str, tuple[tuple[int, int], ...]] = {
 """The published sizes as (length, pairs), for an alphabet of 8192."""
 
 
-class AskedAnywhere(Task):
-    """A task whose answers lie in several segments.
-
-    Its floors go segment by segment: what is asked in a segment is answered from that segment and the k before it. The
-    right answers of earlier segments are part of the stream there, as they are when a model reads it.
-    """
-
-    def parts(self, examples: Examples) -> Iterator[tuple[slice, Examples]]:
-        """Each segment that asks in any row: where it stands, and the streams up to its end with its labels alone."""
-        size = self.segment_length
-        for first in range(0, examples.asked.shape[1], size):
-            here, end = slice(first, first + size), first + size
-            if not bool(examples.asked[:, here].any()):
-                continue
-            labels, answer = examples.labels[:, :end].clone(), examples.answer[:, :end].clone()
-            labels[:, :first], answer[:, :first] = IGNORED, -1
-            yield here, replace(examples, input_ids=examples.input_ids[:, :end], labels=labels, answer=answer)
-
-    def answered(self, examples: Examples, view: Callable[[Examples], Tensor]) -> Int[Tensor, "b t"]:
-        """The solver's answers where the questions of each segment may use what `view` shows of the stream so far."""
-        predicted = torch.zeros_like(examples.input_ids)
-        for here, part in self.parts(examples):
-            predicted[:, here] = self.solve(part, view(part))[:, here]
-        return predicted
-
-    def floors(self, rows: int = 200, number: int = 0) -> dict[str, float]:
-        """Scores without anything learned, on test streams: as `Task.floors`, but every segment that asks sees itself
-        ("own segment"), and one, two, or a segment's worth of tokens drawn evenly before it.
-        """
-        examples = self.examples(rows, "test", number)
-        luck = generator(seed_of("test", number) + 1)
-        views: dict[str, Callable[[Examples], Tensor]] = {
-            "own segment": lambda part: self.last(part, 0),
-            "last segment": lambda part: self.last(part, 1),
-            "last 2 segments": lambda part: self.last(part, 2),
-            f"sample of {self.segment_length} tokens": lambda part: self.sample(part, luck),
-        }
-        scored = {name: self.score(self.answered(examples, view), examples) for name, view in views.items()}
-        oracle = self.score(self.solve(examples), examples)
-        return {"uniform": self.uniform, "majority": self.majority(examples), **scored, "oracle": oracle}
-
-
 @dataclass(frozen=True)
-class MQAR(AskedAnywhere):
+class MQAR(Task):
     """`pairs` pairs, then the questions, in `length` tokens that are cut into segments of `segment_length`.
 
     `alphabet` counts the tokens for fillers, keys and values, `noise` the tokens of a random filler (0: the filler is
@@ -257,7 +215,7 @@ class MQAR(AskedAnywhere):
         return torch.where(asked, said.repeat_interleave(self.width, 1), ids)
 
     def floors(self, rows: int = 200, number: int = 0) -> dict[str, float]:
-        """One more than `AskedAnywhere.floors`: "a told value at random", for a memory that has all the values of a
+        """One more than `Task.floors`: "a told value at random", for a memory that has all the values of a
         stream and not whose they are.
         """
         return {**super().floors(rows, number), "a told value at random": 1 / self.bindings}

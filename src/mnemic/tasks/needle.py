@@ -629,7 +629,13 @@ class NeedleTask(Task):
 
     def _story(self, generator: Generator, split: str) -> Story:
         # keys in random order: the first are asked, the next are distractors, the others may be hay
-        order = torch.randperm(self._possible, generator=generator).tolist()
+        order: list[int] = []
+        while len(order) < self.keys:
+            key = int(torch.randint(self._possible, (), generator=generator))
+            order += [] if key in order else [key]
+        if self.haystack == "needles":
+            drawn = torch.randperm(self._possible, generator=generator).tolist()
+            order += [key for key in drawn if key not in order]
         lines: list[tuple[str, list[int], list[int]]] = []
         for key in map(self._key, order[: self.keys]):
             told: list[str] = []

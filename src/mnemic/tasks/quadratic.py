@@ -23,7 +23,7 @@ Ours:
   before, with the field there still in sight. The rest of the field does not.
 - A field counts when every character is right (`by_answer`); `measures` has the share of characters and the last field.
 - c of an equation without real root is above b^2 / 4, so that none has a discriminant of 0.
-- Answers lie in all segments but the first. The floors go field by field (`AskedAnywhere`): each sees the right text of
+- Answers lie in all segments but the first. The floors go field by field (`Task.floors`): each sees the right text of
   the fields before it, as a model does that is trained or scored on given streams.
 
 The problem is the evidence for every field. But nearly each step follows from the step before: see `floors`.
@@ -40,8 +40,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, TaskCard
-from mnemic.tasks.mqar import AskedAnywhere
+from mnemic.tasks.base import Examples, Task, TaskCard
 from mnemic.training import IGNORED
 
 SIGNS = "0123456789+-*/^=()xD;,"
@@ -63,7 +62,7 @@ FIELDS = ("problem", "canonical", "discriminant", "smaller root", "larger root",
 
 
 @dataclass(frozen=True)
-class Quadratic(AskedAnywhere):
+class Quadratic(Task):
     """Equations whose roots lie between `-bound` and `bound`; fields of `segment_length` tokens.
 
     `canonical` and `discriminant` say whether these steps are written.

@@ -76,14 +76,16 @@ class Pretrained:
         self.tokenizer, self.vocabulary = tokenizer, len(tokenizer)
         pad = tokenizer.pad_token_id
         self.pad = int(pad if pad is not None else tokenizer.eos_token_id or 0)
+        # sentencepiece adds the space before a word itself, byte-level BPE wants it given
+        bare, spaced = self._ids("dog"), self._ids(" dog")
+        self.wants_space = spaced[-len(bare) :] != bare
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a sentence inside a text."""
-        # sentencepiece adds the space before a word itself, byte-level BPE wants it given
-        bare, spaced = (
-            self.tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"] for each in (text, f" {text}")
-        )
-        return bare if len(bare) < len(spaced) else spaced
+        return self._ids(f" {text}" if self.wants_space else text)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What the tokenizer calls each, spaces as such."""
@@ -138,28 +140,36 @@ def assemble(stories: Sequence[Story], segment_length: int, pad: int) -> Example
         raise ValueError(f"contexts must be equally long and whole segments of {segment_length}")
     asked = max(len(story.questions) for story in stories)
     most = max(len(question.evidence) for story in stories for question in story.questions)
-    rows, total = len(stories), length + segment_length
-    ids, labels = torch.full((rows, total), pad), torch.full((rows, total), IGNORED)
-    answer, evidence = torch.full((rows, total), -1), torch.full((rows, asked, most), -1)
     names = sorted({name for story in stories for question in story.questions for name in question.extra})
-    extra = {name: torch.full((rows, asked), -1) for name in names}
-    for row, story in enumerate(stories):
-        ids[row, :length] = torch.tensor(story.context, dtype=torch.long)
-        at = length
-        for number, question in enumerate(story.questions):
-            first = at + len(question.question)
-            last = first + len(question.answer)
-            if last > total:
-                raise ValueError(
-                    f"questions and answers of {last - length} tokens or more do not fit a segment of "
-                    f"{segment_length}; use a longer segment_length"
-                )
-            ids[row, at:first] = torch.tensor(question.question, dtype=torch.long)
-            ids[row, first:last] = labels[row, first:last] = torch.tensor(question.answer, dtype=torch.long)
-            answer[row, first:last] = number
-            evidence[row, number, : len(question.evidence)] = torch.tensor(question.evidence, dtype=torch.long)
-            for name, value in question.extra.items():
-                extra[name][row, number] = value
-            at = last
-    facts = torch.tensor([story.facts for story in stories])
-    return Examples(ids, labels, answer, evidence, facts, extra)
+    total = length + segment_length
+    # lists, made tensors at the end: thousands of small assignments to tensors would take longer than the rest
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    answer: list[list[int]] = []
+    evidence: list[list[list[int]]] = []
+    extra: dict[str, list[list[int]]] = {name: [] for name in names}
+    for story in stories:
+        said, wanted, number = list(story.context), [IGNORED] * length, [-1] * length
+        for place, question in enumerate(story.questions):
+            said += question.question + question.answer
+            wanted += [IGNORED] * len(question.question) + question.answer
+            number += [-1] * len(question.question) + [place] * len(question.answer)
+        if len(said) > total:
+            raise ValueError(
+                f"questions and answers of {len(said) - length} tokens do not fit a segment of {segment_length}; "
+                "use a longer segment_length"
+            )
+        left, missing = total - len(said), asked - len(story.questions)
+        ids.append(said + [pad] * left)
+        labels.append(wanted + [IGNORED] * left)
+        answer.append(number + [-1] * left)
+        found = [question.evidence + [-1] * (most - len(question.evidence)) for question in story.questions]
+        evidence.append(found + [[-1] * most] * missing)
+        for name, rows in extra.items():
+            rows.append([question.extra.get(name, -1) for question in story.questions] + [-1] * missing)
+    return Examples(
+        *(torch.tensor(rows, dtype=torch.long) for rows in (ids, labels, answer)),
+        evidence=torch.tensor(evidence, dtype=torch.long).view(len(stories), asked, most),
+        facts=torch.tensor([story.facts for story in stories]),
+        extra={name: torch.tensor(rows, dtype=torch.long) for name, rows in extra.items()},
+    )

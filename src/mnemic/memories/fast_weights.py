@@ -1,0 +1,433 @@
+"""Fast weights: a matrix that every token writes a pair of key and value into, and that a query multiplies.
+
+One recurrence, with settings. x_t is the layer-normed hidden state of token t of a segment, x_{t-1} that of the token
+before it in the segment (zero for the first). For each head, with a matrix W of `dim / heads` rows and columns,
+
+    k_t = φ(K x_t + K' x_{t-1}),   v_t = V x_t            K' only with `shift`
+    β_t = sigmoid(b . x_t + `rate_bias`)                  how much is written; 1 for Infini-attention
+    λ_t                                                   how much is kept; 1 unless the rule forgets
+    v̄_t = λ_t W_{t-1}ᵀ k_t / n_t                          what is remembered under this key; only rules with delta
+    W_t = λ_t W_{t-1} + β_t k_t (v_t - v̄_t)ᵀ
+    z_t = z_{t-1} + k_t,   n_t = z_{t-1}ᵀ k_t + ε         only with `features="elu1"`; else n_t = 1
+
+| `rule` | delta | λ_t | source |
+| --- | --- | --- | --- |
+| `sum` | no | 1 | linear attention: Katharopoulos et al. 2020, arXiv 2006.16236; Schlag et al. 2021, arXiv 2102.11174 |
+| `decay` | no | `decay` | RetNet, Sun et al. 2023, arXiv 2307.08621, one λ for all heads |
+| `delta` | yes | 1 | Schlag et al. 2021; DeltaNet, Yang et al. 2024, arXiv 2406.06484 |
+| `gated delta` | yes | sigmoid(a . x_t + `forget_bias`) | Yang et al. 2024, arXiv 2412.06464 |
+| `infini` | no | 1 | Infini-attention, Munkhdalai et al. 2024, arXiv 2404.07143, "Linear" |
+| `infini delta` | yes | 1 | the same, "Linear + Delta" |
+
+φ divides by the length ("l2"), or is ELU + 1 ("elu1", Infini-attention's own). Read, at every read layer, from W as it
+stood when the segment began, with q = φ(Q x):
+
+    r = Wᵀ q / (zᵀ q + ε),   h' = h + O [r / sqrt(1 + mean r²)]_heads
+
+What is ours: memory and attention are not mixed by a gate but added, so that an untrained memory changes nothing (O is
+zero at first; Q starts equal to K', or to K without `shift`: a token then asks for what followed it). r is bounded,
+since sums grow with the stream; small r are left as they are, and zero stays zero. Keys see the token before, because
+what is asked for by a token usually stands behind it.
+
+A segment is written in chunks. Within one, all v_t - v̄_t solve one triangular system (the WY or UT form: Yang et al.
+2024, arXiv 2406.06484), so no loop over tokens is left.
+
+What is trained: the projections. What is forgotten: what is overwritten, and what λ takes; the plain sums only blur.
+State: `heads * (dim / heads)² * 4` bytes a stream, 64 KiB by default; "elu1" adds `dim * 4`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layer
+from mnemic.state import State
+
+# Shapes: b batch, t time, d host width, h heads, k keys' width, v values' width (both dim / heads).
+
+RuleName = Literal["sum", "decay", "delta", "gated delta", "infini", "infini delta"]
+EPSILON = 1e-5
+CHUNK = 64
+"""Tokens whose corrections are solved for at once: more cost more work each, and take fewer steps."""
+
+
+@dataclass
+class FastWeightsConfig(MemoryConfig):
+    """Settings of fast weights; layers are block indices, negative ones counted from the end.
+
+    `dim` is the width of keys and of values over all `heads`. `read_layers` and `write_layer` default to the middle of
+    the stack. `shift` makes keys of the token before, too. `correct` is what Infini-attention's delta corrects: the
+    matrix as the token before left it ("token"), or as the segment found it ("segment"), as its paper has it; then the
+    corrections of a key that comes twice in a segment add up, so it needs the paper's normaliser.
+    """
+
+    kind: ClassVar[str] = "fast-weights"
+    card: ClassVar[Card] = Card(
+        title="Fast weights",
+        seam="after block",
+        trains="keys, values, gates, readers",
+        bytes_law="heads x (dim / heads)^2 x 4",
+        paper="Linear Transformers Are Secretly Fast Weight Programmers, https://arxiv.org/abs/2102.11174",
+        citation="@inproceedings{schlag2021linear, title = {Linear Transformers Are Secretly Fast Weight Programmers}, "
+        'author = {Schlag, Imanol and Irie, Kazuki and Schmidhuber, J{\\"u}rgen}, booktitle = {ICML}, year = {2021}}',
+    )
+
+    rule: RuleName = "delta"
+    heads: int = 4
+    dim: int = 256
+    features: Literal["l2", "elu1"] = "l2"
+    read_layers: list[int] | None = None
+    write_layer: int | None = None
+    shift: bool = True
+    decay: float = 0.999
+    rate_bias: float = 0.0
+    forget_bias: float = 8.0
+    correct: Literal["token", "segment"] = "token"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = (("rule", get_args(RuleName)), ("features", ("l2", "elu1")), ("correct", ("token", "segment")))
+        for name, known in choices:
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, known))}")
+        for name in ("heads", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
+        if not 0 < self.decay < 1:
+            raise ValueError(
+                f"decay is {self.decay}; the share that a token keeps lies in (0, 1), see rule='sum' for 1"
+            )
+        if self.features == "elu1" and not self.infini:
+            raise ValueError(
+                f"features 'elu1' need Infini-attention's normaliser, which rule {self.rule!r} lacks; use 'l2'"
+            )
+        if self.correct == "segment" and not (self.rule == "infini delta" and self.features == "elu1"):
+            raise ValueError(
+                "correct='segment' is stable with rule='infini delta' and features='elu1' only; use 'token'"
+            )
+        if self.read_layers is not None and not self.read_layers:
+            raise ValueError("read_layers is empty; name at least one block, or leave it out for the middle one")
+
+    @property
+    def infini(self) -> bool:
+        """Whether the rule is one of Infini-attention's: without a rate."""
+        return self.rule.startswith("infini")
+
+    @property
+    def delta(self) -> bool:
+        """Whether a write corrects what is there."""
+        return self.rule.endswith("delta")
+
+    @classmethod
+    def infini_attention(cls, **changes: Any) -> FastWeightsConfig:
+        """Infini-attention's own update, "Linear + Delta": ELU + 1 of the token alone, corrected by the segment."""
+        setting: dict[str, Any] = {"rule": "infini delta", "features": "elu1", "shift": False, "correct": "segment"}
+        return cls(**{**setting, **changes})
+
+    @classmethod
+    def tiny(cls) -> list[MemoryConfig]:
+        """One of each form: the default, a forget gate and reads below the write, and a normaliser."""
+        small: dict[str, Any] = {"segment_length": 8, "dim": 16, "heads": 2}
+        return [
+            cls(**small),
+            cls(**small, rule="gated delta", read_layers=[0, 1], write_layer=1, forget_bias=2.0),
+            cls(**small, rule="infini delta", features="elu1", shift=False),
+        ]
+
+    @classmethod
+    def small(cls, segment_length: int, width: int, size: int | None = None) -> FastWeightsConfig:
+        """2 heads with keys and values of width `size`, by default half the host's."""
+        return cls(segment_length=segment_length, heads=2, dim=2 * (size or width // 2))
+
+    def build(self, width: int, depth: int, causal: bool = True) -> FastWeights:
+        """The module; raises `ValueError` naming a layer that the host does not have."""
+        return FastWeights(self, width, depth)
+
+
+class FastWeights(Memory):
+    """The module: a writer, and a reader for every read layer."""
+
+    starts_empty = True
+
+    def __init__(self, config: FastWeightsConfig, width: int, depth: int) -> None:
+        super().__init__()
+        middle = (depth - 1) // 2
+        self.config = config
+        self.write_layer = resolve_layer(
+            middle if config.write_layer is None else config.write_layer, depth, "write_layer"
+        )
+        layers = [self.write_layer] if config.read_layers is None else config.read_layers
+        self.read_layers = tuple(sorted({resolve_layer(layer, depth, "read_layers") for layer in layers}))
+        self.writer = Writer(config, width)
+        self.readers = nn.ModuleDict({str(layer): Reader(config, width) for layer in self.read_layers})
+        for reader in self.readers.values():
+            asked = self.writer.key if self.writer.previous is None else self.writer.previous
+            reader.query.load_state_dict(asked.state_dict())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def init_state(self, batch: int, device: torch.device | None = None) -> State:
+        """Zeros, float32: `matrix [b, h, k, v]`, and with "elu1" `normaliser [b, h, k]`."""
+        size = self.config.dim // self.config.heads
+        state = {"matrix": torch.zeros(batch, self.config.heads, size, size, device=device)}
+        if self.config.features == "elu1":
+            state["normaliser"] = torch.zeros(batch, self.config.heads, size, device=device)
+        return state
+
+    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """h' for one read layer; the matrix is that of the segment's start."""
+        return hidden_btd + self.readers[str(layer)](hidden_btd.to(self.parameter_dtype()), state).to(hidden_btd.dtype)
+
+    def write(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> State:
+        """The matrix after one segment."""
+        pairs = self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt)
+        after = write_pairs(state, *pairs, delta=self.config.delta, correct=self.config.correct)
+        return {name: tensor.float() for name, tensor in after.items()}
+
+    def naive(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> tuple[Float[Tensor, "b t d"], State]:
+        """The equations above, one row, head and token at a time."""
+        return _naive(self, hidden_btd, state, keep_bt)
+
+
+def unit(keys: Float[Tensor, "*n k"]) -> Float[Tensor, "*n k"]:
+    """φ(k) = k / ‖k‖."""
+    return F.normalize(keys, dim=-1)
+
+
+def elu_plus_one(keys: Float[Tensor, "*n k"]) -> Float[Tensor, "*n k"]:
+    """φ(k) = ELU(k) + 1."""
+    return F.elu(keys) + 1
+
+
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"l2": unit, "elu1": elu_plus_one}
+"""φ by its name."""
+
+
+class Writer(nn.Module):
+    """Makes pairs of the tokens of a segment: `[b, t, d] -> k, v [b, h, t, .], β [b, h, t], log λ [b, h, t]`."""
+
+    def __init__(self, config: FastWeightsConfig, width: int) -> None:
+        super().__init__()
+        self.config, self.features = config, FEATURES[config.features]
+        self.norm = nn.LayerNorm(width)
+        self.key, self.value = nn.Linear(width, config.dim, bias=False), nn.Linear(width, config.dim, bias=False)
+        self.previous = nn.Linear(width, config.dim, bias=False) if config.shift else None
+        self.rate = None if config.infini else nn.Linear(width, config.heads)
+        self.forget = nn.Linear(width, config.heads) if config.rule == "gated delta" else None
+        for gate, bias in ((self.rate, config.rate_bias), (self.forget, config.forget_bias)):
+            if gate is not None:
+                nn.init.constant_(gate.bias, bias)
+
+    def forward(
+        self, hidden_btd: Tensor, keep_bt: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Keys, values, rates (None for 1) and the logarithms of λ (None for λ = 1).
+
+        Padding has a key of zero and keeps everything, so it changes nothing.
+        """
+        hidden_btd = self.norm(hidden_btd)
+        key = self.key(hidden_btd)
+        if self.previous is not None:
+            key = key + self.previous(shifted(hidden_btd, keep_bt))
+        key, value = (
+            flat.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for flat in (key, self.value(hidden_btd))
+        )
+        key = self.features(key)
+        rate = None if self.rate is None else torch.sigmoid(self.rate(hidden_btd)).transpose(1, 2)
+        log_keep = None
+        if self.forget is not None:
+            log_keep = F.logsigmoid(self.forget(hidden_btd)).transpose(1, 2)
+        elif self.config.rule == "decay":
+            log_keep = key.new_full(key.shape[:-1], self.config.decay).log()
+        if keep_bt is not None:
+            key = key * keep_bt[:, None, :, None]
+            log_keep = None if log_keep is None else log_keep * keep_bt[:, None]
+        return key, value, rate, log_keep
+
+
+class Reader(nn.Module):
+    """What the memory adds to the tokens of one layer: `[b, t, d] -> [b, t, d]`."""
+
+    def __init__(self, config: FastWeightsConfig, width: int) -> None:
+        super().__init__()
+        self.heads, self.features = config.heads, FEATURES[config.features]
+        self.norm = nn.LayerNorm(width)
+        self.query, self.output = nn.Linear(width, config.dim, bias=False), nn.Linear(config.dim, width, bias=False)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, hidden_btd: Tensor, state: State) -> Tensor:
+        """O [r / sqrt(1 + mean r²)] of the equations above."""
+        query_bhtk = self.query(self.norm(hidden_btd)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        read_bhtv = read_pairs(state, self.features(query_bhtk))
+        return self.output(bounded(read_bhtv).to(hidden_btd.dtype).transpose(1, 2).flatten(-2))
+
+
+def bounded(read: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
+    """r / sqrt(1 + mean r²): nearly r where r is small, of root mean square 1 where it is large."""
+    return read * torch.rsqrt(1 + read.square().mean(-1, keepdim=True))
+
+
+def shifted(hidden_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | None) -> Float[Tensor, "b t d"]:
+    """For every token the one before it in its row, padding skipped; zero where there is none."""
+    if keep_bt is None:
+        return F.pad(hidden_btd, (0, 0, 1, -1))
+    place_t = torch.arange(hidden_btd.shape[1], device=hidden_btd.device)
+    latest_bt = F.pad(place_t.where(keep_bt, -1).cummax(1).values, (1, -1), value=-1)
+    before_btd = hidden_btd.gather(1, latest_bt.clamp_min(0)[..., None].expand_as(hidden_btd))
+    return before_btd * (latest_bt >= 0)[..., None]
+
+
+def read_pairs(state: State, query_bhtk: Float[Tensor, "b h t k"]) -> Float[Tensor, "b h t v"]:
+    """r: what a matrix answers to queries, in the wider of float32 and their dtype."""
+    query_bhtk = query_bhtk.to(torch.promote_types(query_bhtk.dtype, torch.float32))
+    state = {name: tensor.to(query_bhtk.dtype) for name, tensor in state.items()}
+    read_bhtv = query_bhtk @ state["matrix"]
+    if "normaliser" in state:
+        read_bhtv = read_bhtv / (query_bhtk @ state["normaliser"][..., None] + EPSILON)
+    return read_bhtv
+
+
+def write_pairs(
+    state: State,
+    key_bhtk: Float[Tensor, "b h t k"],
+    value_bhtv: Float[Tensor, "b h t v"],
+    rate_bht: Float[Tensor, "b h t"] | None = None,
+    log_keep_bht: Float[Tensor, "b h t"] | None = None,
+    *,
+    delta: bool = False,
+    correct: Literal["token", "segment"] = "token",
+    chunk: int = CHUNK,
+) -> State:
+    """The state after `t` pairs, one after another, chunk by chunk; in the wider of float32 and the keys' dtype.
+
+    Without a normaliser in the state nothing is divided. A pair whose key is zero and whose log λ is 0 changes nothing.
+    """
+    dtype = torch.promote_types(key_bhtk.dtype, torch.float32)
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    at_once = not delta or correct == "segment"
+    pieces = [
+        [None] if each is None else each.to(dtype).split(key_bhtk.shape[2] if at_once else chunk, 2)
+        for each in (key_bhtk, value_bhtv, rate_bht, log_keep_bht)
+    ]
+    count = len(pieces[0])
+    for key, value, rate, log_keep in zip(*(each * (count // len(each)) for each in pieces), strict=True):
+        state = _write_chunk(state, key, value, rate, log_keep, delta, solve=not at_once)
+    return state
+
+
+def _write_chunk(
+    state: State, key: Tensor, value: Tensor, rate: Tensor | None, log_keep: Tensor | None, delta: bool, solve: bool
+) -> State:
+    """All pairs of a chunk at once.
+
+    With G_t = λ_1 ... λ_t and u_t = β_t (v_t - v̄_t), the recurrence is W_t = G_t W_0 + Σ_{i<=t} (G_t / G_i) k_i u_iᵀ.
+    Put into v̄_t it gives for the u of the chunk a triangular system,
+
+        u_t + β_t / n_t Σ_{i<t} (G_t / G_i) (k_tᵀ k_i) u_i = β_t (v_t - G_t W_0ᵀ k_t / n_t).
+    """
+    matrix, normaliser = state["matrix"], state.get("normaliser")
+    # logarithms, as G itself may be too small for a quotient
+    log_kept = None if log_keep is None else log_keep.cumsum(-1)
+    if delta:
+        there = key @ matrix
+        if log_kept is not None:
+            there = there * log_kept.exp()[..., None]
+        overlap = (key @ key.mT).tril(-1) if solve else None
+        if normaliser is not None:
+            norm = key @ normaliser[..., None] + EPSILON
+            if overlap is not None:
+                norm = norm + overlap.sum(-1, keepdim=True)
+                overlap = overlap / norm
+            there = there / norm
+        value = value - there
+        if overlap is not None and log_kept is not None:
+            overlap = overlap * (log_kept[..., None] - log_kept[..., None, :]).tril().exp()
+    else:
+        overlap = None
+    update = value if rate is None else rate[..., None] * value
+    if overlap is not None:
+        overlap = overlap if rate is None else rate[..., None] * overlap
+        # the diagonal counts as ones
+        update = torch.linalg.solve_triangular(overlap, update, upper=False, unitriangular=True)
+    weighted = key
+    if log_kept is not None:
+        weighted = key * (log_kept[..., -1:] - log_kept).exp()[..., None]
+        matrix = matrix * log_kept[..., -1, None, None].exp()
+    after = {"matrix": matrix + weighted.mT @ update}
+    return after if normaliser is None else after | {"normaliser": normaliser + key.sum(-2)}
+
+
+# --- the equations in plain loops ------------------------------------------------------------------------------------
+
+
+def _naive(memory: FastWeights, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> tuple[Tensor, State]:
+    config, reader = memory.config, memory.readers[str(memory.read_layers[0])]
+    size = config.dim // config.heads
+    outputs, rows = [], []
+    for b in range(hidden_btd.shape[0]):
+        kept = [t for t in range(hidden_btd.shape[1]) if keep_bt is None or keep_bt[b, t]]
+        row = [{name: tensor[b, head] for name, tensor in state.items()} for head in range(config.heads)]
+        parts = [slice(head * size, (head + 1) * size) for head in range(config.heads)]
+        outputs.append(torch.stack([_naive_read(reader, config, token, row, parts) for token in hidden_btd[b]]))
+        tokens = [memory.writer.norm(hidden_btd[b, t]) for t in kept]
+        after = [_naive_write(memory.writer, config, tokens, row[h], h, parts[h]) for h in range(config.heads)]
+        rows.append({name: torch.stack([each[name] for each in after]) for name in state})
+    return torch.stack(outputs), {name: torch.stack([row[name] for row in rows]) for name in state}
+
+
+def _naive_features(config: FastWeightsConfig, key: Tensor) -> Tensor:
+    if config.features == "l2":
+        return key / torch.dot(key, key).sqrt()
+    return torch.where(key > 0, key + 1, key.clamp(max=0).exp())
+
+
+def _naive_read(
+    reader: Any, config: FastWeightsConfig, token: Tensor, heads: list[State], parts: list[slice]
+) -> Tensor:
+    query, reads = reader.query(reader.norm(token)), []
+    for head, part in zip(heads, parts, strict=True):
+        feature = _naive_features(config, query[part])
+        read = head["matrix"].T @ feature
+        if "normaliser" in head:
+            read = read / (torch.dot(head["normaliser"], feature) + EPSILON)
+        reads.append(read / (1 + (read * read).mean()).sqrt())
+    return token + reader.output(torch.cat(reads))
+
+
+def _naive_write(
+    writer: Any, config: FastWeightsConfig, tokens: list[Tensor], found: State, head: int, part: slice
+) -> State:
+    state, before = found, None
+    for token in tokens:
+        key = writer.key(token)
+        if config.shift and before is not None:
+            key = key + writer.previous(before)
+        before = token
+        key, value = _naive_features(config, key[part]), writer.value(token)[part]
+        kept = {"decay": config.decay}.get(config.rule, 1.0)
+        if config.rule == "gated delta":
+            kept = torch.sigmoid(writer.forget(token)[head])
+        matrix = kept * state["matrix"]
+        if config.delta:
+            there = found if config.correct == "segment" else {**state, "matrix": matrix}
+            remembered = there["matrix"].T @ key
+            if "normaliser" in state:
+                remembered = remembered / (torch.dot(there["normaliser"], key) + EPSILON)
+            value = value - remembered
+        rate = 1.0 if config.infini else torch.sigmoid(writer.rate(token)[head])
+        after = {"matrix": matrix + rate * torch.outer(key, value)}
+        if "normaliser" in state:
+            after["normaliser"] = state["normaliser"] + key
+        state = after
+    return state
