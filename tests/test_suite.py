@@ -142,13 +142,13 @@ def test_suites_that_come_with_the_package(name):
     runs = suite.runs(seeds=2)
     assert {run.mechanism for run in runs} == {NONE, *CONFIGS}
     assert len({file_name(run) for run in runs}) == len(runs)
-    for run in runs:
-        for _, task in run.tests():
-            assert task.examples(1, "test").input_ids.shape[1] % task.segment_length == 0
+    for run in suite.runs([NONE]):
+        for length, task in run.tests():
+            if not isinstance(length, int) or length <= 10_000:
+                assert task.examples(1, "test").input_ids.shape[1] % task.segment_length == 0
         assert len(run.recipe.settings()) == run.recipe.steps
-        if run.mechanism == NONE:
-            for changes in run.recipe.stages:
-                run.make_task(**{key: value for key, value in changes.items() if key != "share"})
+        for changes in run.recipe.stages:
+            run.make_task(**{key: value for key, value in changes.items() if key != "share"})
 
 
 TASK = {"name": "reverse"}

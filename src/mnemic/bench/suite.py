@@ -20,6 +20,7 @@ A suite is a TOML file:
     recipe = { steps = 1000 }     # over those above
     memory.emt = { slots = 32 }   # over those above
     only = ["none", "emt"]        # for what is meant for some mechanisms
+    host = { depth = 4 }          # over that above
 
 Every run writes one record, and a run whose record is there with the same settings is not run again. A run that was
 killed goes on from its checkpoint.
@@ -58,7 +59,7 @@ class Entry:
     memory: dict[str, dict[str, Any]] = field(default_factory=dict)
     test_rows: int = 256
     only: tuple[str, ...] = ()
-    label: str = ""
+    host: Host | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Suite:
                 settings=entry.settings,
                 lengths=entry.lengths,
                 memory=entry.memory.get(mechanism, {}),
-                host=host or self.host,
+                host=host or entry.host or self.host,
                 recipe=entry.recipe,
                 test_rows=entry.test_rows,
             )
@@ -138,7 +139,7 @@ def parse(name: str, values: dict[str, Any]) -> Suite:
     entries = []
     for number, task in enumerate(values["task"]):
         where = f"{name}: task {number + 1} ({task.get('name')})"
-        _known(where, task, {"name", "settings", "lengths", "recipe", "memory", "test_rows", "only", "label"})
+        _known(where, task, {"name", "settings", "lengths", "recipe", "memory", "test_rows", "only", "host"})
         if task.get("name") not in TASKS:
             raise ValueError(f"{where}: there is no such task; known: {', '.join(sorted(TASKS))}")
         both = (values.get("memory", {}), task.get("memory", {}))
@@ -157,6 +158,9 @@ def parse(name: str, values: dict[str, Any]) -> Suite:
                 memory=memory,
                 test_rows=task.get("test_rows", values.get("test_rows", 256)),
                 only=tuple(task.get("only", ())),
+                host=_made(Host, {**values.get("host", {}), **task["host"]}, f"{where}: host")
+                if "host" in task
+                else None,
             )
         )
     return Suite(name, values.get("title", name), host, tuple(entries), tuple(values.get("mechanisms", ())))
