@@ -111,6 +111,21 @@ def test_a_frozen_host_stays_as_it_is():
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def test_by_depth_and_age():
+    task = Run("needle", NONE, settings={"length": 256, "segment_length": 64}).make_task()
+    test = task.examples(64, "test")
+    right = torch.where((test.extra["depth"] >= 40) & (test.extra["depth"] < 60), 1, 0)
+    predicted = torch.where(right[:, :1] == 1, test.labels, -1)
+    found = compare.profile(task, predicted, test)
+    assert found == {f"depth from {start}": float(start == 40) for start in compare.DEPTHS}
+    task = Run("rewrites", NONE, settings={"pairs": 5}).make_task()
+    test = task.examples(200, "test")
+    found = compare.profile(task, task.solve(test, task.last(test, 1)), test)
+    assert list(found) == ["age from 1", "age from 2", "age from 4"]
+    assert found["age from 1"] == 1
+    assert found["age from 4"] < 0.1
+
+
 # --- stages and bytes ------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mnemic.analysis.suite_pictures import colours, over_length, pareto
+from mnemic.analysis.suite_pictures import colours, depth_tasks, draw_suite
 from mnemic.analysis.suite_tables import CONTROLS, by_case, floor, mechanisms_of, tables
 from mnemic.bench.results import Record, Score
 
@@ -19,6 +19,7 @@ def record(task, mechanism, seed, scores, metric="%"):
             controls={} if mechanism == "none" else dict.fromkeys(CONTROLS, score / 2),
             floors={"uniform": 0.1, "own segment": 0.125, "last segment": 0.25, "sample of 8 tokens": 0.375},
             ceiling=1.0,
+            details={f"depth from {start}": score * start / 80 for start in (0, 40, 80)} if task == "echo" else {},
         )
         for length, score in scores.items()
     ]
@@ -84,7 +85,10 @@ def test_pictures(folder, tmp_path):
     assert mechanisms_of(found) == ["none", "emt", "other"]
     assert len(set(colours(found).values())) == 3
     assert len(by_case(found)) == 3
-    for draw in (over_length, pareto):
-        first = draw(found, tmp_path / "a.png", "mine").read_bytes()
-        assert first == draw(found, tmp_path / "b.png", "mine").read_bytes()
-        assert len(first) > 10_000
+    assert depth_tasks(found) == ["echo"]
+    first = draw_suite(found, tmp_path / "a", "mine")
+    assert [path.name for path in first] == ["suite-mine.png", "suite-mine-pareto.png", "suite-mine-echo.png"]
+    for path, again in zip(first, draw_suite(found, tmp_path / "b", "mine"), strict=True):
+        assert path.read_bytes() == again.read_bytes()
+        assert path.stat().st_size > 10_000
+    assert draw_suite([], tmp_path, "mine") == []

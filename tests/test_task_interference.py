@@ -12,7 +12,6 @@ import torch
 
 from mnemic.tasks.base import generator
 from mnemic.tasks.interference import CHOICES, NOUNS, TESTS, InterferenceTask, dictionary, invented
-from mnemic.tasks.rewrites import accuracy_by
 
 
 def chi_square(counts):
@@ -260,10 +259,10 @@ def test_intrusions_of_several_tokens(small):
     assert int((ages[2] == 3).sum()) > 30
 
 
-def test_accuracy_by():
+def test_right_by():
     task = InterferenceTask(updates=6)
     examples = task.examples(100)
-    found = accuracy_by(task, task.solve(examples, task.last(examples, 1)), examples)
+    found = task.right_by(task.solve(examples, task.last(examples, 1)), examples)
     assert found[1][0] == 1
     assert found[2][0] < 0.3
     assert sum(count for _, count in found.values()) == 800

@@ -18,7 +18,6 @@ from mnemic.tasks.rewrites import (
     SEP,
     EmbeddedTask,
     RewritesTask,
-    accuracy_by,
     distinct,
 )
 
@@ -213,17 +212,17 @@ def test_measures():
     assert "exact match, written once" not in found
 
 
-def test_accuracy_by_age():
+def test_right_by_age():
     task = RewritesTask(pairs=4, rewrite=False)
     examples = task.examples(200)
-    found = accuracy_by(task, task.solve(examples, task.last(examples, 2)), examples)
+    found = task.right_by(task.solve(examples, task.last(examples, 2)), examples)
     assert list(found) == [1, 2, 3, 4]
     assert found[1][0] == found[2][0] == 1
     assert found[3][0] < 0.2 > found[4][0]
     assert sum(count for _, count in found.values()) == 200
-    assert list(accuracy_by(task, examples.input_ids, examples, "rewrites")) == [0]
+    assert list(task.right_by(examples.input_ids, examples, "rewrites")) == [0]
     with pytest.raises(ValueError, match="does not note 'colour'"):
-        accuracy_by(task, examples.input_ids, examples, "colour")
+        task.right_by(examples.input_ids, examples, "colour")
 
 
 def test_curriculum():

@@ -23,6 +23,15 @@ def colours(found: Sequence[Record]) -> dict[str, str]:
     return {NONE: "#222222"} | {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(named)}
 
 
+def draw_suite(found: Sequence[Record], folder: Path, name: str) -> list[Path]:
+    """All pictures of a suite: `suite-NAME.png`, `suite-NAME-pareto.png`, and `suite-NAME-TASK.png` by depth."""
+    if not found:
+        return []
+    made = [over_length(found, folder / f"suite-{name}.png", f"suite {name}: score over length")]
+    made.append(pareto(found, folder / f"suite-{name}-pareto.png", f"suite {name}: what is gained, and what it costs"))
+    return made + [heat(found, task, folder / f"suite-{name}-{task}.png") for task in depth_tasks(found)]
+
+
 def over_length(found: Sequence[Record], path: Path, title: str) -> Path:
     """One panel a task: score over its axis, mean and range over seeds, every floor as a line."""
     plt = _pyplot()
@@ -121,6 +130,65 @@ def pareto(found: Sequence[Record], path: Path, title: str) -> Path:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     figure.suptitle(title, fontsize=11)
+    return _save(plt, figure, path)
+
+
+DEPTH = "depth from "
+
+
+def depth_tasks(found: Sequence[Record]) -> list[str]:
+    """Tasks whose scores are known by depth."""
+    return sorted({r.task for r in found for score in r.scores if any(key.startswith(DEPTH) for key in score.details)})
+
+
+def heat(found: Sequence[Record], task: str, path: Path) -> Path:
+    """Length x depth of the evidence, one panel a mechanism: the share of right answers, mean over seeds."""
+    plt = _pyplot()
+    found = [record for record in found if record.task == task]
+    names = mechanisms_of(found)
+    lengths = sorted({score.length for record in found for score in record.scores})
+    starts = sorted(
+        {int(key[len(DEPTH) :]) for r in found for s in r.scores for key in s.details if key.startswith(DEPTH)}
+    )
+    figure, panels = plt.subplots(
+        1,
+        len(names),
+        figsize=(1.2 + (0.7 + 0.55 * len(lengths)) * len(names), 3.0),
+        squeeze=False,
+        layout="constrained",
+    )
+    image = None
+    for axes, name in zip(panels[0], names, strict=True):
+        cells = [
+            [
+                statistics.mean(
+                    [
+                        100 * score.details[f"{DEPTH}{start}"]
+                        for record in found
+                        for score in record.scores
+                        if record.mechanism == name and score.length == length and f"{DEPTH}{start}" in score.details
+                    ]
+                    or [float("nan")]
+                )
+                for length in lengths
+            ]
+            for start in starts
+        ]
+        image = axes.imshow(cells, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        for row, values in enumerate(cells):
+            for column, value in enumerate(values):
+                if value == value:
+                    dark = value < 55
+                    axes.text(
+                        column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="w" if dark else "k"
+                    )
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7.5)
+        axes.set_yticks(range(len(starts)), [f"{start}" for start in starts], fontsize=7.5)
+        axes.set_title(name, fontsize=9.5)
+    panels[0][0].set_ylabel("depth from, %", fontsize=8)
+    figure.supxlabel("tokens of context", fontsize=8)
+    figure.colorbar(image, ax=panels[0].tolist(), label="right, %", shrink=0.9)
+    figure.suptitle(f"{task}: length x depth", fontsize=11)
     return _save(plt, figure, path)
 
 

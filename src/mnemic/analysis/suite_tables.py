@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-
 from mnemic.analysis.markdown import markdown, missing, spread
 from mnemic.bench.results import Record, Score, records
 
@@ -118,8 +117,9 @@ def note(found: Sequence[Record]) -> str:
     where = machine["accelerator"] or f"{machine['cores']} {machine['processor']} cores"
     hours = sum(record.seconds["all"] for record in found) / 3600
     return (
-        f"Per cent unless said otherwise; mean and, in brackets, least and most over seeds {', '.join(map(str, seeds))}. Host: "
-        f"{'; '.join(hosts)}. Floors in italics need nothing learned. {len(found)} runs, {hours:.1f} process-hours on {where}. Made by `{found[0].command}`."
+        f"Per cent unless said otherwise; mean and, in brackets, least and most over seeds "
+        f"{', '.join(map(str, seeds))}. Host: {'; '.join(hosts)}. Floors in italics need nothing learned. {len(found)} "
+        f"runs, {hours:.1f} process-hours on {where}. Made by `{found[0].command}`."
     )
 
 

@@ -322,6 +322,7 @@ def evaluate(
         measured = task.measures(tokens[name], test)
         measured |= task.bits(nats[name], test) if isinstance(task, Language) else {}
         details |= {each if name == "memory" else f"{name}: {each}": value for each, value in measured.items()}
+    details |= profile(task, tokens["memory"], test)
     details["nats a labelled token"] = nats["memory"][test.asked].mean().item()
     return Score(
         length=0,
@@ -334,6 +335,28 @@ def evaluate(
         details=details,
         outcomes={name: _outcomes(task, tokens[name], nats[name], test) for name in names},
     )
+
+
+DEPTHS = (0, 20, 40, 60, 80)
+"""Where the fifths of a context begin, in per cent."""
+
+AGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Where the ranges of ages begin, in segments."""
+
+
+def profile(task: Task, predicted: Tensor, test: Examples) -> dict[str, float]:
+    """Scores by how deep in the context the evidence stands, or by its age, where the task notes either."""
+    found: dict[str, float] = {}
+    for name, starts in (("depth", DEPTHS), ("age", AGES)):
+        if name not in test.extra or not task.by_answer:
+            continue
+        by_value = task.right_by(predicted, test, name)
+        for start, stop in zip(starts, (*starts[1:], None), strict=True):
+            inside = [each for value, each in by_value.items() if value >= start and (stop is None or value < stop)]
+            if inside:
+                right = sum(share * count for share, count in inside) / sum(count for _, count in inside)
+                found[f"{name} from {start}"] = right
+    return found
 
 
 def _outcomes(task: Task, tokens: Tensor, nats: Tensor, test: Examples) -> str:

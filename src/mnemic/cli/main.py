@@ -99,7 +99,7 @@ def report(
     from mnemic.analysis.capacity import picture as capacity_picture
     from mnemic.analysis.curves import recall_curve
     from mnemic.analysis.report import fill, tables
-    from mnemic.analysis.suite_pictures import over_length, pareto
+    from mnemic.analysis.suite_pictures import draw_suite
     from mnemic.analysis.suite_tables import suites
     from mnemic.bench.results import records
 
@@ -116,9 +116,7 @@ def report(
         capacity_picture(found, root / "docs" / "images" / "capacity.png")
     if not check:
         for name, found in suites(results).items():
-            if found:
-                over_length(found, root / "docs" / "images" / f"suite-{name}.png", f"suite {name}: score over length")
-                pareto(found, root / "docs" / "images" / f"suite-{name}-pareto.png", f"suite {name}: what it costs")
+            draw_suite(found, root / "docs" / "images", name)
     for page in changed:
         console.print(("stale: " if check else "wrote: ") + str(page))
     if check and changed:

@@ -220,6 +220,23 @@ class Task(ABC):
         """What else is worth knowing, by name, such as the age of the values that were said instead."""
         return {}
 
+    def right_by(
+        self, predicted: Int[Tensor, "b t"], examples: Examples, name: str = "age"
+    ) -> dict[int, tuple[float, int]]:
+        """Share of right answers for each value of `examples.extra[name]`, and how many answers have it, in order.
+
+        Raises:
+            ValueError: a task that counts tokens, or a name that it does not note.
+        """
+        if not self.by_answer:
+            raise ValueError(f"{self.name} counts tokens, not answers; there is no {name} of a token")
+        if name not in examples.extra:
+            known = ", ".join(sorted(examples.extra)) or "nothing"
+            raise ValueError(f"{self.name} does not note {name!r}; it notes {known}")
+        value, right = examples.extra[name][examples.place >= 0], self.right(predicted, examples)
+        shares = {each: right[value == each] for each in value.unique().tolist()}
+        return {each: (share.double().mean().item(), len(share)) for each, share in shares.items()}
+
     def floors(self, rows: int = 200, number: int = 0) -> dict[str, float]:
         """Scores without anything learned, on test streams: a uniform guess, the most frequent answers, and the solver
         that sees of the stream only the segment that asks, one or two segments more, or a segment's worth of tokens

@@ -68,25 +68,6 @@ def spelt(numbers: Int[Tensor, "*n"], length: int, base: int) -> Int[Tensor, "*n
     return numbers[..., None] // power % base
 
 
-def accuracy_by(
-    task: Task, predicted: Int[Tensor, "b t"], examples: Examples, name: str = "age"
-) -> dict[int, tuple[float, int]]:
-    """Share of right answers for each value of `examples.extra[name]`, and how many answers have it, in order.
-
-    For every task that counts whole answers. Raises `ValueError` for one that counts tokens, or an unknown name.
-    """
-    if not task.by_answer:
-        raise ValueError(f"{task.name} counts tokens, not answers; there is no {name} of a token")
-    if name not in examples.extra:
-        raise ValueError(f"{task.name} does not note {name!r}; choose one of {', '.join(sorted(examples.extra))}")
-    value, right = examples.extra[name][examples.place >= 0], task.right(predicted, examples)
-    return {each: _share(right, value == each) for each in value.unique().tolist()}
-
-
-def _share(right: Bool[Tensor, " n"], chosen: Bool[Tensor, " n"]) -> tuple[float, int]:
-    return right[chosen].double().mean().item(), int(chosen.sum())
-
-
 @dataclass(frozen=True)
 class RewritesTask(Task):
     """`pairs` pairs in as many segments, one question. Keys repeat with `rewrite`, out of `keys` a stream (all that can
@@ -268,7 +249,7 @@ class RewritesTask(Task):
         groups = {name: group for name, group in groups.items() if bool(group.any())}
         return {
             **{name: share.double().mean().item() for name, share in shares.items()},
-            **{f"exact match, {name}": _share(right, group)[0] for name, group in groups.items()},
+            **{f"exact match, {name}": right[group].double().mean().item() for name, group in groups.items()},
         }
 
 
