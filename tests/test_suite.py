@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from mnemic.attachment import attach
 from mnemic.bench import compare
 from mnemic.bench.compare import CONDITIONS, NONE, Recipe, Run, match_bytes, most_bytes, predict
-from mnemic.bench.hosts import Host
+from mnemic.bench.hosts import Host, tiny_gpt2
 from mnemic.bench.results import Record, records
 from mnemic.bench.suite import file_name, finished, limited, load, names, parse
 from mnemic.bench.workers import perform
@@ -201,6 +201,36 @@ def test_wrong_names(tmp_path):
         limited(suite, ["sorting"])
     with pytest.raises(ValueError, match="count"):
         Run("reverse", "emt", settings={"counter": 3}).make_task()
+
+
+def test_the_smoke_suite(tmp_path):
+    """What a user tries first, whole: every mechanism, every condition, every floor."""
+    result = bench("smoke", "--seeds", 1, "--workers", 1, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    found = records(tmp_path / "suite-smoke")
+    assert {record.mechanism for record in found} == {NONE, *CONFIGS}
+    assert {record.task for record in found} == {"reverse", "rewrites"}
+    for record in found:
+        for score in record.scores:
+            assert {"uniform", "majority", "last segment", "oracle"} <= set(score.floors)
+            assert len(score.outcomes["memory"]) == score.examples
+            assert set(score.controls) == (set() if record.mechanism == NONE else set(CONDITIONS[1:]))
+
+
+def test_a_pretrained_host(tmp_path):
+    """Any causal model in a folder, frozen; its tokenizer makes the tokens, its width the memory's size."""
+    torch.manual_seed(0)
+    tiny_gpt2(80, 64, width=32, depth=2, heads=2).save_pretrained(tmp_path / "model")
+    host = Host(str(tmp_path / "model"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Host, "tokenizer", lambda self: None)
+        record = replace(REVERSE, host=host).run()
+        with pytest.raises(ValueError, match="has 80 tokens, the task needs"):
+            replace(REVERSE, host=host, task="mqar", settings={}).run()
+    assert record.host == "model"
+    assert record.config["host"] == {"name": "model", "width": 32, "depth": 2}
+    assert record.config["memory"]["dim"] == 32
+    assert str(tmp_path) not in json.dumps(record.config)
 
 
 SUITE = """

@@ -135,7 +135,7 @@ class Run:
         if self.mechanism not in CONFIGS:
             known = ", ".join([NONE, *sorted(CONFIGS)])
             raise ValueError(f"there is no memory {self.mechanism!r}; known: {known}")
-        small = CONFIGS[self.mechanism].small(segment_length, self.host.width, self.size)
+        small = CONFIGS[self.mechanism].small(segment_length, self.host.shape[0], self.size)
         return MemoryConfig.from_dict({**small.to_dict(), **self.memory})
 
     def described(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Run:
             "task": task.settings(),
             "lengths": list(self.lengths),
             "memory": config.to_dict() if config else None,
-            "host": asdict(self.host),
+            "host": self.host.described(),
             "recipe": recipe,
             "test rows": self.test_rows,
         }
@@ -422,7 +422,7 @@ def most_bytes(run: Run) -> int:
     if config is None:
         return 0
     written = max(test.examples(1, "test").input_ids.shape[1] // task.segment_length - 1 for _, test in run.tests())
-    return config.build(run.host.width, run.host.depth).most_bytes(written)
+    return config.build(*run.host.shape).most_bytes(written)
 
 
 def match_bytes(runs: Sequence[Run], most: int) -> list[Run]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -34,6 +36,20 @@ class Host:
     def trains(self) -> bool:
         """Whether the host's own weights train."""
         return self.name in SMALL
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Width and number of blocks."""
+        if self.trains:
+            return self.width, self.depth
+        config = AutoConfig.from_pretrained(self.name)
+        return config.hidden_size, config.num_hidden_layers
+
+    def described(self) -> dict[str, Any]:
+        """For records: a folder by its name alone, since where it lay on one machine means nothing on another."""
+        width, depth = self.shape
+        known = {"name": self.name if self.trains else self.title, "width": width, "depth": depth}
+        return known | ({"heads": self.heads} if self.trains else {})
 
     @property
     def title(self) -> str:

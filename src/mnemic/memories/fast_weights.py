@@ -22,12 +22,13 @@ before it in the segment (zero for the first). For each head, with a matrix W of
 φ divides by the length ("l2"), or is ELU + 1 ("elu1", Infini-attention's own). Read, at every read layer, from W as it
 stood when the segment began, with q = φ(Q x):
 
-    r = Wᵀ q / (zᵀ q + ε),   h' = h + O [r / sqrt(1 + mean r²)]_heads
+    r = Wᵀ q / (zᵀ q + ε)                                 without a normaliser r = Wᵀ q
+    h' = h + O [r / sqrt(mean r² + δ)]                    over all heads; δ = 0.0001
 
 What is ours: memory and attention are not mixed by a gate but added, so that an untrained memory changes nothing (O is
-zero at first; Q starts equal to K', or to K without `shift`: a token then asks for what followed it). r is bounded,
-since sums grow with the stream; small r are left as they are, and zero stays zero. Keys see the token before, because
-what is asked for by a token usually stands behind it.
+zero at first). Q starts equal to K', or to K without `shift`: a token then asks for what followed it, or came with it,
+before anything is learned. Keys see the token before, because what is told of a token usually stands behind it. r is
+scaled, since sums grow with the stream; zero stays zero. An encoder reads what its own segment wrote.
 
 A segment is written in chunks. Within one, all v_t - v̄_t solve one triangular system (the WY or UT form: Yang et al.
 2024, arXiv 2406.06484), so no loop over tokens is left.
@@ -48,12 +49,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layer
+from mnemic.memories.rules import elu_plus_one
 from mnemic.state import State
 
 # Shapes: b batch, t time, d host width, h heads, k keys' width, v values' width (both dim / heads).
 
 RuleName = Literal["sum", "decay", "delta", "gated delta", "infini", "infini delta"]
 EPSILON = 1e-5
+"""Added to a normaliser: without it an empty one would divide 0 by 0."""
+NEXT_TO_NOTHING = 1e-4
+"""δ, the mean square below which what is read is not scaled up."""
 CHUNK = 64
 """Tokens whose corrections are solved for at once: more cost more work each, and take fewer steps."""
 
@@ -150,18 +155,17 @@ class FastWeightsConfig(MemoryConfig):
 
     def build(self, width: int, depth: int, causal: bool = True) -> FastWeights:
         """The module; raises `ValueError` naming a layer that the host does not have."""
-        return FastWeights(self, width, depth)
+        return FastWeights(self, width, depth, causal)
 
 
 class FastWeights(Memory):
     """The module: a writer, and a reader for every read layer."""
 
-    starts_empty = True
-
-    def __init__(self, config: FastWeightsConfig, width: int, depth: int) -> None:
+    def __init__(self, config: FastWeightsConfig, width: int, depth: int, causal: bool = True) -> None:
         super().__init__()
         middle = (depth - 1) // 2
         self.config = config
+        self.reads_own_segment, self.starts_empty = not causal, causal
         self.write_layer = resolve_layer(
             middle if config.write_layer is None else config.write_layer, depth, "write_layer"
         )
@@ -172,6 +176,11 @@ class FastWeights(Memory):
         for reader in self.readers.values():
             asked = self.writer.key if self.writer.previous is None else self.writer.previous
             reader.query.load_state_dict(asked.state_dict())  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def writes_see_reads(self) -> bool:
+        """Where a decoder reads below the write layer. An encoder's call is one segment, which nothing cuts."""
+        return not self.reads_own_segment and super().writes_see_reads
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """Zeros, float32: `matrix [b, h, k, v]`, and with "elu1" `normaliser [b, h, k]`."""
@@ -203,11 +212,6 @@ class FastWeights(Memory):
 def unit(keys: Float[Tensor, "*n k"]) -> Float[Tensor, "*n k"]:
     """φ(k) = k / ‖k‖."""
     return F.normalize(keys, dim=-1)
-
-
-def elu_plus_one(keys: Float[Tensor, "*n k"]) -> Float[Tensor, "*n k"]:
-    """φ(k) = ELU(k) + 1."""
-    return F.elu(keys) + 1
 
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"l2": unit, "elu1": elu_plus_one}
@@ -267,15 +271,15 @@ class Reader(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, hidden_btd: Tensor, state: State) -> Tensor:
-        """O [r / sqrt(1 + mean r²)] of the equations above."""
+        """O [r / sqrt(mean r² + δ)] of the equations above."""
         query_bhtk = self.query(self.norm(hidden_btd)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         read_bhtv = read_pairs(state, self.features(query_bhtk))
-        return self.output(bounded(read_bhtv).to(hidden_btd.dtype).transpose(1, 2).flatten(-2))
+        return self.output(scaled(read_bhtv).to(hidden_btd.dtype).transpose(1, 2).flatten(-2))
 
 
-def bounded(read: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
-    """r / sqrt(1 + mean r²): nearly r where r is small, of root mean square 1 where it is large."""
-    return read * torch.rsqrt(1 + read.square().mean(-1, keepdim=True))
+def scaled(read: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
+    """r / sqrt(mean r² + δ)."""
+    return read * torch.rsqrt(read.square().mean(-1, keepdim=True) + NEXT_TO_NOTHING)
 
 
 def shifted(hidden_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | None) -> Float[Tensor, "b t d"]:
@@ -401,7 +405,7 @@ def _naive_read(
         read = head["matrix"].T @ feature
         if "normaliser" in head:
             read = read / (torch.dot(head["normaliser"], feature) + EPSILON)
-        reads.append(read / (1 + (read * read).mean()).sqrt())
+        reads.append(read / ((read * read).mean() + NEXT_TO_NOTHING).sqrt())
     return token + reader.output(torch.cat(reads))
 
 
