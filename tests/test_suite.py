@@ -17,8 +17,8 @@ from mnemic.bench.results import Record, records
 from mnemic.bench.suite import file_name, finished, limited, load, names, parse
 from mnemic.bench.workers import perform
 from mnemic.cli import app
-from mnemic.memories import CONFIGS, EMTConfig
-from mnemic.training import unroll
+from mnemic.memories import CONFIGS
+from mnemic.training import train, unroll
 
 QUICK = Recipe(steps=12, rows=8, warm=4)
 REVERSE = Run("reverse", "emt", settings={"count": 12, "segment_length": 12}, recipe=QUICK, test_rows=16)
@@ -99,16 +99,37 @@ def test_predictions_are_those_of_training(name):
     assert not torch.equal(predicted.nats["memory"], predicted.nats["no memory"])
 
 
-def test_a_frozen_host_stays_as_it_is():
-    run = replace(REVERSE, mechanism="emt")
-    task = run.make_task()
-    torch.manual_seed(0)
-    model = Host().make(task.vocabulary, task.segment_length)
-    attachment = attach(model, EMTConfig.small(task.segment_length, 64))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "mnemic" not in name}
-    run._train(attachment, compare.Silent(), None)
-    after = {name: tensor for name, tensor in model.state_dict().items() if "mnemic" not in name}
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+def test_a_host_that_learned_alone(tmp_path):
+    """With whole streams in its window a host learns what it can; every mechanism then begins from the same weights."""
+    recipe = replace(QUICK, rows=48, alone=150, alone_rate=4e-3, alone_mix=({}, {"count": 12}))
+    run = replace(REVERSE, recipe=recipe)
+    first, alone = run.make_host(1, compare.Silent(), tmp_path / "a.safetensors")
+    assert alone["in its window"] > 0.5, alone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "learn_alone", None)  # it is not done again
+        second, known = replace(run, mechanism=NONE).make_host(1, compare.Silent(), tmp_path / "b.safetensors")
+        assert known == alone
+        assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+        with pytest.raises(TypeError):
+            replace(run, seed=1).make_host(1, compare.Silent(), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_freezing_a_host(freeze):
+    recipe = replace(QUICK, freeze=freeze)
+    moved = []
+
+    def spy(model, *args, **settings):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        yield from train(model, *args, **settings)
+        after = model.state_dict()
+        moved.extend(name for name, tensor in before.items() if not torch.equal(tensor, after[name]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "train", spy)
+        replace(REVERSE, recipe=recipe).run()
+    assert any("mnemic" in name for name in moved)
+    assert any("mnemic" not in name for name in moved) != freeze
 
 
 def test_by_depth_and_age():
@@ -145,7 +166,7 @@ def test_equal_bytes(name):
         pytest.skip(f"{name} has no size to choose")
     assert most_bytes(matched) <= 40_000 < most_bytes(replace(matched, size=matched.size + 1))
     with pytest.raises(ValueError, match="at its smallest"):
-        match_bytes([run], 10)
+        match_bytes([run], 1)
 
 
 # --- suites ----------------------------------------------------------------------------------------------------------

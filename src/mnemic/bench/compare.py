@@ -15,6 +15,7 @@ The mechanism "none" is the host trained without a memory for as many steps: wha
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import statistics
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnemic.attachment import Attachment, attach, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
@@ -35,7 +36,7 @@ from mnemic.bench.hosts import Host
 from mnemic.bench.results import Record, Score
 from mnemic.memories import CONFIGS, EMTConfig
 from mnemic.memories.base import MemoryConfig
-from mnemic.state import State, map_state
+from mnemic.state import State, map_state, read_file, write_file
 from mnemic.tasks.base import TASKS, Examples, Task
 from mnemic.tasks.language import Language
 from mnemic.training import IGNORED, Batch, obstacle_to_parallel, read_segments, train
@@ -46,6 +47,9 @@ NONE = "none"
 
 CHECKPOINT_SECONDS = 30.0
 
+ALONE = 250_000_000
+"""Numbers of the training batches that a host sees alone begin here."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -53,6 +57,10 @@ class Recipe:
     a cosine. `bptt_segments` is how many segments back gradients go, None for all.
 
     `stages` make training easier at first: each a share of the steps, and settings of the task that differ in it.
+
+    Before that the host learns the task alone for `alone` steps with whole streams in its window, going through the
+    settings of `alone_mix` in turn. That is what a pretrained model brings along, and shows what it can do where there
+    is nothing to remember. With `freeze` it then stays as it is, and the memory alone trains.
     """
 
     steps: int = 600
@@ -64,6 +72,10 @@ class Recipe:
     clip: float = 1.0
     bptt_segments: int | None = None
     stages: tuple[dict[str, Any], ...] = ()
+    alone: int = 0
+    alone_rate: float = 2e-3
+    alone_mix: tuple[dict[str, Any], ...] = ({},)
+    freeze: bool = False
 
     def rate(self, progress: float) -> float:
         """Learning-rate factor at `progress` in [0, 1]."""
@@ -143,7 +155,7 @@ class Run:
         task = self.make_task()
         config = self.config(task.segment_length)
         recipe = asdict(self.recipe)
-        recipe["betas"], recipe["stages"] = list(recipe["betas"]), list(recipe["stages"])
+        recipe |= {name: list(recipe[name]) for name in ("betas", "stages", "alone_mix")}
         return {
             "task": task.settings(),
             "lengths": list(self.lengths),
@@ -157,15 +169,16 @@ class Run:
         """Trains and measures; the record is not saved yet."""
         reporter, begun = reporter or Silent(), time.monotonic()
         task, tests = self.make_task(), self.tests()
-        torch.manual_seed(self.seed)
-        model = self.host.make(max(each.vocabulary for each in (task, *(t for _, t in tests))), task.segment_length)
         config = self.config(task.segment_length)
+        model, alone = self.make_host(max(test.vocabulary for _, test in tests), reporter, checkpoint)
+        torch.manual_seed(self.seed)
         # without a memory the model still goes through the same code, with one that is switched off
-        attachment = attach(model, config or EMTConfig.small(task.segment_length, 64), freeze=not self.host.trains)
+        switched_off = EMTConfig.small(task.segment_length, self.host.shape[0])
+        attachment = attach(model, config or switched_off, freeze=self.frozen)
         without = attachment.disabled() if config is None else contextlib.nullcontext()
         record = Record(self.task, self.mechanism, self.host.title, self.seed, self.described())
         with without:
-            if self.host.trains or config is not None:
+            if config is not None or not self.frozen:
                 record.seconds["training"] = self._train(attachment, reporter, checkpoint)
             model.eval()
             asking = time.monotonic()
@@ -177,6 +190,7 @@ class Run:
                 reporter.score(score)
             record.seconds["evaluation"] = time.monotonic() - asking
             record.measures["cost"] = cost(attachment, task)
+        record.measures["alone"] = alone
         record.measures["title"] = TASKS[self.task].card.title
         record.measures["axis"] = TASKS[self.task].axis
         record.measures["metric"] = TASKS[self.task].metric
@@ -186,6 +200,40 @@ class Run:
         record.seconds["all"] = time.monotonic() - begun
         return record
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the memory alone trains."""
+        return self.recipe.freeze or not self.host.trains
+
+    def make_host(
+        self, vocabulary: int, reporter: Reporter, checkpoint: str | Path | None
+    ) -> tuple[nn.Module, dict[str, float]]:
+        """The host as every mechanism gets it, and what learning alone came to. Beside `checkpoint` it is kept for the
+        other mechanisms.
+        """
+        torch.manual_seed(self.seed)
+        task, recipe = self.make_task(), self.recipe
+        if not recipe.alone or not self.host.trains:
+            return self.host.make(max(vocabulary, task.vocabulary), task.segment_length), {}
+        mix = [self.make_task(**changes) for changes in recipe.alone_mix]
+        longest = max(each.examples(1, "train").input_ids.shape[1] for each in (task, *mix))
+        model = self.host.make(max(vocabulary, *(each.vocabulary for each in (task, *mix))), longest)
+        description = self.described()
+        known = {name: description["recipe"][name] for name in ("alone", "alone_rate", "alone_mix", "rows")}
+        known |= {"task": description["task"], "host": description["host"], "seed": self.seed}
+        mark = hashlib.sha256(json.dumps([self.task, known], sort_keys=True).encode()).hexdigest()[:12]
+        path = Path(checkpoint).parent / f"host-{mark}.safetensors" if checkpoint else None
+        if path is not None and path.is_file():
+            tensors, found = read_file(path)
+            model.load_state_dict(tensors)
+            return model, found["alone"]
+        alone = learn_alone(model, task, mix, recipe, self.seed, reporter)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            write_file(path, tensors, {"content": "host", "alone": alone})
+        return model, alone
+
     def _train(self, attachment: Attachment, reporter: Reporter, checkpoint: str | Path | None) -> float:
         plan = self.recipe.settings()
         tasks = {str(changes): self.make_task(**changes) for changes in plan}
@@ -193,7 +241,7 @@ class Run:
         def batches(step: int) -> Batch:
             return tasks[str(plan[step])].examples(self.recipe.rows, "train", 1_000_000 * self.seed + step)
 
-        attachment.model.train(self.host.trains)
+        attachment.model.train(not self.frozen)
         reporter.phase("train", self.recipe.steps)
         seconds, accuracy, done = 0.0, 0.0, 0
         for step in train(
@@ -213,6 +261,45 @@ class Run:
             reporter.advance(step.step + 1 - done, loss=step.loss, right=accuracy)
             done = step.step + 1
         return seconds
+
+
+def learn_alone(
+    model: nn.Module, task: Task, mix: Sequence[Task], recipe: Recipe, seed: int, reporter: Reporter
+) -> dict[str, float]:
+    """Trains a host on whole streams in its window; returns what it took, and its result on validation streams."""
+    begun, running = time.monotonic(), 0.0
+    optimizer = torch.optim.AdamW(
+        model.parameters(), recipe.alone_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    same = replace(recipe, steps=recipe.alone, stages=())
+    reporter.phase("the host alone", recipe.alone)
+    for step in range(recipe.alone):
+        batch = mix[step % len(mix)].examples(recipe.rows, "train", ALONE + 1_000_000 * seed + step)
+        targets = batch.labels[:, 1:]
+        chosen = targets != IGNORED
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][chosen]
+        loss = F.cross_entropy(logits, targets[chosen])
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.alone_rate * same.rate(step / recipe.alone)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        running = 0.95 * running + 0.05 * (logits.argmax(-1) == targets[chosen]).float().mean().item()
+        reporter.advance(1, loss=loss.item(), right=running)
+    test = task.examples(200, "validation", seed)
+    tokens, nats = torch.zeros_like(test.labels), torch.zeros(test.labels.shape)
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(tokens), 50):
+            rows = slice(start, start + 50)
+            logits = model(input_ids=test.input_ids[rows], use_cache=False).logits[:, :-1].float()
+            tokens[rows, 1:] = logits.argmax(-1)
+            nats[rows, 1:] = F.cross_entropy(
+                logits.transpose(1, 2), test.labels[rows, 1:], ignore_index=IGNORED, reduction="none"
+            )
+    result = task.result(tokens, nats, test)
+    return {"steps": recipe.alone, "in its window": result, "seconds": time.monotonic() - begun}
 
 
 def reach_of(attachment: Attachment, asked: int | None) -> int | None:
