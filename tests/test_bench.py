@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import mnemic
 from families import make
 from mnemic.bench import cost, results
 from mnemic.bench.experiments import Curriculum, Experiment, LanguageCurriculum, Recipe
-from mnemic.bench.results import Record, Score, records
+from mnemic.bench.results import Record, Score, digest, problems, records
+from mnemic.cli import app
 from mnemic.tasks.recall import SymbolRecall
 from mnemic.training import IGNORED, Step
 from test_recall_task import language
@@ -262,3 +265,34 @@ def test_an_endless_stream_holds_no_more():
 def test_resident_bytes():
     held = cost.resident_bytes()
     assert held is None or held > 10_000_000
+
+
+def test_a_result_that_was_edited(tmp_path):
+    """By its digest, and by its own outcomes where somebody made the digest anew."""
+    score = Score(4, 64, 4, 0.75, {"zeroed": 0.25}, {}, None, {}, {"memory": "1101", "zeroed": "1000"})
+    path = Record("a", "emt", "tiny", 0, {}, [score]).save(tmp_path)
+    assert problems(path) == []
+    values = json.loads(path.read_text())
+    values["scores"][0]["controls"]["zeroed"] = 0.0
+    path.write_text(json.dumps(values))
+    assert [problem.split(" says")[0] for problem in problems(path)] == ["the digest does not fit", "zeroed at 4"]
+    values["digest"] = digest(values)
+    path.write_text(json.dumps(values))
+    assert problems(path) == ["zeroed at 4 says 0.0000, its outcomes come to 0.2500"]
+    values["scores"][0]["controls"]["zeroed"] = 0.25
+    values["seconds"] = {"training": 1.0}
+    path.write_text(json.dumps(values))
+    assert problems(path) == ["the digest does not fit"]
+    result = CliRunner().invoke(app, ["report", "--check", "--results", str(tmp_path), "--root", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "edited" in result.output
+
+
+def test_scores_that_are_no_shares(tmp_path):
+    bits = Score(8, 64, 2, 1.5 / math.log(2) / 4, {}, {}, None, {"bytes a labelled token": 4.0}, {"memory": "1.0 2.0"})
+    assert problems(Record("a", "emt", "tiny", 0, {}, [bits]).save(tmp_path)) == []
+    f1 = Score(8, 64, 4, (2 / 3 + 4 / 5) / 2, {}, {}, None, {}, {"memory": "1101"})
+    made = Record("b", "emt", "tiny", 0, {}, [f1], {"classes": "0011"})
+    assert problems(made.save(tmp_path)) == []
+    made.scores[0].score = 0.75
+    assert "memory at 8" in problems(made.save(tmp_path))[0]

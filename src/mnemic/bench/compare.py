@@ -411,6 +411,8 @@ def evaluate(
         details |= {each if name == "memory" else f"{name}: {each}": value for each, value in measured.items()}
     details |= profile(task, tokens["memory"], test)
     details["nats a labelled token"] = nats["memory"][test.asked].mean().item()
+    if isinstance(task, Language):
+        details["bytes a labelled token"] = float(test.extra["bytes"].sum() / test.asked.sum())
     return Score(
         length=0,
         tokens=int(test.input_ids.shape[1]),
@@ -450,7 +452,7 @@ def _outcomes(task: Task, tokens: Tensor, nats: Tensor, test: Examples) -> str:
     """What the score is computed from: whether each answer is right, or the mean nats of each stream."""
     if task.lower_is_better:
         means = nats.masked_fill(~test.asked, 0).sum(1) / test.asked.sum(1)
-        return " ".join(f"{mean:.4f}" for mean in means.tolist())
+        return " ".join(f"{mean:.6f}" for mean in means.tolist())
     return "".join("1" if each else "0" for each in task.right(tokens, test).tolist())
 
 

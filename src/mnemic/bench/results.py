@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mnemic.tasks.documents import macro_f1
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
@@ -55,6 +59,7 @@ class Record:
     machine: dict[str, Any] = field(default_factory=dict)
     commit: str | None = None
     written: str = ""
+    digest: str = ""
 
     def save(self, folder: str | os.PathLike[str], name: str | None = None) -> Path:
         """Writes `<task>-<mechanism>-seed<seed>.json` (or `name`) with the environment filled in; returns its path."""
@@ -66,7 +71,9 @@ class Record:
         path = Path(folder) / (name or f"{self.task}-{self.mechanism}-seed{self.seed}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        values = asdict(self)
+        values["digest"] = self.digest = digest(values)
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
         os.replace(temporary, path)
         return path
 
@@ -76,6 +83,39 @@ class Record:
         values = json.loads(Path(path).read_text())
         values["scores"] = [Score(**score) for score in values["scores"]]
         return Record(**values)
+
+
+def digest(values: dict[str, Any]) -> str:
+    """SHA-256 over everything else in a record."""
+    rest = {name: value for name, value in values.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def problems(path: str | os.PathLike[str]) -> list[str]:
+    """What shows that a result file is not as a command wrote it: its digest, or scores that are not what the outcomes
+    of single examples come to. Empty when nothing does.
+    """
+    values = json.loads(Path(path).read_text())
+    found = [] if values.get("digest") == digest(values) else ["the digest does not fit"]
+    for score in values["scores"]:
+        said = {"memory": score["score"], **score["controls"]}
+        for name, outcome in score["outcomes"].items():
+            came = _recomputed(outcome, values["measures"], score["details"])
+            if abs(came - said[name]) > 1e-4 * max(1.0, abs(came)):
+                found.append(f"{name} at {score['length']} says {said[name]:.4f}, its outcomes come to {came:.4f}")
+    return found
+
+
+def _recomputed(outcome: str, measures: dict[str, Any], details: dict[str, float]) -> float:
+    """A score from the outcomes of single examples: a share right, macro F1 where the classes are known, or bits."""
+    if " " in outcome:
+        nats = [float(word) for word in outcome.split()]
+        return sum(nats) / len(nats) / math.log(2) / details["bytes a labelled token"]
+    right = [each == "1" for each in outcome]
+    if "classes" in measures:
+        true = [each == "1" for each in measures["classes"]]
+        return macro_f1([is_it == good for is_it, good in zip(true, right, strict=True)], true)
+    return sum(right) / len(right)
 
 
 def records(folder: str | os.PathLike[str], task: str | None = None) -> list[Record]:

@@ -82,7 +82,7 @@ def list_mechanisms() -> None:
 
     table = Table()
     for column in ("kind", "mechanism", "seam", "trains", "bytes a session", "paper"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "kind")
     for kind, config in sorted(CONFIGS.items()):
         card = config.card
         table.add_row(kind, card.title, card.seam, card.trains, card.bytes_law, card.paper)
@@ -95,14 +95,19 @@ def report(
     root: Annotated[Path, typer.Option(help="Folder with README.md and docs/.")] = Path(),
     check: Annotated[bool, typer.Option(help="Change nothing; fail if something would change.")] = False,
 ) -> None:
-    """Writes the tables and pictures of the documentation from the result files."""
+    """Writes the tables and pictures of the documentation from the result files, unless one was edited."""
     from mnemic.analysis.capacity import picture as capacity_picture
     from mnemic.analysis.curves import recall_curve
     from mnemic.analysis.report import fill, tables
     from mnemic.analysis.suite_pictures import draw_suite
     from mnemic.analysis.suite_tables import suites
-    from mnemic.bench.results import records
+    from mnemic.bench.results import problems, records
 
+    edited = {path: found for path in sorted(results.rglob("*.json")) if (found := problems(path))}
+    for path, found in edited.items():
+        console.print(f"[red]edited:[/red] {path}: {'; '.join(found)}; make it anew with its command", soft_wrap=True)
+    if edited:
+        raise typer.Exit(1)
     made = tables(results)
     pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     changed = [page for page in pages if page.is_file() and fill(page, made, write=not check)]
