@@ -17,6 +17,7 @@ from mnemic.bench.results import Record
 from mnemic.memories.rules import RULES, Rule, dpfp3, elu_plus_one
 from mnemic.tasks.base import generator
 from mnemic.tasks.capacity import Capacity, Writes, unit_vectors
+from task_checks import chi_square
 
 
 def random_pairs(*lead: int, key: int = 5, value: int = 4, seed: int = 0):
@@ -196,11 +197,6 @@ def test_rewrites_draw_keys_with_replacement_and_the_last_value_counts():
     for row in range(20):
         last = dict(zip(writes.order[row].tolist(), writes.values[row].tolist(), strict=True))
         assert {key: value for key, value in enumerate(writes.answer[row].tolist()) if value >= 0} == last
-
-
-def chi_square(counts: torch.Tensor) -> float:
-    expected = counts.sum() / len(counts)
-    return float(((counts - expected) ** 2 / expected).sum())
 
 
 def test_keys_and_values_are_balanced():

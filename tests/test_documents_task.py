@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import tarfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mnemic.tasks import documents
 from mnemic.tasks.documents import DocumentStream, Tokens, hyperpartisan, macro_f1, novels, split, tokenize
 from mnemic.training import IGNORED
+from task_checks import real
 
 TEXT = "The café was naïve.\n\nA ☕ and two\n  more lines 🙂🙂,\nthe end\n\n" * 6
 
@@ -23,17 +23,6 @@ def pack(folder, archive, mode="w:xz"):
     with tarfile.open(archive, mode) as tar:
         tar.add(folder, folder.name)
     return archive
-
-
-def data(name):
-    """A real file; MNEMIC_DATA names the folder that has it."""
-    folder = os.environ.get("MNEMIC_DATA")
-    if not folder:
-        pytest.skip("MNEMIC_DATA does not name a folder of real data")
-    path = Path(folder) / name
-    if not path.exists():
-        pytest.skip(f"{name} is not in the folder that MNEMIC_DATA names")
-    return path
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -340,7 +329,7 @@ def test_macro_f1():
 
 
 def test_real_novels():
-    shelf = novels(data("text/novels.tar.xz"))
+    shelf = novels(real("text/novels.tar.xz"))
     assert len(shelf) == 83
     assert [name for name, _ in shelf] == sorted(name for name, _ in shelf)
     assert shelf[0][0] == "Anon_Clara_1864"
@@ -350,15 +339,15 @@ def test_real_novels():
 
 @pytest.mark.parametrize("folder", ["models/stories260K", "models/babyllama-969K", "tokenizers/gpt2"])
 def test_real_tokenizers(folder):
-    text = data("text/tinyshakespeare.txt").read_text(encoding="utf-8")[:60_000]
-    tokenizer = AutoTokenizer.from_pretrained(data(folder))
+    text = real("text/tinyshakespeare.txt").read_text(encoding="utf-8")[:60_000]
+    tokenizer = AutoTokenizer.from_pretrained(real(folder))
     tokens = tokenize(text, tokenizer, chunk=5_000)
     assert tokens.ids.tolist() == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     assert int(tokens.lengths.sum()) == len(text.encode())
 
 
 def test_real_articles():
-    examples = hyperpartisan(data("classification/hyperpartisan-byarticle.tar.xz"))
+    examples = hyperpartisan(real("classification/hyperpartisan-byarticle.tar.xz"))
     labels = [label for _, label in examples]
     assert (len(examples), sum(labels)) == (645, 238)
     assert all(text and "<" not in text[:1] for text, _ in examples)

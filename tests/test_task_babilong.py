@@ -1,9 +1,7 @@
 """BABILong: the worlds' rules told by a second reader, placement, leakage, bAbI's files, metrics, floors."""
 
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from mnemic.tasks.babilong import (
     micro_story,
 )
 from mnemic.tasks.base import generator
+from task_checks import chi_square, perfect, real, words
 
 STORIES = {
     "qa1_x_train": """1 Ann went to the barn.
@@ -55,29 +54,6 @@ def stories(tmp_path):
     for name, text in STORIES.items():
         (folder / f"{name}.txt").write_text(text)
     return str(folder)
-
-
-def data(name):
-    """A real file from the folder MNEMIC_DATA, or from shared/data beside the repository."""
-    folder = os.environ.get("MNEMIC_DATA") or Path(__file__).parents[2] / "shared" / "data"
-    path = Path(folder) / name
-    if not path.exists():
-        pytest.skip(f"{name} is not in {folder}; name the folder of real data in MNEMIC_DATA")
-    return str(path)
-
-
-def words(task, row):
-    return " ".join(task.text(row.tolist()))
-
-
-def perfect(task, rows=20, split="test"):
-    examples = task.examples(rows, split)
-    return task.score(task.solve(examples), examples)
-
-
-def chi_square(counts):
-    expected = counts.double().sum() / len(counts)
-    return float(((counts - expected) ** 2 / expected).sum())
 
 
 # --- the world of our own --------------------------------------------------------------------------------------------
@@ -392,7 +368,7 @@ def test_bad_files(stories):
 @pytest.mark.parametrize("number", range(1, 11))
 def test_real_babi(number):
     """The solver answers every test question that is kept, which is all but two of task 5."""
-    path = data("qa/babi-en-10k.tar.xz")
+    path = str(real("qa/babi-en-10k.tar.xz"))
     told = [each for story in babi(path, f"qa{number}", "test") for each in story]
     right = [Reader(" ".join(each.facts).lower()).answer(each.question.lower()) == each.answer.lower() for each in told]
     assert len(told) == 1000
@@ -401,7 +377,7 @@ def test_real_babi(number):
 
 
 def test_real_indices():
-    path, indices = data("qa/babi-en-10k.tar.xz"), data("qa/babilong_test_100_idxs.json")
+    path, indices = str(real("qa/babi-en-10k.tar.xz")), str(real("qa/babilong_test_100_idxs.json"))
     for question in ("qa1", "qa2", "qa3", "qa4", "qa5"):
         task = BabilongTask(question, 4096, data=path, indices=indices)
         assert len(task.stories("test")) == 100
@@ -413,8 +389,7 @@ def test_real_indices():
 
 
 def test_real_novels():
-    task = BabilongTask(
-        "qa2", 4096, 512, tokenizer="bytes", data=data("qa/babi-en-10k.tar.xz"), filler=data("text/novels.tar.xz")
-    )
+    stories, books = str(real("qa/babi-en-10k.tar.xz")), str(real("text/novels.tar.xz"))
+    task = BabilongTask("qa2", 4096, 512, tokenizer="bytes", data=stories, filler=books)
     examples = task.examples(5, "test")
     assert task.score(task.solve(examples), examples) == 1

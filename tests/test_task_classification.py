@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 import zipfile
 from collections import Counter
 from math import comb
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,19 +23,7 @@ from mnemic.tasks.classification import (
     reviews,
 )
 from mnemic.training import IGNORED
-
-
-def data(name):
-    """A real file, in the folder that MNEMIC_DATA names or in shared/data beside the repository."""
-    folder = Path(os.environ.get("MNEMIC_DATA") or Path(__file__).parents[2] / "shared" / "data")
-    if not (folder / name).exists():
-        pytest.skip(f"{name} is not in {folder}; MNEMIC_DATA names the folder of real data")
-    return folder / name
-
-
-def chi_square(counts, expected):
-    return sum((count - expected) ** 2 / expected for count in counts)
-
+from task_checks import chi_square, real
 
 # --- generated documents ---------------------------------------------------------------------------------------------
 
@@ -372,7 +358,7 @@ def test_known_words():
 
 
 def test_real_hyperpartisan():
-    path = data("classification/hyperpartisan-byarticle.tar.xz")
+    path = real("classification/hyperpartisan-byarticle.tar.xz")
     task = Classification(data=str(path), segments=8, segment_length=128)
     parts = task.documents
     assert [len(parts.train), len(parts.validation), len(parts.test)] == [515, 65, 65]
@@ -386,7 +372,7 @@ def test_real_hyperpartisan():
 
 
 def test_real_reviews():
-    found = reviews(data("classification/movie_reviews.zip"))
+    found = reviews(real("classification/movie_reviews.zip"))
     assert (len(found), sum(label for _, label in found)) == (2000, 1000)
     words = sum(len(text.split()) for text, _ in found[:200]) / 200
     assert 500 < words < 1000

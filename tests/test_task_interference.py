@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 
 from mnemic.tasks.base import generator
 from mnemic.tasks.interference import CHOICES, NOUNS, TESTS, InterferenceTask, dictionary, invented
-
-
-def chi_square(counts):
-    """Against equal frequencies."""
-    counts = torch.as_tensor(counts, dtype=torch.float64)
-    expected = counts.sum() / len(counts)
-    return ((counts - expected) ** 2 / expected).sum().item()
-
-
-def critical(freedom):
-    """The value that a chi-square statistic exceeds once in a thousand times (Wilson and Hilferty)."""
-    return freedom * (1 - 2 / (9 * freedom) + 3.0902 * (2 / (9 * freedom)) ** 0.5) ** 3
+from task_checks import chi_square, critical, real
 
 
 def readable(task, ids):
@@ -44,14 +31,8 @@ def parsed(task, ids):
 
 @pytest.fixture
 def published():
-    """The dictionary of the paper; MNEMIC_DATA names the folder that has it."""
-    folder = os.environ.get("MNEMIC_DATA")
-    if not folder:
-        pytest.skip("MNEMIC_DATA does not name a folder of real data")
-    path = Path(folder) / "qa" / "pi-llm.json"
-    if not path.exists():
-        pytest.skip("qa/pi-llm.json is not in the folder that MNEMIC_DATA names")
-    return str(path)
+    """The dictionary of the paper."""
+    return str(real("qa/pi-llm.json"))
 
 
 @pytest.fixture

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import sys
 import types
 import zipfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,14 +34,7 @@ from mnemic.tasks.language import (
     wikitext,
 )
 from mnemic.training import IGNORED
-
-
-def data(name):
-    """A real file, in the folder that MNEMIC_DATA names or in shared/data beside the repository."""
-    folder = Path(os.environ.get("MNEMIC_DATA") or Path(__file__).parents[2] / "shared" / "data")
-    if not (folder / name).exists():
-        pytest.skip(f"{name} is not in {folder}; MNEMIC_DATA names the folder of real data")
-    return folder / name
+from task_checks import chi_square, real
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +89,6 @@ def test_tales_keep_to_their_rules():
                 assert traits.setdefault((person, kind), rest[place]) == rest[place], "a trait changed"
                 assert rest[place] in TRAITS[kind]
         assert len(people) <= 4
-
-
-def chi_square(counts, expected):
-    return sum((count - expected) ** 2 / expected for count in counts)
 
 
 def test_every_choice_is_even():
@@ -538,18 +525,18 @@ def test_rows_without_a_document_do_not_begin():
 
 
 def test_real_wikitext():
-    found = wikitext(data("text/wikitext-2/test.txt"))
+    found = wikitext(real("text/wikitext-2/test.txt"))
     assert len(found) == 60
     assert [name for name, _ in found][:2] == ["Robert <unk>", "Du Fu"]
     assert len({text for _, text in found}) == 60
-    task = Language(data=str(data("text/wikitext-2/test.txt")), kind="wikitext", tokenizer="bytes", segments=4, order=5)
+    task = Language(data=str(real("text/wikitext-2/test.txt")), kind="wikitext", tokenizer="bytes", segments=4, order=5)
     assert [len(task.documents[part]) for part in ("train", "validation", "test")] == [48, 6, 6]
     found = task.floors(20)
     assert found["n-gram, everything"] < found["n-gram, this segment"] < found["unigram"] < found["uniform"] == 8
 
 
 def test_a_real_tokenizer():
-    tokenizer = AutoTokenizer.from_pretrained(data("models/stories260K"))
+    tokenizer = AutoTokenizer.from_pretrained(real("models/stories260K"))
     task = Language(tokenizer=tokenizer, segments=2)
     examples = task.examples(2, "test")
     words, segment = task._spelt(examples.input_ids[0].tolist())

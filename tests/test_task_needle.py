@@ -1,59 +1,16 @@
 """Pass key and needles: rules, distribution, leakage, solver and floors against closed forms."""
 
-import os
 import re
 import tarfile
-from pathlib import Path
 
 import pytest
 import torch
 
 from mnemic.tasks.base import TASKS, generator
-from mnemic.tasks.needle import (
-    ADJECTIVES,
-    NOISE,
-    NOUNS,
-    TOLD,
-    VALUES,
-    Book,
-    Characters,
-    Drawn,
-    Markov,
-    NeedleTask,
-    PasskeyTask,
-    decoded,
-    grid,
-    readable,
-    runs,
-    sentences,
-    trimmed,
-    woven,
-)
-from mnemic.tasks.text import Bytes, Words
-
-
-def data(name):
-    """A real file from the folder MNEMIC_DATA, or from shared/data beside the repository."""
-    folder = os.environ.get("MNEMIC_DATA") or Path(__file__).parents[2] / "shared" / "data"
-    path = Path(folder) / name
-    if not path.exists():
-        pytest.skip(f"{name} is not in {folder}; name the folder of real data in MNEMIC_DATA")
-    return str(path)
-
-
-def words(task, row):
-    return " ".join(task.text(row.tolist()))
-
-
-def perfect(task, rows=20, split="test"):
-    examples = task.examples(rows, split)
-    return task.score(task.solve(examples), examples)
-
-
-def chi_square(counts):
-    expected = counts.double().sum() / len(counts)
-    return float(((counts - expected) ** 2 / expected).sum())
-
+from mnemic.tasks.haystack import Book, Characters, Drawn, Markov, sentences, trimmed, woven
+from mnemic.tasks.needle import ADJECTIVES, NOISE, NOUNS, TOLD, VALUES, NeedleTask, PasskeyTask, grid
+from mnemic.tasks.text import Bytes, Words, decoded, readable, runs
+from task_checks import chi_square, perfect, real, words
 
 # --- pass key --------------------------------------------------------------------------------------------------------
 
@@ -396,7 +353,7 @@ def test_books_divide_texts(tmp_path):
 def test_real_tokenizers(folder):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(data(folder))
+    tokenizer = AutoTokenizer.from_pretrained(real(folder))
     assert perfect(PasskeyTask(length=512, segment_length=256, tokenizer=tokenizer)) == 1
     for values in ("number", "word"):
         task = NeedleTask(length=1024, segment_length=256, tokenizer=tokenizer, values=values, per_key=2, queries=2)
@@ -405,7 +362,7 @@ def test_real_tokenizers(folder):
 
 def test_real_essays():
     task = NeedleTask(
-        length=4096, segment_length=256, haystack="essay", tokenizer="bytes", data=data("text/novels.tar.xz")
+        length=4096, segment_length=256, haystack="essay", tokenizer="bytes", data=str(real("text/novels.tar.xz"))
     )
     examples = task.examples(3, "test")
     assert task.score(task.solve(examples), examples) == 1

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import tarfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,28 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mnemic.tasks.base import TASKS, generator
 from mnemic.tasks.order import EXCERPTS, FRAGMENTS, OrderTask, body, edges, sentences, story
+from task_checks import kolmogorov, real
 
 QUESTION = re.compile(r"which came (first|last) \? a : (.*) b : (.*) answer : ([ab])")
-
-
-def data(name):
-    """A real file; MNEMIC_DATA names the folder that has it."""
-    folder = os.environ.get("MNEMIC_DATA")
-    if not folder:
-        pytest.skip("MNEMIC_DATA does not name a folder of real data")
-    path = Path(folder) / name
-    if not path.exists():
-        pytest.skip(f"{name} is not in the folder that MNEMIC_DATA names")
-    return path
-
-
-def kolmogorov(shares):
-    """How far the distribution of numbers in [0, 1] is from the even one, times the root of their number: above 1.95
-    once in a thousand.
-    """
-    drawn = torch.tensor(sorted(shares), dtype=torch.float64)
-    even = torch.arange(len(drawn), dtype=torch.float64) / len(drawn)
-    return float(torch.maximum((drawn - even).abs(), (drawn - even - 1 / len(drawn)).abs()).max()) * len(drawn) ** 0.5
 
 
 def shelf(tmp_path, books=10, count=90):
@@ -324,7 +303,7 @@ def test_registered():
 
 @pytest.mark.parametrize(("excerpt", "fragment"), [(250, 20), (2500, 50)])
 def test_book_sort(excerpt, fragment):
-    task = OrderTask.published(str(data("text/book-sort.tar.xz")), excerpt, fragment, 1024 if fragment == 50 else 512)
+    task = OrderTask.published(str(real("text/book-sort.tar.xz")), excerpt, fragment, 1024 if fragment == 50 else 512)
     assert [len(task.books(split)) for split in ("train", "validation", "test")] == [7, 1, 1]
     examples = task.examples(80, "test")
     assert task.score(task.solve(examples), examples) == 1
@@ -342,7 +321,7 @@ def test_book_sort(excerpt, fragment):
 
 
 def test_real_tokenizer():
-    tokenizer = AutoTokenizer.from_pretrained(data("models/stories260K"))
+    tokenizer = AutoTokenizer.from_pretrained(real("models/stories260K"))
     task = OrderTask(4, 250, tokenizer=tokenizer)
     examples = task.examples(40)
     assert task.score(task.solve(examples), examples) == 1

@@ -20,18 +20,7 @@ from mnemic.tasks.rewrites import (
     RewritesTask,
     distinct,
 )
-
-
-def chi_square(counts):
-    """Against equal frequencies."""
-    counts = torch.as_tensor(counts, dtype=torch.float64)
-    expected = counts.sum() / len(counts)
-    return ((counts - expected) ** 2 / expected).sum().item()
-
-
-def critical(freedom):
-    """The value that a chi-square statistic exceeds once in a thousand times (Wilson and Hilferty)."""
-    return freedom * (1 - 2 / (9 * freedom) + 3.0902 * (2 / (9 * freedom)) ** 0.5) ** 3
+from task_checks import chi_square, critical
 
 
 def parsed(task, examples):

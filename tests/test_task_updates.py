@@ -12,17 +12,9 @@ import torch
 
 from mnemic.tasks.base import TASKS
 from mnemic.tasks.updates import RELATIONS, SUBJECTS, UpdatesTask
+from task_checks import chi_square, critical
 
 OBJECTS = 12
-
-
-def chi_square(counts, expected):
-    return sum((count - each) ** 2 / each for count, each in zip(counts, expected, strict=True))
-
-
-def critical(freedom, z=3.09):
-    """The value that chi-square exceeds once in a thousand (Wilson and Hilferty)."""
-    return freedom * (1 - 2 / (9 * freedom) + z * math.sqrt(2 / (9 * freedom))) ** 3
 
 
 def dialogues(task, examples):

@@ -2,7 +2,7 @@
 
 from mnemic.attachment import Attachment, attach, attached, from_pretrained, memory_cache
 from mnemic.host.cache import MemoryCache
-from mnemic.memories import CONFIGS, EMTConfig, MemoriaConfig, Memory, MemoryConfig
+from mnemic.memories import CONFIGS, EMTConfig, FastWeightsConfig, MemoriaConfig, Memory, MemoryConfig
 from mnemic.session import Session
 from mnemic.state import State, StateError
 from mnemic.training import Batch, calibrate, read_segments, train, unroll
@@ -14,6 +14,7 @@ __all__ = [
     "Attachment",
     "Batch",
     "EMTConfig",
+    "FastWeightsConfig",
     "MemoriaConfig",
     "Memory",
     "MemoryCache",

@@ -216,7 +216,7 @@ class Run:
         if not recipe.alone or not self.host.trains:
             return self.host.make(max(vocabulary, task.vocabulary), task.segment_length), {}
         mix = [self.make_task(**changes) for changes in recipe.alone_mix]
-        longest = max(each.examples(1, "train").input_ids.shape[1] for each in (task, *mix))
+        longest = max(task.segment_length, *(each.examples(1, "train").input_ids.shape[1] for each in mix))
         model = self.host.make(max(vocabulary, *(each.vocabulary for each in (task, *mix))), longest)
         description = self.described()
         known = {name: description["recipe"][name] for name in ("alone", "alone_rate", "alone_mix", "rows")}
@@ -227,7 +227,7 @@ class Run:
             tensors, found = read_file(path)
             model.load_state_dict(tensors)
             return model, found["alone"]
-        alone = learn_alone(model, task, mix, recipe, self.seed, reporter)
+        alone = learn_alone(model, mix, recipe, self.seed, reporter)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -264,9 +264,9 @@ class Run:
 
 
 def learn_alone(
-    model: nn.Module, task: Task, mix: Sequence[Task], recipe: Recipe, seed: int, reporter: Reporter
+    model: nn.Module, mix: Sequence[Task], recipe: Recipe, seed: int, reporter: Reporter
 ) -> dict[str, float]:
-    """Trains a host on whole streams in its window; returns what it took, and its result on validation streams."""
+    """Trains a host on whole streams in its window; returns what it took, and its result with the last of the mix."""
     begun, running = time.monotonic(), 0.0
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.alone_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
@@ -287,6 +287,7 @@ def learn_alone(
         optimizer.step()
         running = 0.95 * running + 0.05 * (logits.argmax(-1) == targets[chosen]).float().mean().item()
         reporter.advance(1, loss=loss.item(), right=running)
+    task = mix[-1]
     test = task.examples(200, "validation", seed)
     tokens, nats = torch.zeros_like(test.labels), torch.zeros(test.labels.shape)
     model.eval()

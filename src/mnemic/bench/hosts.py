@@ -25,12 +25,15 @@ SMALL = ("tiny-gpt2", "tiny-llama")
 class Host:
     """`name` is "tiny-gpt2" or "tiny-llama", made with `depth` blocks of `width` and trained together with its memory;
     or the folder or hub id of a pretrained causal model, which stays frozen and brings its tokenizer.
+
+    `deviation` starts a small GPT-2 from a normal distribution of that width instead, input and output embeddings tied.
     """
 
     name: str = "tiny-gpt2"
     width: int = 64
     depth: int = 2
     heads: int = 4
+    deviation: float | None = None
 
     @property
     def trains(self) -> bool:
@@ -49,7 +52,7 @@ class Host:
         """For records: a folder by its name alone, since where it lay on one machine means nothing on another."""
         width, depth = self.shape
         known = {"name": self.name if self.trains else self.title, "width": width, "depth": depth}
-        return known | ({"heads": self.heads} if self.trains else {})
+        return known | ({"heads": self.heads, "deviation": self.deviation} if self.trains else {})
 
     @property
     def title(self) -> str:
@@ -65,7 +68,7 @@ class Host:
             ValueError: a pretrained model with fewer tokens than `vocabulary`.
         """
         if self.name == "tiny-gpt2":
-            return tiny_gpt2(vocabulary, positions, self.width, self.depth, self.heads)
+            return tiny_gpt2(vocabulary, positions, self.width, self.depth, self.heads, self.deviation)
         if self.name == "tiny-llama":
             return tiny_llama(vocabulary, self.width, self.depth, self.heads)
         model = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32).eval()
@@ -78,9 +81,11 @@ class Host:
         return None if self.trains else AutoTokenizer.from_pretrained(self.name)
 
 
-def tiny_gpt2(vocabulary: int, positions: int, width: int, depth: int, heads: int) -> GPT2LMHeadModel:
+def tiny_gpt2(
+    vocabulary: int, positions: int, width: int, depth: int, heads: int, deviation: float | None = None
+) -> GPT2LMHeadModel:
     """A GPT-2 whose embeddings start larger, and whose matrices start as `nn.Linear` does: so small a model then leaves
-    the plateau of guessing sooner.
+    the plateau of guessing sooner. With `deviation` it starts as GPT-2 does, but that wide.
     """
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -92,11 +97,14 @@ def tiny_gpt2(vocabulary: int, positions: int, width: int, depth: int, heads: in
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             resid_pdrop=0.0,
-            tie_word_embeddings=False,
+            tie_word_embeddings=deviation is not None,
+            initializer_range=deviation or 0.02,
             bos_token_id=1,
             eos_token_id=2,
         )
     )
+    if deviation is not None:
+        return model
     nn.init.normal_(model.transformer.wte.weight, std=0.5)
     nn.init.normal_(model.transformer.wpe.weight, std=0.2)
     for parameter in model.transformer.h.parameters():

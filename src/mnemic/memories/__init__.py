@@ -2,6 +2,18 @@
 
 from mnemic.memories.base import CONFIGS, Card, Memory, MemoryConfig
 from mnemic.memories.emt import EMT, EMTConfig
+from mnemic.memories.fast_weights import FastWeights, FastWeightsConfig
 from mnemic.memories.memoria import Memoria, MemoriaConfig
 
-__all__ = ["CONFIGS", "EMT", "Card", "EMTConfig", "Memoria", "MemoriaConfig", "Memory", "MemoryConfig"]
+__all__ = [
+    "CONFIGS",
+    "EMT",
+    "Card",
+    "EMTConfig",
+    "FastWeights",
+    "FastWeightsConfig",
+    "Memoria",
+    "MemoriaConfig",
+    "Memory",
+    "MemoryConfig",
+]

@@ -23,7 +23,7 @@ before it in the segment (zero for the first). For each head, with a matrix W of
 stood when the segment began, with q = φ(Q x):
 
     r = Wᵀ q / (zᵀ q + ε)                                 without a normaliser r = Wᵀ q
-    h' = h + O [r / sqrt(mean r² + δ)]                    over all heads; δ = 0.0001
+    h' = h + O [r / sqrt(mean r² + δ)]                    the mean of each head, O of all; δ = 0.01
 
 What is ours: memory and attention are not mixed by a gate but added, so that an untrained memory changes nothing (O is
 zero at first). Q starts equal to K', or to K without `shift`: a token then asks for what followed it, or came with it,
@@ -39,6 +39,7 @@ State: `heads * (dim / heads)² * 4` bytes a stream, 64 KiB by default; "elu1" a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -57,7 +58,7 @@ from mnemic.state import State
 RuleName = Literal["sum", "decay", "delta", "gated delta", "infini", "infini delta"]
 EPSILON = 1e-5
 """Added to a normaliser: without it an empty one would divide 0 by 0."""
-NEXT_TO_NOTHING = 1e-4
+NEXT_TO_NOTHING = 1e-2
 """δ, the mean square below which what is read is not scaled up."""
 CHUNK = 64
 """Tokens whose corrections are solved for at once: more cost more work each, and take fewer steps."""
@@ -79,7 +80,7 @@ class FastWeightsConfig(MemoryConfig):
         seam="after block",
         trains="keys, values, gates, readers",
         bytes_law="heads x (dim / heads)^2 x 4",
-        paper="Linear Transformers Are Secretly Fast Weight Programmers, https://arxiv.org/abs/2102.11174",
+        paper="Schlag et al., ICML 2021, arXiv 2102.11174",
         citation="@inproceedings{schlag2021linear, title = {Linear Transformers Are Secretly Fast Weight Programmers}, "
         'author = {Schlag, Imanol and Irie, Kazuki and Schmidhuber, J{\\"u}rgen}, booktitle = {ICML}, year = {2021}}',
     )
@@ -144,7 +145,7 @@ class FastWeightsConfig(MemoryConfig):
         small: dict[str, Any] = {"segment_length": 8, "dim": 16, "heads": 2}
         return [
             cls(**small),
-            cls(**small, rule="gated delta", read_layers=[0, 1], write_layer=1, forget_bias=2.0),
+            cls(**small, rule="gated delta", read_layers=[0, 1], write_layer=1),
             cls(**small, rule="infini delta", features="elu1", shift=False),
         ]
 
@@ -247,13 +248,13 @@ class Writer(nn.Module):
         key, value = (
             flat.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for flat in (key, self.value(hidden_btd))
         )
-        key = self.features(key)
+        key = self.features(wide(key))
         rate = None if self.rate is None else torch.sigmoid(self.rate(hidden_btd)).transpose(1, 2)
         log_keep = None
         if self.forget is not None:
-            log_keep = F.logsigmoid(self.forget(hidden_btd)).transpose(1, 2)
+            log_keep = F.logsigmoid(wide(self.forget(hidden_btd))).transpose(1, 2)
         elif self.config.rule == "decay":
-            log_keep = key.new_full(key.shape[:-1], self.config.decay).log()
+            log_keep = key.new_full(key.shape[:-1], math.log(self.config.decay))
         if keep_bt is not None:
             key = key * keep_bt[:, None, :, None]
             log_keep = None if log_keep is None else log_keep * keep_bt[:, None]
@@ -273,8 +274,13 @@ class Reader(nn.Module):
     def forward(self, hidden_btd: Tensor, state: State) -> Tensor:
         """O [r / sqrt(mean r² + δ)] of the equations above."""
         query_bhtk = self.query(self.norm(hidden_btd)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        read_bhtv = read_pairs(state, self.features(query_bhtk))
+        read_bhtv = read_pairs(state, self.features(wide(query_bhtk)))
         return self.output(scaled(read_bhtv).to(hidden_btd.dtype).transpose(1, 2).flatten(-2))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or wider if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def scaled(read: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
@@ -293,12 +299,13 @@ def shifted(hidden_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | N
 
 
 def read_pairs(state: State, query_bhtk: Float[Tensor, "b h t k"]) -> Float[Tensor, "b h t v"]:
-    """r: what a matrix answers to queries, in the wider of float32 and their dtype."""
-    query_bhtk = query_bhtk.to(torch.promote_types(query_bhtk.dtype, torch.float32))
+    """r: what a matrix answers to queries, in float32 or wider, under autocast too."""
+    query_bhtk = wide(query_bhtk)
     state = {name: tensor.to(query_bhtk.dtype) for name, tensor in state.items()}
-    read_bhtv = query_bhtk @ state["matrix"]
-    if "normaliser" in state:
-        read_bhtv = read_bhtv / (query_bhtk @ state["normaliser"][..., None] + EPSILON)
+    with torch.autocast(query_bhtk.device.type, enabled=False):
+        read_bhtv = query_bhtk @ state["matrix"]
+        if "normaliser" in state:
+            read_bhtv = read_bhtv / (query_bhtk @ state["normaliser"][..., None] + EPSILON)
     return read_bhtv
 
 
@@ -313,11 +320,11 @@ def write_pairs(
     correct: Literal["token", "segment"] = "token",
     chunk: int = CHUNK,
 ) -> State:
-    """The state after `t` pairs, one after another, chunk by chunk; in the wider of float32 and the keys' dtype.
+    """The state after `t` pairs, one after another, chunk by chunk; in float32 or wider, under autocast too.
 
     Without a normaliser in the state nothing is divided. A pair whose key is zero and whose log λ is 0 changes nothing.
     """
-    dtype = torch.promote_types(key_bhtk.dtype, torch.float32)
+    dtype = wide(key_bhtk).dtype
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
     at_once = not delta or correct == "segment"
     pieces = [
@@ -325,8 +332,9 @@ def write_pairs(
         for each in (key_bhtk, value_bhtv, rate_bht, log_keep_bht)
     ]
     count = len(pieces[0])
-    for key, value, rate, log_keep in zip(*(each * (count // len(each)) for each in pieces), strict=True):
-        state = _write_chunk(state, key, value, rate, log_keep, delta, solve=not at_once)
+    with torch.autocast(key_bhtk.device.type, enabled=False):
+        for key, value, rate, log_keep in zip(*(each * (count // len(each)) for each in pieces), strict=True):
+            state = _write_chunk(state, key, value, rate, log_keep, delta, solve=not at_once)
     return state
 
 

@@ -55,7 +55,13 @@ def generator(seed: int) -> Generator:
 
 def shuffled(rows: int, count: int, generator: Generator) -> Int[Tensor, "b n"]:
     """A random order of `0 .. count - 1` in each row."""
-    return torch.rand(rows, count, generator=generator).argsort(1)
+    # stable, so that equal numbers, which single precision has now and then, come out the same everywhere
+    return torch.rand(rows, count, generator=generator).argsort(dim=1, stable=True)
+
+
+def below(count: int, generator: Generator) -> int:
+    """One of `0 .. count - 1`, each as likely as another."""
+    return int(torch.randint(count, (), generator=generator))
 
 
 @dataclass(frozen=True)
@@ -243,7 +249,7 @@ class Task(ABC):
         drawn evenly from everything before. "oracle" sees everything.
 
         Where several segments ask, each is answered from what lies before its own end. The right answers of earlier
-        segments are part of the stream there, as they are when a model reads it.
+        segments are part of the stream there, as they are when a model reads it. `more_floors` are in between.
         """
         examples = self.examples(rows, "test", number)
         luck = generator(seed_of("test", number) + 1)
@@ -254,8 +260,13 @@ class Task(ABC):
             f"sample of {self.segment_length} tokens": lambda part: self.sample(part, luck),
         }
         scored = {name: self.score(self.answered(examples, view), examples) for name, view in views.items()}
+        scored |= self.more_floors(examples, generator(seed_of("test", number) + 2))
         scored |= {"oracle": self.score(self.solve(examples), examples)} if self.solvable else {}
         return {"uniform": self.uniform, "majority": self.majority(examples), **scored}
+
+    def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
+        """What else is reached without a memory, or by one that lacks something, by name: floors of this task alone."""
+        return {}
 
     def asking(self, examples: Examples) -> Iterator[tuple[slice, Examples]]:
         """Each segment that asks in any row: where it stands, and the streams up to its end with its labels alone."""

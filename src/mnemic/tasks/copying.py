@@ -152,7 +152,7 @@ class Copy(Copying):
 
     name: ClassVar[str] = "copy"
     copies: ClassVar[int] = 2
-    card: ClassVar[TaskCard] = TaskCard("Copying", "write down twice the symbols that were read", PAPER)
+    card: ClassVar[TaskCard] = TaskCard("Copying", "Write down twice the symbols that were read.", PAPER)
 
     def places(self) -> Int[Tensor, "n c"]:
         """In the prompt; for the second copy also in the first."""
@@ -169,7 +169,9 @@ class Reverse(Copying):
 
     name: ClassVar[str] = "reverse"
     copies: ClassVar[int] = 1
-    card: ClassVar[TaskCard] = TaskCard("Reversing", "write down the symbols that were read, from last to first", PAPER)
+    card: ClassVar[TaskCard] = TaskCard(
+        "Reversing", "Write down the symbols that were read, from last to first.", PAPER
+    )
 
     def places(self) -> Int[Tensor, "n c"]:
         """In the prompt."""

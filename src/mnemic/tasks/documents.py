@@ -46,13 +46,13 @@ def novels(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
         FileNotFoundError: there is nothing at `path`.
         ValueError: there is no text in it, it is neither of the three, or a text is not UTF-8.
     """
-    files = {name: data for name, data in _files(path, "a folder, a tar archive or a .txt file") if _is_text(name)}
-    if not files:
+    found = {name: data for name, data in files(path, "a folder, a tar archive or a .txt file") if _is_text(name)}
+    if not found:
         raise ValueError(f"{path} has no .txt file; give a folder, an archive or a file of UTF-8 texts")
-    shared = posixpath.commonpath([PurePosixPath(name).parent for name in files])
+    shared = posixpath.commonpath([PurePosixPath(name).parent for name in found])
     named = {
         PurePosixPath(name).relative_to(shared).with_suffix("").as_posix(): _decoded(name, data)
-        for name, data in files.items()
+        for name, data in found.items()
     }
     return sorted(named.items())
 
@@ -68,8 +68,13 @@ def _decoded(name: str, data: bytes) -> str:
         raise ValueError(f"{name} is not UTF-8 (byte {error.start}); convert it first") from error
 
 
-def _files(path: str | os.PathLike[str], wanted: str) -> Iterator[tuple[str, bytes]]:
-    """Names, with slashes, and contents of the files in a folder or an archive, or of the one file itself."""
+def files(path: str | os.PathLike[str], wanted: str) -> Iterator[tuple[str, bytes]]:
+    """Names, with slashes, and contents of the files in a folder or a tar archive, or of the one `.txt` file itself.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`; the message says what is `wanted`.
+        ValueError: it is neither, or damaged.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; pass {wanted}")
@@ -352,7 +357,7 @@ def hyperpartisan(path: str | os.PathLike[str]) -> list[tuple[str, bool]]:
         ValueError: one of the two files is missing, or they are not about the same articles.
     """
     found: dict[str, ElementTree.Element] = {}
-    for name, data in _files(path, HYPERPARTISAN):
+    for name, data in files(path, HYPERPARTISAN):
         for kind in ("articles", "ground-truth"):
             if PurePosixPath(name).name.startswith(f"{kind}-training-byarticle") and name.endswith(".xml"):
                 found[kind] = ElementTree.fromstring(data)

@@ -39,8 +39,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard
-from mnemic.tasks.text import Encoder, Question, Story, assemble, encoder
+from mnemic.tasks.base import Examples, Task, TaskCard, below
+from mnemic.tasks.text import Encoder, Question, Story, assemble, behind, encoder, runs, write
 
 NOUNS = (
     *("river", "tool", "bird", "fruit", "game", "metal", "dance", "sport", "cloth", "planet", "engine", "spice"),
@@ -210,7 +210,7 @@ class InterferenceTask(Task):
         values = [[coder.encode(value) for value in each] for each in entries.values()]
         heads = [coder.encode(f"{key}:") for key in entries]
         sample = next(iter(entries.values()))[0]
-        mark, stop = (_after(coder, sample, sign) for sign in ";.")
+        mark, stop = (behind(coder, sample, sign, joint="") or coder.encode(sign) for sign in ";.")
         inside = {token for each in (*heads, *(value for some in values for value in some)) for token in each}
         if len(mark) != 1 or mark[0] in inside:
             raise ValueError("this tokenizer does not write ';' behind a word as a token of its own; choose another")
@@ -368,19 +368,18 @@ class InterferenceTask(Task):
         for row in range(len(ids)):
             tokens, visible = ids[row].tolist(), seen[row].tolist()
             current = {key: value for _, key, value in self._told(tokens, visible)}
-            for first, last in _runs(asked[row].tolist()):
+            for first, last in runs(asked[row].tolist()):
                 known = first
                 while known and visible[known - 1] and first - known < self.segment_length:
                     known -= 1
                 key = self._asked_key(tokens[known:first])
                 if key is None:
-                    key = int(torch.randint(self.categories, (), generator=generator))
+                    key = below(self.categories, generator)
                 value = current.get(key)
                 if value is None:
                     words = torch.randint(self.choices, (self.value_words,), generator=generator).tolist()
                     value = [token for word in words for token in world.values[key][word]]
-                value = (value + world.stop)[: last - first]
-                said[row, first : first + len(value)] = torch.tensor(value)
+                write(said[row], (first, last), value + world.stop)
         return said
 
     def sample(self, examples: Examples, generator: Generator) -> Bool[Tensor, "b t"]:
@@ -420,17 +419,12 @@ class InterferenceTask(Task):
         """Row, place, key and tokens of every answer."""
         labels = examples.labels.tolist()
         for row, (key, asked) in enumerate(zip(examples.extra["key"].tolist(), examples.asked.tolist(), strict=True)):
-            for each, (first, last) in zip(key, _runs(asked), strict=True):
+            for each, (first, last) in zip(key, runs(asked), strict=True):
                 yield row, first, each, tuple(labels[row][first:last])
 
-    def floors(self, rows: int = 200, number: int = 0) -> dict[str, float]:
-        """Those of every task, and memories of every value without their order, in closed form: of the key's values, or
-        of all keys', any one.
-        """
-        generic = super().floors(rows, number)
-        oracle = generic.pop("oracle")
-        told = {"a value of the key": 1 / self.updates, "a told value": 1 / (self.updates * self.n_keys)}
-        return {**generic, **told, "oracle": oracle}
+    def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
+        """Memories of all values without their order, in closed form: any value of the key, or of all keys."""
+        return {"a value of the key": 1 / self.updates, "a told value": 1 / (self.updates * self.n_keys)}
 
     # --- what was said instead ---------------------------------------------------------------------------------------
 
@@ -444,12 +438,12 @@ class InterferenceTask(Task):
         world, rows = self._world, []
         streams = (examples.extra["key"], examples.input_ids, predicted, examples.asked)
         for keys, tokens, said, asked in zip(*(each.tolist() for each in streams), strict=True):
-            runs = list(_runs(asked))
+            places = runs(asked)
             told: dict[int, list[list[int]]] = {}
-            for _, key, value in self._told(tokens[: runs[0][0]], [True] * runs[0][0]):
+            for _, key, value in self._told(tokens[: places[0][0]], [True] * places[0][0]):
                 told.setdefault(key, []).append(value + world.stop)
             ages = []
-            for key, (first, last) in zip(keys, runs, strict=True):
+            for key, (first, last) in zip(keys, places, strict=True):
                 wrong = next((place for place in range(first, last) if said[place] != tokens[place]), None)
                 if wrong is None:
                     ages.append(0)
@@ -486,20 +480,3 @@ def _luck(generator: Generator, *shape: int) -> Int[Tensor, "*b n"]:
     """A random order of the last dimension."""
     # float64 and a stable sort: the order is the same on every machine
     return torch.rand(*shape, generator=generator, dtype=torch.float64).argsort(dim=-1, stable=True)
-
-
-def _after(coder: Encoder, word: str, sign: str) -> list[int]:
-    """A sign as it follows a word; on its own where the tokenizer joins the two."""
-    bare, both = coder.encode(word), coder.encode(word + sign)
-    return both[len(bare) :] if both[: len(bare)] == bare else coder.encode(sign)
-
-
-def _runs(asked: list[bool]) -> Iterator[tuple[int, int]]:
-    """Where answers begin and end: no two touch."""
-    start = None
-    for place, here in enumerate([*asked, False]):
-        if here and start is None:
-            start = place
-        elif not here and start is not None:
-            yield start, place
-            start = None

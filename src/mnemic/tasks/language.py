@@ -40,9 +40,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks import text as encoders
-from mnemic.tasks.base import Examples, Task, TaskCard, generator, seed_of, shuffled
+from mnemic.tasks.base import Examples, Task, TaskCard, below, generator, seed_of, shuffled
 from mnemic.tasks.documents import DocumentBatch, DocumentStream, Tokens, bits_per_byte, novels, split, tokenize
+from mnemic.tasks.text import Encoder, encoder, word_list
 from mnemic.training import IGNORED
 
 Text = tuple[str, str]
@@ -186,34 +186,30 @@ class Stateful:
 # --- a world of people with traits -----------------------------------------------------------------------------------
 
 
-def _words(words: str) -> tuple[str, ...]:
-    return tuple(words.split())
-
-
-NAMES = _words("""
+NAMES = word_list("""
     ada bela cora dora edgar finn greta hugo iris jonas klara liam mona nils olga piet quinn rosa sven thea ulla vera
     wanda xenia yann zora arno britta carl dina emil frida""")
 TRAITS = {
-    "works": _words("""
+    "works": word_list("""
         baker miller weaver potter smith tailor fisher hunter farmer shepherd gardener carpenter mason painter printer
         sailor porter teacher doctor lawyer judge clerk piper cook"""),
-    "lives": _words("""
+    "lives": word_list("""
         ashford birchley crowhill dunmere eastwick fernham glenrock hazelton ironbridge jarrow kingsey larkfield
         marlow northam oakley penrith queensbury ripley stonegate thornby upton vellum westbourne yarrow"""),
-    "keeps": _words("""
+    "keeps": word_list("""
         badger canary donkey falcon ferret goat goose hamster hare hedgehog heron lamb lizard mouse owl parrot pigeon
         pony rabbit raven robin squirrel swan turtle"""),
-    "owns": _words("""
+    "owns": word_list("""
         basket blanket bottle bucket candle clock compass drum fiddle hammer kettle ladder lantern locket map mirror
         needle purse ring saddle scarf shovel trunk wheel"""),
-    "likes": _words("""
+    "likes": word_list("""
         apples barley beans bread butter cabbage carrots cheese cherries figs ginger grapes honey leeks lentils mint
         mustard olives onions pears plums radishes soup turnips"""),
-    "fears": _words("""
+    "fears": word_list("""
         bees bells bulls cellars crowds darkness drums fevers fire fog ghosts heights ice lightning mirrors moths rats
         silence snakes spiders storms thunder wasps wolves"""),
 }
-PLACES = _words("""
+PLACES = word_list("""
     abbey bakery bank barn bridge castle cave chapel cliff dock fair ferry field forge fountain garden gate hall
     harbour hill inn lake library market""")
 FORMS = {
@@ -488,10 +484,10 @@ class Language(Task):
             )
 
     @cached_property
-    def encoder(self) -> encoders.Encoder:
+    def encoder(self) -> Encoder:
         """Vocabulary and readable tokens."""
         lists = (NAMES, *TRAITS.values(), PLACES, [OPENING], [form.format("") for form in FORMS.values()])
-        return encoders.encoder(self.tokenizer, [" ".join(words) for words in lists])
+        return encoder(self.tokenizer, [" ".join(words) for words in lists])
 
     @property
     def vocabulary(self) -> int:
@@ -554,7 +550,7 @@ class Language(Task):
         documents = self._tokens(split)
         starts = [(len(document) - self.length) // self.segment_length + 1 for document in documents]
         ends = list(itertools.accumulate(starts))
-        place = int(torch.randint(ends[-1], (1,), generator=generator))
+        place = below(ends[-1], generator)
         number = bisect.bisect_right(ends, place)
         start = (place - ends[number] + starts[number]) * self.segment_length
         part, document = slice(start, start + self.length), documents[number]
@@ -652,7 +648,7 @@ class Language(Task):
         a memory of a segment's worth: n-grams of scattered tokens would be none.
         """
         numbers = range(self.segments)
-        drawn = [[int(torch.randint(s, (1,), generator=generator))] if s else [] for s in numbers]
+        drawn = [[below(s, generator)] if s else [] for s in numbers]
         return {
             "this segment": [[] for _ in numbers],
             "last segment": [list(range(max(0, s - 1), s)) for s in numbers],

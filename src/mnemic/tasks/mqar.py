@@ -59,7 +59,7 @@ class MQAR(Task):
     name = "mqar"
     card = TaskCard(
         title="Multi-query associative recall",
-        asks="keep many pairs of key and value, and give the value of each key when it comes again",
+        asks="Keep many pairs of key and value, and give the value of each key when it comes again.",
         paper="Zoology: Measuring and Improving Recall in Efficient Language Models, https://arxiv.org/abs/2312.04927",
     )
     axis = "pairs"
@@ -214,11 +214,9 @@ class MQAR(Task):
         said = torch.where(found >= 0, value.gather(1, found.clamp(min=0)), lucky) + self.alphabet // 2
         return torch.where(asked, said.repeat_interleave(self.width, 1), ids)
 
-    def floors(self, rows: int = 200, number: int = 0) -> dict[str, float]:
-        """One more than `Task.floors`: "a told value at random", for a memory that has all the values of a
-        stream and not whose they are.
-        """
-        return {**super().floors(rows, number), "a told value at random": 1 / self.bindings}
+    def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
+        """ "a told value at random": a memory that has all the values of a stream and not whose they are."""
+        return {"a told value at random": 1 / self.bindings}
 
     def measures(self, predicted: Int[Tensor, "b t"], examples: Examples) -> dict[str, float]:
         """ "across segments": the score where the pair lies in an earlier segment than its question. "older value": the

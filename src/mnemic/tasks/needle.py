@@ -24,19 +24,31 @@ from __future__ import annotations
 
 import itertools
 import re
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard
-from mnemic.tasks.documents import novels
-from mnemic.tasks.text import Bytes, Encoder, Pretrained, Question, Story, Words, assemble, encoder
+from mnemic.tasks.base import Examples, Task, TaskCard, below
+from mnemic.tasks.haystack import Book, Characters, Drawn, Markov, trimmed, woven
+from mnemic.tasks.text import (
+    Encoder,
+    Question,
+    Story,
+    Words,
+    assemble,
+    continued,
+    decoded,
+    encoder,
+    readable,
+    runs,
+    word_list,
+    write,
+)
 
 NOISE = (
     "The river is slow and the hills are far.",
@@ -52,34 +64,23 @@ PASSKEY = "The pass key is {0}. Keep it: {0} is the pass key."
 PASSKEY_QUESTION = "Which pass key was told? It was"
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-ADJECTIVES = _words(
-    """
+ADJECTIVES = word_list("""
     amber ancient balmy bitter bold brave brisk broad bronze calm clever cosy crimson crisp curly dainty daring
     deep dusty eager early fancy fierce frosty gentle giddy glossy golden grand hasty hazel hollow honest humble
     icy idle ivory jolly keen lively lofty lonely loyal lunar mellow mighty misty modest muddy narrow nimble
     noble opal pale patient placid plain polished proud quaint quick quiet rapid rare restless robust rosy royal
     rugged rusty sandy scarlet shady sharp shiny silent silver sleepy solar sober spicy stark steady stormy
-    subtle sunny swift tame tender tidy vast vivid
-    """
-)
-NOUNS = _words(
-    """
+    subtle sunny swift tame tender tidy vast vivid""")
+NOUNS = word_list("""
     anchor acorn anvil arch badger barrel beacon bell birch bishop boulder bridge brook candle canyon castle
     cedar cliff clover comet compass coral cottage crane crater creek crown dagger desert dolphin eagle ember
     engine falcon feather fern fiddle fjord flute forest fossil fountain glacier goblet gondola granite grove
     hammer harbor hawk heron island jaguar jewel juniper kettle kite lagoon lantern lark ledger lemon lily lynx
     magnet maple meadow meteor mirror mule nectar oasis orchard otter owl palace parrot pebble pepper pine
-    planet pony prairie quarry raven reef ribbon rocket saddle sparrow spruce
-    """
-)
+    planet pony prairie quarry raven reef ribbon rocket saddle sparrow spruce""")
 """A key is one of each, such as "quiet-harbor"."""
 
-VALUES = _words(
-    """
+VALUES = word_list("""
     algebra almond apron ballad banjo basket biscuit blanket bonnet bottle button cabinet carpet cello cereal
     chapel chess circus cocoa collar copper cotton cushion custard daisy diary dinner drama easel envelope essay
     fable fabric faucet feast fennel flannel gadget garlic ginger glove gravy guitar hazelnut helmet hockey hymn
@@ -88,206 +89,10 @@ VALUES = _words(
     pancake paper parcel parsley pastry pencil pillow pocket poem pottery pudding puzzle quilt radish raisin
     recipe rhubarb riddle rug salad sandal satchel sauce scarf sherbet shovel slipper soap sonnet spoon stamp
     stocking sugar syrup tailor teapot thimble toffee trumpet tulip turnip umbrella vanilla velvet vinegar
-    violin waffle walnut waltz whistle zipper
-    """
-)
+    violin waffle walnut waltz whistle zipper""")
 """What is told of a key with `values="word"`."""
 
 DIGITS = {"passkey": 5, "number": 7}
-
-# --- haystacks -------------------------------------------------------------------------------------------------------
-
-
-class Characters:
-    """Letters, digits, space and the marks `@=;`: a token each. 0 is padding."""
-
-    pad = 0
-    letters = "abcdefghijklmnopqrstuvwxyz "
-
-    def __init__(self) -> None:
-        self.signs = ["<pad>", *self.letters, *"0123456789@=;"]
-        self.ids = {sign: place for place, sign in enumerate(self.signs)}
-        self.vocabulary = len(self.signs)
-
-    def encode(self, text: str) -> list[int]:
-        """One token a character."""
-        return [self.ids[sign] for sign in text]
-
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The characters."""
-        return [self.signs[token] for token in ids]
-
-
-def readable(encoder: Encoder, ids: Sequence[int], seen: Sequence[bool]) -> str:
-    """The seen tokens as text in lower case, with a line feed wherever tokens between them are not seen."""
-    ids = list(ids)
-    known = torch.tensor([False, *seen, False])
-    begins = (known[1:] & ~known[:-1]).nonzero()[:, 0].tolist()
-    ends = (known[:-1] & ~known[1:]).nonzero()[:, 0].tolist()
-    return "\n".join(decoded(encoder, ids[begin:end]) for begin, end in zip(begins, ends, strict=True)).lower()
-
-
-def decoded(encoder: Encoder, ids: Sequence[int]) -> str:
-    """Tokens as running text."""
-    if isinstance(encoder, Pretrained):
-        return str(encoder.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-    if isinstance(encoder, Bytes):
-        return bytes(ids).decode(errors="replace")
-    return (" " if isinstance(encoder, Words) else "").join(encoder.pieces(ids))
-
-
-SENTENCE_END = re.compile(r"([.!?][\"'\u201d\u2019)\]]*)\s+(?=[\"'\u201c\u2018(]?[A-Z])")
-ABBREVIATED = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Rev|Col|Capt|Esq|Hon|Prof|[A-Z])\.$")
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a text. One ends at a full stop, question or exclamation mark before a capital, with exceptions
-    for titles and initials, and at a blank line."""
-    found = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        flat, start = " ".join(paragraph.split()), 0
-        for end in SENTENCE_END.finditer(flat):
-            if not ABBREVIATED.search(flat[start : end.end(1)]):
-                found.append(flat[start : end.end(1)])
-                start = end.end()
-        found += [flat[start:]] if flat[start:] else []
-    return found
-
-
-@lru_cache(maxsize=2)
-def library(path: str) -> list[tuple[str, str]]:
-    """`novels`, read once."""
-    return novels(path)
-
-
-@lru_cache(maxsize=8)
-def pages(path: str, document: int) -> list[str]:
-    """The sentences of one text, found once."""
-    return sentences(library(path)[document][1])
-
-
-class Book:
-    """Sentences of given texts, read on from a random place.
-
-    `path` is as in `novels`. Of every ten texts, by name, the last is for tests, the one before for validation, the
-    others for training; with fewer the last is for tests, the one before for validation.
-    Sentences of fewer than `shortest` tokens are left out, and so are those for which `barred` is true.
-
-    Raises:
-        ValueError: fewer than 3 texts, or texts without enough sentences that may be used.
-    """
-
-    def __init__(self, path: str, encoder: Encoder, shortest: int = 1, barred: Any = None) -> None:
-        self.path, self.encoder, self.shortest, self.barred = path, encoder, shortest, barred
-        count = len(library(path))
-        if count < 3:
-            raise ValueError(f"{path} has {count} texts; training, validation and test need 3 or more, of their own")
-        test = {place for place in range(count) if place % 10 == 9} or {count - 1}
-        held = {place - 1 for place in test}
-        self.shares = {"train": [place for place in range(count) if place not in test | held]}
-        self.shares |= {"validation": sorted(held), "test": sorted(test)}
-
-    def take(self, tokens: int, generator: Generator, split: str) -> list[list[int]]:
-        """Sentences of `tokens` tokens or a little more."""
-        taken, total, tries = [], 0, 0
-        while total < tokens:
-            tries += 1
-            if tries > 1000:
-                raise ValueError(f"{self.path} has too few sentences of {self.shortest} tokens or more")
-            share = self.shares[split]
-            text = pages(self.path, share[int(torch.randint(len(share), (), generator=generator))])
-            start = int(torch.randint(max(len(text), 1), (), generator=generator))
-            # a block of sentences at a time, since tokenizers are quicker so
-            while start < len(text) and total < tokens:
-                block = text[start : start + max(8, (tokens - total) // 20)]
-                start += len(block)
-                for each in self._tokens([each for each in block if not (self.barred and self.barred(each))]):
-                    if len(each) >= self.shortest:
-                        taken.append(each)
-                        total += len(each)
-        return taken
-
-    def _tokens(self, block: list[str]) -> list[list[int]]:
-        if not isinstance(self.encoder, Pretrained) or not block:
-            return [self.encoder.encode(each) for each in block]
-        # as `Pretrained.encode` does for one sentence
-        spaced = len(self.encoder.encode("a")) == len(self.encoder.tokenizer(" a", add_special_tokens=False).input_ids)
-        block = [f" {each}" for each in block] if spaced else block
-        return self.encoder.tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-class Drawn:
-    """Sentences drawn one by one from a list, or with `cycle` the list again and again."""
-
-    def __init__(self, sentences: Sequence[list[int]], cycle: bool = False) -> None:
-        self.sentences, self.cycle = sentences, cycle
-        self.lengths = torch.tensor([len(each) for each in sentences])
-
-    def take(self, tokens: int, generator: Generator, split: str) -> list[list[int]]:
-        """Sentences of `tokens` tokens or a little more."""
-        count = -(-tokens // int(self.lengths.min()))
-        if self.cycle:
-            order = torch.arange(count) % len(self.sentences)
-        else:
-            order = torch.randint(len(self.sentences), (count,), generator=generator)
-        enough = int((self.lengths[order].cumsum(0) < tokens).sum()) + 1
-        return [self.sentences[place] for place in order[:enough].tolist()]
-
-
-class Markov:
-    """Letters from a Markov chain of order 2, with the frequencies of a text; a sentence is one letter."""
-
-    def __init__(self, text: str, encoder: Characters) -> None:
-        self.encoder, self.size = encoder, len(encoder.letters)
-        letters = [encoder.letters.index(each) for each in re.sub(r"[^a-z]+", " ", text.lower())]
-        letters += letters[:2]
-        # whole counts and a draw from 0 .. their sum: exact, and so the same everywhere
-        self.counts = torch.zeros(self.size**2, self.size, dtype=torch.long)
-        for first, second, third in zip(letters, letters[1:], letters[2:], strict=False):
-            self.counts[first * self.size + second, third] += 1
-        self.starts = self.counts.sum(1).nonzero()[:, 0]
-        self.edges = [row.tolist() for row in self.counts.cumsum(1)]
-
-    def take(self, tokens: int, generator: Generator, split: str) -> list[list[int]]:
-        """`tokens` letters."""
-        state = int(self.starts[torch.randint(len(self.starts), (), generator=generator)])
-        found = []
-        for luck in torch.rand(tokens, generator=generator, dtype=torch.float64).tolist():
-            edges = self.edges[state]
-            letter = bisect_right(edges, int(luck * edges[-1]))
-            found.append([letter + 1])
-            state = state % self.size * self.size + letter
-        return found
-
-
-def trimmed(hay: list[list[int]], tokens: int) -> list[list[int]]:
-    """Sentences of exactly so many tokens: the last one is cut."""
-    kept, left = [], tokens
-    for each in hay:
-        if left <= 0:
-            break
-        kept.append(each[:left])
-        left -= len(each)
-    return kept
-
-
-def woven(hay: list[list[int]], lines: list[list[int]], gaps: list[int]) -> tuple[list[int], list[int]]:
-    """The hay as one list of tokens, with each line before sentence `gaps[i]` of it, and where each line begins.
-
-    Lines of the same gap keep their order.
-    """
-    order = sorted(range(len(lines)), key=lambda line: gaps[line])
-    context: list[int] = []
-    begins, done = [0] * len(lines), 0
-    for line in order:
-        while done < gaps[line]:
-            context += hay[done]
-            done += 1
-        begins[line] = len(context)
-        context += lines[line]
-    for each in hay[done:]:
-        context += each
-    return context, begins
 
 
 def grid(lengths: Iterable[int], depths: Iterable[float] = range(0, 101, 10), **settings: Any) -> list[dict[str, Any]]:
@@ -316,7 +121,7 @@ def _check_question(task: Task, tokens: int) -> None:
 
 def _gap(task: PasskeyTask | NeedleTask, hay: list[list[int]], generator: Generator) -> int:
     """Where a line goes: a gap drawn evenly, or the one that is nearest to the task's depth."""
-    drawn = int(torch.randint(len(hay) + 1, (), generator=generator))
+    drawn = below(len(hay) + 1, generator)
     if task.depth is None:
         return drawn
     ends = torch.tensor([0, *(len(each) for each in hay)]).cumsum(0)
@@ -324,20 +129,8 @@ def _gap(task: PasskeyTask | NeedleTask, hay: list[list[int]], generator: Genera
 
 
 def _number(digits: int, generator: Generator) -> str:
-    return str(int(torch.randint(10 ** (digits - 1), 10**digits, (), generator=generator)))
-
-
-def runs(asked: Sequence[bool]) -> list[tuple[int, int]]:
-    """Where each answer of a row begins and ends: asked places without another between them."""
-    flags = torch.tensor([False, *asked, False])
-    begins = (flags[1:] & ~flags[:-1]).nonzero()[:, 0].tolist()
-    return list(zip(begins, (flags[:-1] & ~flags[1:]).nonzero()[:, 0].tolist(), strict=True))
-
-
-def write(into: Tensor, place: tuple[int, int], tokens: Sequence[int]) -> None:
-    """An answer where it is asked for; what does not fit is cut, what is missing stays 0."""
-    said = list(tokens)[: place[1] - place[0]]
-    into[place[0] : place[0] + len(said)] = torch.tensor(said, dtype=torch.long)
+    least = 10 ** (digits - 1)
+    return str(least + below(9 * least, generator))
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -443,18 +236,6 @@ class PasskeyTask(Task):
     def text(self, ids: Sequence[int]) -> list[str]:
         """Tokens as a person reads them."""
         return self._encoder.pieces(ids)
-
-
-def continued(encoder: Encoder, text: str, value: str) -> list[int]:
-    """The tokens of a value that follows a text.
-
-    Raises:
-        ValueError: a tokenizer that joins the two.
-    """
-    before, both = encoder.encode(text), encoder.encode(f"{text} {value}")
-    if both[: len(before)] != before:
-        raise ValueError(f'this tokenizer joins {text!r} and {value!r}; use tokenizer="bytes" or another')
-    return both[len(before) :]
 
 
 def spelled(value: str, encoder: Encoder) -> str:
@@ -594,9 +375,9 @@ class NeedleTask(Task):
 
     def _value(self, generator: Generator) -> str:
         if self.haystack == "markov":
-            return f"{int(torch.randint(10**4, (), generator=generator)):04}"
+            return f"{below(10**4, generator):04}"
         if self.values == "word":
-            return VALUES[int(torch.randint(len(VALUES), (), generator=generator))]
+            return VALUES[below(len(VALUES), generator)]
         return _number(DIGITS["number"], generator)
 
     def _needle(self, key: str, value: str) -> tuple[list[int], list[int]]:
@@ -631,7 +412,7 @@ class NeedleTask(Task):
         # keys in random order: the first are asked, the next are distractors, the others may be hay
         order: list[int] = []
         while len(order) < self.keys:
-            key = int(torch.randint(self._possible, (), generator=generator))
+            key = below(self._possible, generator)
             order += [] if key in order else [key]
         if self.haystack == "needles":
             drawn = torch.randperm(self._possible, generator=generator).tolist()
@@ -651,7 +432,7 @@ class NeedleTask(Task):
         drawn = torch.randint(len(hay) + 1, (len(lines),), generator=generator).tolist()
         gaps = [_gap(self, hay, generator) if place < count else drawn[place] for place in range(len(lines))]
         context, begins = woven(hay, [line for _, line, _ in lines], gaps)
-        before = torch.tensor([0, *(len(each) for each in hay)]).cumsum(0).tolist()
+        before = list(itertools.accumulate((len(each) for each in hay), initial=0))
         questions = []
         for query in range(self.queries):
             own = sorted(range(query * self.per_key, (query + 1) * self.per_key), key=lambda line: begins[line])
@@ -708,7 +489,7 @@ class NeedleTask(Task):
             skip: dict[str, int] = {}
             for name, values in told.items():
                 missing = max(self.per_key - len(values), 0)
-                drawn = int(torch.randint(missing + 1, (), generator=generator)) if missing else 0
+                drawn = below(missing + 1, generator) if missing else 0
                 skip[name] = missing if bool(behind.all()) else drawn
             for begin, end in runs(asked[row].tolist()):
                 first = begin - begin % self.segment_length
@@ -749,10 +530,10 @@ class NeedleTask(Task):
         return self._encoder.pieces(ids)
 
 
+_ADJECTIVES, _NOUNS = frozenset(ADJECTIVES), frozenset(NOUNS)
+
+
 def _names_a_key(sentence: str) -> bool:
     """Whether words of a key follow each other in a sentence."""
     words = re.findall(r"\w+", sentence.lower())
     return any(first in _ADJECTIVES and second in _NOUNS for first, second in itertools.pairwise(words))
-
-
-_ADJECTIVES, _NOUNS = frozenset(ADJECTIVES), frozenset(NOUNS)

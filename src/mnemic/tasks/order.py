@@ -35,10 +35,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard
+from mnemic.tasks.base import Examples, Task, TaskCard, below
 from mnemic.tasks.base import generator as source
 from mnemic.tasks.documents import novels
-from mnemic.tasks.text import Encoder, Question, Story, assemble, encoder
+from mnemic.tasks.text import UNSEEN, Encoder, Question, Story, assemble, behind, encoder, string, write
 
 EXCERPTS = (250, 1000, 2500, 10000, 20000)
 """Words of an excerpt in Book-SORT."""
@@ -50,8 +50,6 @@ LONG = 5000
 """From so many words on the bins are those of long excerpts; Book-SORT has none between 2,500 and 10,000."""
 
 BINS = 4
-
-UNSEEN = "\U0010ffff"
 
 # --- the own world ---------------------------------------------------------------------------------------------------
 
@@ -308,9 +306,7 @@ class OrderTask(Task):
         alone.
         """
         if word not in self._known:
-            before, both = self.encoder.encode("the"), self.encoder.encode(f"the {word}")
-            apart = both[: len(before)] == before and len(both) > len(before)
-            self._known[word] = both[len(before) :] if apart else self.encoder.encode(word)
+            self._known[word] = behind(self.encoder, "the", word) or self.encoder.encode(word)
         return self._known[word]
 
     def _read(self, words: Sequence[str]) -> Text:
@@ -330,9 +326,9 @@ class OrderTask(Task):
                 words += story(int(self.capacity / self.rate / SHORTEST) + 1, generator).split()
                 text = self._read(words)
         else:
-            text = shelf[_one(len(shelf), generator)]
+            text = shelf[below(len(shelf), generator)]
             room = bisect_right(text.words, len(text.ids) - self.capacity)
-            first = _one(max(1, bisect_right(text.sentences, room - 1)), generator)
+            first = below(max(1, bisect_right(text.sentences, room - 1)), generator)
         begin = text.sentences[first]
         start = text.words[begin]
         end = bisect_right(text.words, start + self.capacity) - 1
@@ -352,7 +348,7 @@ class OrderTask(Task):
         """
         shelf = None if self.data is None else self._shelf(split)
         # sides and bins in turn from a random one on, in random order: even in every batch, fair for a single row
-        begin = _one(2 * BINS, generator)
+        begin = below(2 * BINS, generator)
         kinds = [(begin + place) % (2 * BINS) for place in torch.randperm(rows, generator=generator).tolist()]
         stories = [self._story(shelf, kind % 2, kind // 2, generator) for kind in kinds]
         return assemble(stories, self.segment_length, self.encoder.pad)
@@ -365,18 +361,18 @@ class OrderTask(Task):
                 continue
             edge = edges(words, self.fragment)
             lowest = edge[which] + (which > 0)
-            distance = lowest + _one(edge[which + 1] - lowest + 1, generator)
-            first = _one(words - self.fragment - distance + 1, generator)
+            distance = lowest + below(edge[which + 1] - lowest + 1, generator)
+            first = below(words - self.fragment - distance + 1, generator)
             begins = first, first + distance
             early, late = (list(text.ids[text.words[at] : text.words[at + self.fragment]]) for at in begins)
-            whole = _string(text.ids)
-            if any(_twice(whole, _string(each)) for each in (early, late)):
+            whole = string(text.ids)
+            if any(_twice(whole, string(each)) for each in (early, late)):
                 continue
             # side 0: A is right
             shown = (early, late) if (side == 0) == (self.ask == "first") else (late, early)
             question = self._question(*shown)
             answer = self._labels[side]
-            if len(question) + len(answer) > self.segment_length or self._parse(_string(question)) != shown:
+            if len(question) + len(answer) > self.segment_length or self._parse(string(question)) != shown:
                 continue
             extra = {"distance": distance, "bin": which, "words": words, "first word": first}
             evidence = [text.words[place] for place in begins]
@@ -400,7 +396,7 @@ class OrderTask(Task):
 
     def _parse(self, question: str) -> tuple[list[int], list[int]] | None:
         """The two fragments that a question, as a string of tokens, shows."""
-        head, middle, end = map(_string, self._marks)
+        head, middle, end = map(string, self._marks)
         cut = question.find(middle, len(head))
         if cut < 0 or not (question.startswith(head) and question.endswith(end)):
             return None
@@ -422,15 +418,14 @@ class OrderTask(Task):
         """
         predicted = torch.zeros_like(ids)
         for row, (tokens, places, visible) in enumerate(zip(ids, asked, seen, strict=True)):
-            text = _string(torch.where(visible, tokens, ord(UNSEEN)).tolist())
+            text = string(torch.where(visible, tokens, ord(UNSEEN)).tolist())
             end = int(places.long().argmax())
             begin = end // self.segment_length * self.segment_length
-            luck = _one(2, generator)
+            luck = below(2, generator)
             shown = self._parse(text[begin:end])
-            earlier = None if shown is None else self._earlier(text[:begin], *map(_string, shown))
+            earlier = None if shown is None else self._earlier(text[:begin], *map(string, shown))
             side = luck if earlier is None else int(earlier != (self.ask == "first"))
-            where = places.nonzero()[: len(self._labels[side]), 0]
-            predicted[row, where] = torch.tensor(self._labels[side][: len(where)], dtype=torch.long)
+            write(predicted[row], (end, end + int(places.sum())), self._labels[side])
         return predicted
 
     def _earlier(self, text: str, one: str, other: str) -> bool | None:
@@ -467,15 +462,6 @@ SHORTEST, LONGEST = 10, 12
 """Words of the sentences of the own world."""
 
 TRIES = 200
-
-
-def _one(count: int, generator: Generator) -> int:
-    return int(torch.randint(count, (), generator=generator))
-
-
-def _string(tokens: Sequence[int]) -> str:
-    # strings are searched faster than lists or tensors
-    return "".join(map(chr, tokens))
 
 
 def _twice(text: str, part: str) -> bool:

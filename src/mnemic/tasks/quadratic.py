@@ -74,7 +74,7 @@ class Quadratic(Task):
     name = "quadratic"
     card = TaskCard(
         title="Quadratic equations",
-        asks="solve an equation step by step, each step in a segment of its own",
+        asks="Solve an equation step by step, each step in a segment of its own.",
         paper="Recurrent Memory Transformer, https://arxiv.org/abs/2207.06881",
     )
     axis = "bound"

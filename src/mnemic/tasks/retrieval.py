@@ -54,7 +54,7 @@ class Retrieval(Task):
     name = "retrieval"
     card = TaskCard(
         title="Short associative retrieval",
-        asks="keep pairs of letter and digit, and give the digit of one letter",
+        asks="Keep pairs of letter and digit, and give the digit of one letter.",
         paper="Recurrent Memory Transformer, https://arxiv.org/abs/2207.06881",
     )
     axis = "pairs"
@@ -138,12 +138,9 @@ class Retrieval(Task):
         found = digit.gather(1, same.long().argmax(1, keepdim=True))
         return torch.where(asked & same.any(1, keepdim=True), found, predicted)
 
-    def floors(self, rows: int = 200, number: int = 0) -> dict[str, float]:
-        """One more than `Task.floors`: "a told digit at random", for a memory that has the digits and not whose they
-        are.
-        """
-        told = 1 / self.pairs + (1 - 1 / self.pairs) / DIGITS
-        return {**super().floors(rows, number), "a told digit at random": told}
+    def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
+        """ "a told digit at random": a memory that has the digits and not whose they are."""
+        return {"a told digit at random": 1 / self.pairs + (1 - 1 / self.pairs) / DIGITS}
 
     def text(self, ids: Sequence[int]) -> list[str]:
         """Digits, letters, "?" for the separator, "_" for a blank, "." for noise."""

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard, generator, seed_of
+from mnemic.tasks.base import Examples, Task, TaskCard
 from mnemic.training import IGNORED
 
 CURRICULUM = (1, 2, 3, 5, 10, 20, 30, 40, 50)
@@ -206,24 +206,21 @@ class RewritesTask(Task):
         said[:, here] = torch.where(visible & (which >= 0)[:, None], value, said[:, here])
         return said
 
-    def floors(self, rows: int = 200, number: int = 0) -> dict[str, float]:
-        """Those of every task, and memories that lack one thing: which value belongs to the key ("a told value"), and
-        with `rewrite` that the last value counts ("a value of the key", at random, and the "first value of the key").
+    def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
+        """Memories that lack one thing: which value belongs to the key ("a told value"), and with `rewrite` that the
+        last value counts ("a value of the key", at random, and the "first value of the key").
         """
-        examples, source = self.examples(rows, "test", number), generator(seed_of("test", number) + 2)
         ids, seen = examples.input_ids.masked_fill(examples.asked, 0), ~examples.asked
         told, wanted = self._told(ids, seen)
-        luck = torch.rand(wanted.shape, generator=source, dtype=torch.float64)
-        chosen = {"a told value": luck[:, :-1].argmax(1)}
+        chance = torch.rand(wanted.shape, generator=luck, dtype=torch.float64)
+        chosen = {"a told value": chance[:, :-1].argmax(1)}
         if self.rewrite:
             chosen |= {
-                "a value of the key": torch.where(wanted, luck, -1.0).argmax(1),
+                "a value of the key": torch.where(wanted, chance, -1.0).argmax(1),
                 "first value of the key": wanted.long().argmax(1),
             }
         made = {name: self._say(ids.clone(), told, which, ids, seen) for name, which in chosen.items()}
-        generic = super().floors(rows, number)
-        oracle = generic.pop("oracle")
-        return {**generic, **{name: self.score(said, examples) for name, said in made.items()}, "oracle": oracle}
+        return {name: self.score(said, examples) for name, said in made.items()}
 
     def measures(self, predicted: Int[Tensor, "b t"], examples: Examples) -> dict[str, float]:
         """Where the answers come from, as shares of all: "last" value of the key, an "earlier" one, that of "another"
@@ -441,9 +438,6 @@ class EmbeddedTask(Task):
         said[:, here] = torch.where(told, ids.gather(1, value), said[:, here])
         return said
 
-    def floors(self, rows: int = 200, number: int = 0) -> dict[str, float]:
-        """Those of every task, and a memory that knows which values were told but not whose they are."""
-        generic = super().floors(rows, number)
-        oracle = generic.pop("oracle")
-        chance = 1 / self.pairs + (1 - 1 / self.pairs) * self.uniform
-        return {**generic, "a told value": chance, "oracle": oracle}
+    def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
+        """A memory that knows which values were told but not whose they are, in closed form."""
+        return {"a told value": 1 / self.pairs + (1 - 1 / self.pairs) * self.uniform}

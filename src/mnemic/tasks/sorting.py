@@ -66,7 +66,7 @@ class SortingTask(Task):
     by_answer: ClassVar[bool] = False
     card: ClassVar[TaskCard] = TaskCard(
         title="Sorting by frequency",
-        asks="name the symbols of a long prompt in the order of how often they came, while their distribution drifts",
+        asks="Name the symbols of a long prompt in the order of how often they came, while their distribution drifts.",
         paper="∞-former: Infinite Memory Transformer, https://arxiv.org/abs/2109.00301",
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from mnemic.tasks.base import Examples
 from mnemic.training import IGNORED
@@ -84,6 +85,11 @@ class Pretrained:
         """The tokens of a sentence inside a text."""
         return self._ids(f" {text}" if self.wants_space else text)
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many at once, which is quicker."""
+        given = [f" {text}" if self.wants_space else text for text in texts]
+        return self.tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"] if given else []
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -107,6 +113,68 @@ def encoder(tokenizer: Any, texts: Sequence[str]) -> Encoder:
     if isinstance(tokenizer, str):
         raise ValueError(f'tokenizer is {tokenizer!r}; use "words", "bytes" or a Hugging Face tokenizer')
     return Pretrained(tokenizer)
+
+
+# --- tokens and text -------------------------------------------------------------------------------------------------
+
+UNSEEN = "\U0010ffff"
+"""Stands for a token that is not seen, in a `string` of tokens."""
+
+
+def word_list(text: str) -> tuple[str, ...]:
+    """The words of a text with spaces between."""
+    return tuple(text.split())
+
+
+def string(tokens: Sequence[int]) -> str:
+    """A character for each token: strings are searched faster than lists or tensors."""
+    return "".join(map(chr, tokens))
+
+
+def runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
+    """Where each run of true places begins and ends, such as the answers of a row, of which no two touch."""
+    return [match.span() for match in re.finditer(b"\1+", bytes(flags))]
+
+
+def write(into: Tensor, run: tuple[int, int], tokens: Sequence[int]) -> None:
+    """Writes an answer into a row `[t]` where it is asked for. What does not fit is cut, what is missing stays."""
+    said = list(tokens)[: run[1] - run[0]]
+    into[run[0] : run[0] + len(said)] = torch.tensor(said, dtype=torch.long)
+
+
+def decoded(encoder: Encoder, ids: Sequence[int]) -> str:
+    """Tokens as running text."""
+    if isinstance(encoder, Pretrained):
+        return str(encoder.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+    if isinstance(encoder, Bytes):
+        return bytes(ids).decode(errors="replace")
+    return (" " if isinstance(encoder, Words) else "").join(encoder.pieces(ids))
+
+
+def readable(encoder: Encoder, ids: Sequence[int], seen: Sequence[bool]) -> str:
+    """The seen tokens as text in lower case, with a line feed wherever tokens between them are not seen."""
+    return "\n".join(decoded(encoder, ids[begin:end]) for begin, end in runs(seen)).lower()
+
+
+def behind(encoder: Encoder, before: str, text: str, joint: str = " ") -> list[int] | None:
+    """The tokens that a text has behind another; None where the tokenizer joins the two."""
+    first, both = encoder.encode(before), encoder.encode(f"{before}{joint}{text}")
+    return both[len(first) :] if both[: len(first)] == first and len(both) > len(first) else None
+
+
+def continued(encoder: Encoder, text: str, value: str) -> list[int]:
+    """The tokens of a value that follows a text.
+
+    Raises:
+        ValueError: a tokenizer that joins the two.
+    """
+    found = behind(encoder, text, value)
+    if found is None:
+        raise ValueError(f'this tokenizer joins {text!r} and {value!r}; use tokenizer="bytes" or another')
+    return found
+
+
+# --- streams of sentences --------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -33,9 +33,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard
-from mnemic.tasks.base import generator as source
-from mnemic.tasks.text import Encoder, Question, Story, assemble, encoder
+from mnemic.tasks.base import Examples, Task, TaskCard, below
+from mnemic.tasks.text import UNSEEN, Encoder, Question, Story, assemble, behind, encoder, runs, string, write
 
 SUBJECTS = (
     *("Adrel", "Belmo", "Corvin", "Dasha", "Elkan", "Fenna", "Gorin", "Hestia", "Ilmar", "Jorun"),
@@ -53,8 +52,6 @@ RELATIONS = {
     "wears a": "hat scarf cloak coat belt ring mask crown shawl vest cape turban",
 }
 """Relations with their objects. All facts of this world are five words long, the full stop included."""
-
-UNSEEN = "\U0010ffff"
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ class UpdatesTask(Task):
 
     def _story(self, generator: Generator) -> Story:
         world, pairs = self.world, self.world.pairs
-        asked = _one(len(pairs), generator)
+        asked = below(len(pairs), generator)
         subject, relation = pairs[asked]
         others = [pair for pair in world.about[relation] if pair != asked]
         shown = [others[place] for place in torch.randperm(len(others), generator=generator).tolist()]
@@ -161,7 +158,7 @@ class UpdatesTask(Task):
         barred = {pairs[pair][0] for pair in shown}
         pivots, taken = [asked], {*barred, subject}
         while len(pivots) < self.pivots:
-            pair = _one(len(pairs), generator)
+            pair = below(len(pairs), generator)
             if pairs[pair][0] not in taken:
                 pivots.append(pair)
                 taken.add(pairs[pair][0])
@@ -186,7 +183,7 @@ class UpdatesTask(Task):
                 context += world.fact(pair, value)
             context += [world.fill] * ((turn + 1) * self.segment_length - len(context))
         question = [
-            token for pair in shown for token in world.fact(pair, _one(len(world.objects[relation]), generator))
+            token for pair in shown for token in world.fact(pair, below(len(world.objects[relation]), generator))
         ]
         extra = {"updates": self.updates, "turns since update": since}
         query = Question(question + world.questions[asked], world.objects[relation][latest], [evidence], extra)
@@ -195,7 +192,7 @@ class UpdatesTask(Task):
     def _values(self, relation: int, generator: Generator) -> list[int]:
         """Objects of a pivot in the order they are told: each is drawn evenly from all but the one before."""
         count = len(self.world.objects[relation])
-        values = [_one(count, generator)]
+        values = [below(count, generator)]
         for step in torch.randint(1, count, (self.updates,), generator=generator).tolist():
             values.append((values[-1] + step) % count)
         return values
@@ -222,23 +219,23 @@ class UpdatesTask(Task):
         generator: Generator,
     ) -> Int[Tensor, "b t"]:
         """The object that is told last of what is seen; any of the relation where none is seen."""
-        predicted = torch.zeros_like(ids)
+        predicted, places = torch.zeros_like(ids), _places(asked)
         for row, (pair, told) in enumerate(self._told(ids, asked, seen)):
             objects = self.world.objects[self.world.pairs[pair][1]]
-            luck = _one(len(objects), generator)
-            _say(predicted[row], asked[row], objects[told[-1] if told else luck])
+            luck = below(len(objects), generator)
+            write(predicted[row], places[row], objects[told[-1] if told else luck])
         return predicted
 
     def _told(
         self, ids: Int[Tensor, "b t"], asked: Bool[Tensor, "b t"], seen: Bool[Tensor, "b t"]
     ) -> Iterator[tuple[int, list[int]]]:
         """What each row asks for, and the objects it tells of that, in their order."""
-        world, stop = self.world, _string(self.world.stop)
+        world, stop = self.world, string(self.world.stop)
         for row, places, visible in zip(ids, asked, seen, strict=True):
-            text = _string(torch.where(visible, row, ord(UNSEEN)).tolist())
+            text = string(torch.where(visible, row, ord(UNSEEN)).tolist())
             end = int(places.long().argmax())
             pair = world.asks(text[:end])
-            question, told, at = _string(world.questions[pair]), [], -1
+            question, told, at = string(world.questions[pair]), [], -1
             things = world.strings[world.pairs[pair][1]]
             while (at := text.find(question, at + 1)) >= 0:
                 # a subject may end as another does, so a fact must begin here
@@ -251,24 +248,17 @@ class UpdatesTask(Task):
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 
-    def floors(self, rows: int = 200, number: int = 0) -> dict[str, float]:
-        """The usual ones, and two that know all that was told but not when: a memory that never overwrites says the
-        first object, one that cannot tell old from new says any of them.
+    def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
+        """Two that know all that was told but not when: a memory that never overwrites says the first object, one that
+        cannot tell old from new says any of them.
         """
-        examples, luck = self.examples(rows, "test", number), source(number)
         first, some = (torch.zeros_like(examples.labels) for _ in range(2))
-        asked = examples.asked
+        asked, places = examples.asked, _places(examples.asked)
         for row, (pair, told) in enumerate(self._told(examples.input_ids, asked, ~asked)):
             objects = self.world.objects[self.world.pairs[pair][1]]
-            _say(first[row], asked[row], objects[told[0]])
-            _say(some[row], asked[row], objects[told[_one(len(told), luck)]])
-        floors = super().floors(rows, number)
-        oracle = {"oracle": floors.pop("oracle")}
-        scored = {
-            "first object told": self.score(first, examples),
-            "any object told": self.score(some, examples),
-        }
-        return {**floors, **scored, **oracle}
+            write(first[row], places[row], objects[told[0]])
+            write(some[row], places[row], objects[told[below(len(told), luck)]])
+        return {"first object told": self.score(first, examples), "any object told": self.score(some, examples)}
 
     def majority(self, examples: Examples, rows: int = 500) -> float:
         """Score of always giving the object that a relation's queries have most often in training.
@@ -280,10 +270,10 @@ class UpdatesTask(Task):
         counts = [Counter[tuple[int, ...]]() for _ in self.world.objects]
         for relation, answer in zip(self._relations(train), self._answers(train.labels, train), strict=True):
             counts[relation][answer] += 1
-        predicted, asked = torch.zeros_like(examples.labels), examples.asked
+        predicted, places = torch.zeros_like(examples.labels), _places(examples.asked)
         for row, relation in enumerate(self._relations(examples)):
             common = counts[relation].most_common(1)
-            _say(predicted[row], asked[row], common[0][0] if common else self.world.objects[relation][0])
+            write(predicted[row], places[row], common[0][0] if common else self.world.objects[relation][0])
         return self.score(predicted, examples)
 
     def measures(self, predicted: Int[Tensor, "b t"], examples: Examples) -> dict[str, float]:
@@ -308,6 +298,11 @@ class UpdatesTask(Task):
 
     def _answers(self, tokens: Tensor, examples: Examples) -> list[tuple[int, ...]]:
         return [tuple(row[places].tolist()) for row, places in zip(tokens, examples.asked, strict=True)]
+
+
+def _places(asked: Bool[Tensor, "b t"]) -> list[tuple[int, int]]:
+    """Where each row's answer begins and ends."""
+    return [runs(row)[0] for row in asked.tolist()]
 
 
 class World:
@@ -340,18 +335,16 @@ class World:
         self.about: list[list[int]] = [[] for _ in relations]
         for pair, (_, relation) in enumerate(self.pairs):
             self.about[relation].append(pair)
-        bare, stopped = self.objects[0][0], self._inside(f"{things[0][0]}.")
         # the full stop as it is behind a word, where the tokenizer keeps it apart
-        apart = stopped[: len(bare)] == bare and len(stopped) > len(bare)
-        self.stop = stopped[len(bare) :] if apart else self.encoder.encode(".")
+        self.stop = behind(self.encoder, f"the {things[0][0]}", ".", joint="") or self.encoder.encode(".")
         self.fill = (self.encoder.encode("\n") or [self.encoder.pad])[-1]
-        self.strings = [{_string(thing): place for place, thing in enumerate(each)} for each in self.objects]
+        self.strings = [{string(thing): place for place, thing in enumerate(each)} for each in self.objects]
         self.longest = max(len(thing) for each in self.objects for thing in each) + len(self.stop)
-        self._asks = {_string(tokens): pair for pair, tokens in enumerate(self.questions)}
+        self._asks = {string(tokens): pair for pair, tokens in enumerate(self.questions)}
         self._sizes = sorted({len(tokens) for tokens in self.questions}, reverse=True)
         if len(self._asks) < len(questions):
-            twice, _ = Counter(map(_string, self.questions)).most_common(1)[0]
-            same = [text for text, tokens in zip(questions, self.questions, strict=True) if _string(tokens) == twice]
+            twice, _ = Counter(map(string, self.questions)).most_common(1)[0]
+            same = [text for text, tokens in zip(questions, self.questions, strict=True) if string(tokens) == twice]
             raise ValueError(f"{same[0]!r} and {same[1]!r} are the same to this tokenizer; leave one of them out")
         for place, each in enumerate(relations):
             if len(self.strings[place]) < len(things[place]):
@@ -359,8 +352,7 @@ class World:
 
     def _inside(self, text: str) -> list[int]:
         """The tokens that a text has behind another word, whatever the tokenizer does with a single one."""
-        word, both = self.encoder.encode("the"), self.encoder.encode(f"the {text}")
-        return both[len(word) :] if both[: len(word)] == word else self.encoder.encode(text)
+        return behind(self.encoder, "the", text) or self.encoder.encode(text)
 
     def fact(self, pair: int, value: int) -> list[int]:
         """A statement in tokens."""
@@ -373,7 +365,6 @@ class World:
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
-
 
 KEYS = ("subject", "relation", "object")
 """Of a line of JSON."""
@@ -403,18 +394,3 @@ def _table(path: str) -> list[tuple[str, str, str]]:
         if all((subject, relation, thing)) and "." not in f"{subject}{relation}{thing}":
             triples.append((subject, relation, thing))
     return triples
-
-
-def _one(count: int, generator: Generator) -> int:
-    return int(torch.randint(count, (), generator=generator))
-
-
-def _string(tokens: Sequence[int]) -> str:
-    # strings are searched faster than lists or tensors
-    return "".join(map(chr, tokens))
-
-
-def _say(predicted: Int[Tensor, " t"], asked: Bool[Tensor, " t"], tokens: Sequence[int]) -> None:
-    """Writes an answer to its places, as much of it as there is room for."""
-    places = asked.nonzero()[: len(tokens), 0]
-    predicted[places] = torch.tensor(tokens[: len(places)], dtype=torch.long)
