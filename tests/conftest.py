@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 
+from mnemic.cli.show import console
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -16,3 +18,9 @@ transformers.logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Tables as wide as tests look for, whatever the terminal: rich takes its width when the console is made."""
+    monkeypatch.setattr(console, "width", 120)

@@ -13,14 +13,7 @@ import mnemic
 from helpers import CONFIGS, SEGMENT, every_config, host, tokens
 from mnemic.cli import app
 from mnemic.cli.inspect import bar, changes
-from mnemic.cli.show import console
 from mnemic.state import StateError, nbytes, read_file, write_file
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    """Tables as wide as they are looked for, whatever the terminal: rich takes its width when the console is made."""
-    monkeypatch.setattr(console, "width", 120)
 
 
 def run(*words):
