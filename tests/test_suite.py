@@ -17,6 +17,7 @@ from mnemic.bench.results import Record, records
 from mnemic.bench.suite import file_name, finished, limited, load, names, parse
 from mnemic.bench.workers import perform
 from mnemic.cli import app
+from mnemic.cli.suite import matched
 from mnemic.memories import CONFIGS
 from mnemic.training import train, unroll
 
@@ -169,6 +170,19 @@ def test_equal_bytes(name):
         match_bytes([run], 1)
 
 
+def test_matching_bytes_of_a_whole_suite():
+    """Every mechanism gets no more bytes than the smallest has, or than asked for, task by task."""
+    runs = parse("mine", {"task": [{"name": "reverse"}, {"name": "copy"}]}).runs()
+    for word, most in (("bytes", None), ("bytes=60000", 60_000)):
+        found = matched(runs, word, most_bytes, match_bytes)
+        assert [replace(run, size=None) for run in found] == runs
+        for task in ("reverse", "copy"):
+            sizes = {run.mechanism: most_bytes(run) for run in found if run.task == task and run.mechanism != NONE}
+            plain = [most_bytes(run) for run in runs if run.task == task and run.mechanism != NONE]
+            assert all(size <= (most or min(plain)) for size in sizes.values()), sizes
+            assert max(sizes.values()) > 0.4 * (most or min(plain))
+
+
 # --- suites ----------------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +302,8 @@ def test_the_command_and_what_is_finished(tmp_path):
     assert all(record.config["recipe"]["steps"] == 7 for record in records(tmp_path / "out" / "suite-two"))
 
 
-def test_a_killed_run_goes_on(tmp_path):
+@pytest.mark.parametrize("mechanism", ["emt", NONE])
+def test_a_killed_run_goes_on(tmp_path, mechanism):
     """The checkpoint of a run that was stopped is where the next one begins, and the result is that of one go."""
 
     class Killed(Exception):
@@ -303,11 +318,12 @@ def test_a_killed_run_goes_on(tmp_path):
             if self.steps >= 8 and "loss" in values:
                 raise Killed
 
-    whole = REVERSE.run()
+    run = replace(REVERSE, mechanism=mechanism)
+    whole = run.run()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "CHECKPOINT_SECONDS", 0.0)
         with pytest.raises(Killed):
-            REVERSE.run(Killer(), tmp_path / "a.safetensors")
+            run.run(Killer(), tmp_path / "a.safetensors")
         assert (tmp_path / "a.safetensors").is_file()
     told = []
 
@@ -315,7 +331,7 @@ def test_a_killed_run_goes_on(tmp_path):
         def advance(self, steps, **values):
             told.append(steps)
 
-    again = REVERSE.run(Teller(), tmp_path / "a.safetensors")
+    again = run.run(Teller(), tmp_path / "a.safetensors")
     assert told[0] >= 7, "it began anew"
     assert again.scores[0].outcomes == whole.scores[0].outcomes
     assert again.scores[0].details["nats a labelled token"] == whole.scores[0].details["nats a labelled token"]

@@ -483,6 +483,8 @@ def _resume(
     with torch.no_grad():
         for i, parameter in enumerate(parameters):
             parameter.copy_(tensors[f"parameter.{i}"])
+            if f"step.{i}" not in tensors:
+                continue  # it has had no gradient yet, such as a memory's that is switched off
             moments = {name: tensors[f"{name}.{i}"].to(parameter.device) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": tensors[f"step.{i}"], **moments}
     averages += [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(parameters) if f"average.{i}" in tensors]
