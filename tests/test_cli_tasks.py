@@ -12,7 +12,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from mnemic.analysis.examples import COLUMNS, LINES, SEGMENTS, layout, picture, sentence, summary
+from mnemic.analysis.examples import COLUMNS, LINES, SEGMENTS, layout, picture, summary
 from mnemic.analysis.report import fill, tables
 from mnemic.analysis.tasks_tables import floors
 from mnemic.bench.floors import measure
@@ -34,7 +34,7 @@ class Digit(Task):
     path: str | None = None
 
     axis = "segments"
-    card = TaskCard("One digit", "keep one digit", "nobody, https://example.org")
+    card = TaskCard("One digit", "Keep one digit.", "nobody, https://example.org")
     vocabulary = 12
     uniform = 0.1
 
@@ -289,7 +289,3 @@ def test_the_documentations_example_of_a_task_is_one(monkeypatch):
     task = TASKS["first-token"](segments=5)
     assert task.floors(rows=50)["oracle"] == 1.0
     assert task.floors(rows=50)["last segment"] < 0.4
-
-
-def test_sentences_have_a_capital_and_a_full_stop():
-    assert sentence("keep it") == sentence("Keep it.") == "Keep it."

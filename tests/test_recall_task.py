@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +27,7 @@ from mnemic.tasks.recall import (
     small_world,
 )
 from mnemic.training import IGNORED
+from task_checks import real
 
 PROSE = "once there was a big red house and it stood near the old sea . "
 WORDS = ["[UNK]", *PROSE.split(), *NAMES, *THINGS, "has"]
@@ -451,11 +450,7 @@ def test_bad_streams():
 
 
 def test_a_real_tokenizer_and_a_real_text():
-    folder = Path(os.environ.get("MNEMIC_DATA") or Path(__file__).parents[2] / "shared" / "data")
-    model, text = folder / "models" / "stories260K", folder / "text" / "tinyshakespeare.txt"
-    if not (model.exists() and text.exists()):
-        pytest.skip(f"stories260K and tinyshakespeare are not in {folder}; MNEMIC_DATA names the folder of real data")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer, text = AutoTokenizer.from_pretrained(real("models/stories260K")), real("text/tinyshakespeare.txt")
     task = SentenceStreams(tokenizer=tokenizer, segment_length=96, filler=text.read_text()[:40_000])
     examples = task.examples(100, "test")
     assert task.score(task.solve(examples), examples) == 1

@@ -218,13 +218,13 @@ def test_a_million_tokens():
 
 
 def test_floors():
-    floors = BabilongTask(question="memorise").floors(200)
+    floors = BabilongTask(question="memorise", length=256, segment_length=64).floors(200)
     assert floors["oracle"] == 1
     assert floors["uniform"] == pytest.approx(1 / 6)
     # the fact is 4 segments away: three standard deviations around a guess
     assert abs(floors["last segment"] - 1 / 6) < 0.08
     assert abs(floors["majority"] - 1 / 6) < 0.08
-    floors = BabilongTask(question="detect").floors(200)
+    floors = BabilongTask(question="detect", length=256, segment_length=64).floors(200)
     assert abs(floors["last segment"] - (0.25 + 0.75 / 6)) < 0.105
     floors = BabilongTask(question="qa1").floors(200)
     assert floors["oracle"] == 1
@@ -373,7 +373,7 @@ def test_real_babi(number):
     right = [Reader(" ".join(each.facts).lower()).answer(each.question.lower()) == each.answer.lower() for each in told]
     assert len(told) == 1000
     assert sum(right) == (998 if number == 5 else 1000)
-    assert perfect(BabilongTask(f"qa{number}", length=4096, data=path), 20) == 1
+    assert perfect(BabilongTask(f"qa{number}", length=2048, data=path), 10) == 1
 
 
 def test_real_indices():

@@ -144,18 +144,18 @@ def test_needle_rules():
 
 def test_no_filler_is_a_needle():
     """In 10,000 streams nothing but needles names a key, and the key that is asked is told once."""
-    task = NeedleTask(length=128, segment_length=64, keys=2, values="word")
+    task = NeedleTask(length=64, segment_length=32, keys=2, values="word")
     examples = task.examples(10_000)
     adjectives = torch.tensor(task._encoder.encode(" ".join(ADJECTIVES)))
     nouns = torch.tensor(task._encoder.encode(" ".join(NOUNS)))
     values = torch.tensor(task._encoder.encode(" ".join(VALUES)))
-    context = examples.input_ids[:, :128]
+    context = examples.input_ids[:, :64]
     for kind in (adjectives, nouns, values):
         assert (torch.isin(context, kind).sum(1) == 2).all()
-    asked = torch.isin(examples.input_ids[:, 128:], nouns)
+    asked = torch.isin(examples.input_ids[:, 64:], nouns)
     assert (asked.sum(1) == 1).all()
-    noun = examples.input_ids[:, 128:][asked]
-    adjective = examples.input_ids[:, 128:][torch.isin(examples.input_ids[:, 128:], adjectives)]
+    noun = examples.input_ids[:, 64:][asked]
+    adjective = examples.input_ids[:, 64:][torch.isin(examples.input_ids[:, 64:], adjectives)]
     # the key is its adjective, "-" and its noun
     told = (context[:, 2:] == noun[:, None]) & (context[:, :-2] == adjective[:, None])
     assert (told.sum(1) == 1).all()

@@ -338,7 +338,8 @@ def test_a_task_is_made_again_from_its_settings(case):
     assert TASKS[task.name] is type(task)
     assert hasattr(task, task.axis)
     assert task.card.title
-    assert task.card.asks
+    assert task.card.asks[0].isupper()
+    assert task.card.asks.endswith(".")
     assert task.card.paper
 
 

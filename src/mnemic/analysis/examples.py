@@ -56,11 +56,6 @@ class Row:
     cells: list[Cell]
 
 
-def sentence(words: str) -> str:
-    """With a capital and a full stop."""
-    return words[:1].upper() + words[1:].rstrip(".") + "."
-
-
 def summary(task: Task, examples: Examples, row: int = 0) -> str:
     """Sizes of one stream: segments, facts, answers, lags."""
     tokens = examples.input_ids.shape[1]
@@ -214,7 +209,7 @@ def picture(task: Task, path: str | Path, number: int = 0, split: str = "train")
     size, character, line, left = 8.0, 8.0 * 0.602 / 72, 0.21, 0.95
     placed, width, height = _placed(rows)
     across = max(left + character * width + 0.15, 6.4)
-    about = textwrap.wrap(sentence(task.card.asks), int((across - 0.3) / (8.5 * 0.54 / 72)))
+    about = textwrap.wrap(task.card.asks, int((across - 0.3) / (8.5 * 0.54 / 72)))
     above = 0.42 + 0.17 * (len(about) + 1) + 0.12
     down = above + line * height + 0.36
     figure = plt.figure(figsize=(across, down))

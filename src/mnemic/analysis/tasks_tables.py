@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mnemic.analysis.examples import sentence
 from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.results import Record, records
 from mnemic.tasks import TASKS
@@ -30,7 +29,7 @@ def tasks() -> str:
         title, _, address = task.card.paper.rpartition(", http")
         paper = f"[{title}](http{address})" if title else task.card.paper
         rows.append(
-            [f"[`{name}`]({page}.md)", task.card.title, sentence(task.card.asks), f"`{task.axis}`", paper],
+            [f"[`{name}`]({page}.md)", task.card.title, task.card.asks, f"`{task.axis}`", paper],
         )
     return markdown(["task", "title", "what a memory must do", "gets harder along", "paper"], rows)
 

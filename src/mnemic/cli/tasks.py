@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mnemic.analysis.examples import layout, sentence, summary
+from mnemic.analysis.examples import layout, summary
 from mnemic.analysis.tasks_tables import floor_name, shown
 from mnemic.bench.results import Score
 from mnemic.cli.show import console
@@ -126,7 +126,7 @@ def list_tasks() -> None:
     """Every task: what it asks of a memory, the setting along which it gets harder, and its paper."""
     table = Table("name", "title", "asks", "axis", "paper")
     for name, kind in sorted(TASKS.items()):
-        cells = (name, kind.card.title, sentence(kind.card.asks), kind.axis, kind.card.paper)
+        cells = (name, kind.card.title, kind.card.asks, kind.axis, kind.card.paper)
         table.add_row(*(escape(cell) for cell in cells))
     console.print(table)
 
@@ -184,7 +184,7 @@ def view(task: Task, examples: Examples, row: int = 0) -> RenderableType:
     settings = ", ".join(f"{key} {value}" for key, value in task.settings().items())
     return Group(
         Text.assemble((task.card.title, "bold"), f" ({task.name})"),
-        Text(sentence(task.card.asks)),
+        Text(task.card.asks),
         Text(task.card.paper, "bright_black"),
         Text(f"{summary(task, examples, row)}\n{settings}\n", "bright_black"),
         streams,

@@ -192,12 +192,16 @@ def _things(question: str, count: int, pick: Callable[[Sequence[Any]], Any]) -> 
 # --- stories of bAbI -------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def babi(path: str, question: str, part: str) -> tuple[tuple[Told, ...], ...]:
     """Stories of bAbI from a folder or archive with its files `qa1_..._train.txt`: those of task `question`, such as
     "qa1", of `part` "train" or "test". Each story is its questions in order, with the facts told before each.
 
     An empty tuple where there is no such file.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: there is no text in it, or one is not UTF-8.
     """
     found: list[tuple[Told, ...]] = []
     for name, text in library(path):

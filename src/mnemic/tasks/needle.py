@@ -16,8 +16,10 @@ The layout is ours: `length` tokens of context, in whole segments, then one segm
 
     [instruction, hay, needle, hay | ... | hay | question, answer, padding]
 
-Words and sentences are our own; only the rules follow the papers. For models of a few thousand parameters
-`haystack="markov"` is the same task in characters: needles `@kk=vvvv;` in letters from a Markov chain of order 2.
+Words and sentences are our own; only the rules follow the papers. A pass key is one of 10000 .. 99999, where the paper
+draws from 1 .. 50000, so that all have five digits. RULER's keys and values that are UUIDs are left out. For models of
+a few thousand parameters `haystack="markov"` is the same task in characters: needles `@kk=vvvv;` in letters from a
+Markov chain of order 2.
 """
 
 from __future__ import annotations
