@@ -289,3 +289,20 @@ def test_the_documentations_example_of_a_task_is_one(monkeypatch):
     task = TASKS["first-token"](segments=5)
     assert task.floors(rows=50)["oracle"] == 1.0
     assert task.floors(rows=50)["last segment"] < 0.4
+
+
+def test_how_fast_streams_are_made(tmp_path, monkeypatch):
+    """Every task is measured, against a model that is trained; the table gives what the record says."""
+    from mnemic.bench import throughput
+
+    monkeypatch.setattr(throughput, "TASKS", {name: TASKS[name] for name in ("reverse", "rewrites")})
+    told = {}
+    record = throughput.throughput(told.__setitem__, rows=4, runs=1, threads=1)
+    assert set(told) == {"a model in training", "reverse", "rewrites"}
+    speeds, model = record.measures["tokens a second"], record.measures["model, tokens a second"]
+    assert all(speed > 0 for speed in (model, *speeds.values()))
+    assert record.measures["generator / model"] == {name: speed / model for name, speed in speeds.items()}
+    record.command = "mnemic bench generators"
+    record.save(tmp_path, "generators.json")
+    table = tables(tmp_path)["generators"]
+    assert f"| `reverse` | {speeds['reverse']:,.0f} | {speeds['reverse'] / model:,.0f} |" in table

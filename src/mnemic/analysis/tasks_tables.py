@@ -14,11 +14,26 @@ FEW = 3
 
 
 def tables(results: Path) -> dict[str, str]:
-    """Every table of these pages by name: `tasks`, and `floors-NAME` for each task."""
-    found = {record.task: record for record in records(results) if record.task.startswith("floors-")}
+    """Every table of these pages by name: `tasks`, `generators`, and `floors-NAME` for each task."""
+    found = {record.task: record for record in records(results)}
     names = [f"floors-{name}" for name in sorted(TASKS)]
     made = {name: floors(found[name]) if name in found else missing(f"`{name}`") for name in names}
-    return {"tasks": tasks()} | made
+    speed = generators(found["generators"]) if "generators" in found else missing("the generators")
+    return {"tasks": tasks(), "generators": speed} | made
+
+
+def generators(record: Record) -> str:
+    """How fast streams are made, beside how fast a small model trains on them."""
+    measures = record.measures
+    rows = [
+        [f"`{name}`", f"{measures['tokens a second'][name]:,.0f}", f"{ratio:,.0f}"]
+        for name, ratio in sorted(measures["generator / model"].items(), key=lambda item: item[1])
+    ]
+    threads = record.machine["cores"]
+    return markdown(["task", "tokens a second", "times those a model trains on"], rows) + (
+        f"\n\nOne thread, default settings; the model ({record.host}) trains on "
+        f"{measures['model, tokens a second']:,.0f} tokens a second with {threads} threads. Made by `{record.command}`."
+    )
 
 
 def tasks() -> str:
