@@ -2,7 +2,7 @@
 
 from mnemic.attachment import Attachment, attach, attached, from_pretrained, memory_cache
 from mnemic.host.cache import MemoryCache
-from mnemic.memories import CONFIGS, EMTConfig, FastWeightsConfig, MemoriaConfig, Memory, MemoryConfig
+from mnemic.memories import CONFIGS, EMTConfig, FastWeightsConfig, MemoriaConfig, Memory, MemoryConfig, TitansConfig
 from mnemic.session import Session
 from mnemic.state import State, StateError
 from mnemic.training import Batch, calibrate, read_segments, train, unroll
@@ -22,6 +22,7 @@ __all__ = [
     "Session",
     "State",
     "StateError",
+    "TitansConfig",
     "attach",
     "attached",
     "calibrate",

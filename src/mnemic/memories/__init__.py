@@ -4,6 +4,7 @@ from mnemic.memories.base import CONFIGS, Card, Memory, MemoryConfig
 from mnemic.memories.emt import EMT, EMTConfig
 from mnemic.memories.fast_weights import FastWeights, FastWeightsConfig
 from mnemic.memories.memoria import Memoria, MemoriaConfig
+from mnemic.memories.titans import Titans, TitansConfig
 
 __all__ = [
     "CONFIGS",
@@ -16,4 +17,6 @@ __all__ = [
     "MemoriaConfig",
     "Memory",
     "MemoryConfig",
+    "Titans",
+    "TitansConfig",
 ]
