@@ -352,6 +352,28 @@ def test_long_streams_stay_finite_with_a_limit_to_gradients(layers):
     assert not all(bool(tensor.isfinite().all()) for tensor in states[None].values())
 
 
+@torch.no_grad()
+def test_the_gates_at_first():
+    hidden = torch.randn(2, SEGMENT, 32)
+    for settings, rate in (({}, 1 / 32), ({"chunk": 1}, 1 / 2), ({"chunk": 4, "rate_bias": -3.0}, 0.0474)):
+        memory = build(shaken=False, **settings)
+        for gate in (memory.writer.rate, memory.writer.momentum, memory.writer.forget):
+            torch.nn.init.zeros_(gate.weight)
+        pairs = memory.writer(hidden, None)
+        torch.testing.assert_close(pairs.rate, torch.full((2, 2, SEGMENT), rate), atol=1e-4, rtol=0)
+        torch.testing.assert_close(pairs.log_momentum.exp(), torch.full((2, 2, SEGMENT), 0.5))
+        assert pairs.log_keep.exp().min() > 0.999
+    for length, chunk in ((2, 1), (8, 2), (64, 16), (512, 16)):
+        assert TitansConfig.small(length, 64).chunk == chunk
+    # a key that fills a chunk is about what it should be after it
+    state, first = start(1, written=False)
+    pairs = draw(16, rate=1 / 32, log_momentum=float(torch.tensor(0.5).log()), log_keep=0)
+    pairs = pairs._replace(**{name: getattr(pairs, name)[:, :, :1].expand(-1, -1, 16, -1) for name in ("key", "value")})
+    said = recall(learn(state, [0 * first[0]], pairs, 16), [0 * first[0]], pairs.key)
+    share = (said / pairs.value).mean()
+    assert 0.85 < share < 1.0
+
+
 # --- the seam --------------------------------------------------------------------------------------------------------
 
 

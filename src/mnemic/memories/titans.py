@@ -73,9 +73,10 @@ class TitansConfig(MemoryConfig):
 
     `dim` is the width of keys and of values over all `heads`. The network of a head has `layers` matrices, 1 for a
     linear memory, and `expansion` hidden units for each number of a key. `chunk` tokens are trained at the same
-    weights; a longer chunk is faster, and wants a lower `rate_bias`. `window_tokens` is how many of the latest tokens
-    a loss is over. `clip` is the greatest length of a token's gradient, None for no limit. `read_layers` and
-    `write_layer` default to the middle of the stack. `shift` makes keys of the token before, too.
+    weights; a longer chunk is faster, and wants a lower rate: by default `rate_bias` makes it 1 / (2 `chunk`), so that
+    a key that fills a chunk is learned about once, with the momentum of the start, one half. `window_tokens` is how
+    many of the latest tokens a loss is over. `clip` is the greatest length of a token's gradient, None for no limit.
+    `read_layers` and `write_layer` default to the middle of the stack. `shift` makes keys of the token before, too.
     """
 
     kind: ClassVar[str] = "titans"
@@ -99,7 +100,7 @@ class TitansConfig(MemoryConfig):
     read_layers: list[int] | None = None
     write_layer: int | None = None
     shift: bool = True
-    rate_bias: float = -3.5
+    rate_bias: float | None = None
     momentum_bias: float = 0.0
     forget_bias: float = -8.0
     clip: float | None = 10.0
@@ -145,8 +146,11 @@ class TitansConfig(MemoryConfig):
 
     @classmethod
     def small(cls, segment_length: int, width: int, size: int | None = None) -> TitansConfig:
-        """2 heads with keys, values and hidden units of width `size`, by default half the host's."""
-        return cls(segment_length=segment_length, heads=2, dim=2 * (size or width // 2), expansion=1)
+        """2 heads with keys, values and hidden units of width `size`, by default half the host's; 4 chunks a segment,
+        or more.
+        """
+        chunk = min(cls.chunk, max(segment_length // 4, 1))
+        return cls(segment_length=segment_length, heads=2, dim=2 * (size or width // 2), expansion=1, chunk=chunk)
 
     def build(self, width: int, depth: int, causal: bool = True) -> Titans:
         """The module; raises `ValueError` naming a layer that the host does not have."""
@@ -208,7 +212,7 @@ class Titans(Memory):
 
 
 class Pairs(NamedTuple):
-    """What a segment teaches: real tokens first, padding behind them with θ = 0, η = 1, α = 0 and γ = 0."""
+    """What a segment teaches: real tokens first, padding behind them with θ = 0, η = 1 and α = 0."""
 
     key: Float[Tensor, "b h t k"]
     value: Float[Tensor, "b h t k"]
@@ -234,7 +238,8 @@ class Writer(nn.Module):
         self.previous = nn.Linear(width, config.dim, bias=False) if config.shift else None
         self.rate, self.momentum, self.forget = (nn.Linear(width, config.heads) for _ in range(3))
         self.share = nn.Linear(width, config.heads) if config.window_tokens > 1 else None
-        biases = (config.rate_bias, config.momentum_bias, config.forget_bias)
+        rate_bias = -math.log(2 * config.chunk - 1) if config.rate_bias is None else config.rate_bias
+        biases = (rate_bias, config.momentum_bias, config.forget_bias)
         for gate, bias in zip((self.rate, self.momentum, self.forget), biases, strict=True):
             nn.init.constant_(gate.bias, bias)
         if self.share is not None:
@@ -267,7 +272,7 @@ class Writer(nn.Module):
             rate=rate.sigmoid() * real_b1t,
             log_momentum=F.logsigmoid(momentum) * real_b1t,
             log_keep=F.logsigmoid(-forget) * real_b1t,
-            share=share * real_b1t,
+            share=share,
             real=real_b1t.to(key.dtype),
         )
 
