@@ -120,15 +120,19 @@ def pareto(found: Sequence[Record], path: Path, title: str) -> Path:
         for axes, x in zip(pair, (sizes, times), strict=True):
             axes.plot([x], [statistics.mean(gains)], "o", color=colour[name], markersize=7)
             axes.annotate(name, (x, statistics.mean(gains)), xytext=(6, 5), textcoords="offset points", fontsize=8.5)
-    pair[0].set_xscale("log")
+    pair[0].set_xscale("log", base=2)
+    pair[0].xaxis.set_major_formatter(lambda value, place: f"{value / 1024:,.3g} KiB")
+    pair[0].xaxis.set_minor_locator(plt.NullLocator())
     pair[0].set_xlabel("bytes of state a stream (median over tasks)")
     pair[1].set_xlabel("time a token, with memory / host alone")
     pair[0].set_ylabel("points above the host without a memory")
     for axes in pair:
         axes.axhline(0, color="#888888", linewidth=0.8)
-        axes.margins(x=0.25, y=0.2)
+        axes.margins(x=0.3, y=0.2)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
+    slowest = max((line.get_xdata()[0] for line in pair[1].lines if len(line.get_xdata()) == 1), default=2)
+    pair[1].set_xlim(1, max(1.1, 1 + 1.35 * (slowest - 1)))
     figure.suptitle(title, fontsize=11)
     return _save(plt, figure, path)
 

@@ -115,11 +115,12 @@ def note(found: Sequence[Record]) -> str:
     hosts = sorted({record.host for record in found})
     machine = found[0].machine
     where = machine["accelerator"] or f"{machine['cores']} {machine['processor']} cores"
+    commands = sorted({record.command for record in found})
     hours = sum(record.seconds["all"] for record in found) / 3600
     return (
         f"Per cent unless said otherwise; mean and, in brackets, least and most over seeds "
         f"{', '.join(map(str, seeds))}. Host: {'; '.join(hosts)}. Floors in italics need nothing learned. {len(found)} "
-        f"runs, {hours:.1f} process-hours on {where}. Made by `{found[0].command}`."
+        f"runs, {hours:.1f} process-hours on {where}. Made by {', '.join(f'`{command}`' for command in commands)}."
     )
 
 
