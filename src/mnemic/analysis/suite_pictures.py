@@ -40,7 +40,7 @@ def over_length(found: Sequence[Record], path: Path, title: str) -> Path:
     axes_of = {(record.task, settings_of(record)): record.measures.get("axis", "length") for record in found}
     columns = min(4, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(3.1 * columns, 2.7 * lines + 0.7), squeeze=False)
+    figure, grid = plt.subplots(lines, columns, figsize=(max(6.5, 3.1 * columns), 2.7 * lines + 0.9), squeeze=False)
     figure.set_layout_engine("constrained")
     for place, axes in enumerate(grid.flat):
         if place >= len(panels):
@@ -64,7 +64,7 @@ def over_length(found: Sequence[Record], path: Path, title: str) -> Path:
         plt.Line2D([], [], color=value, linestyle=dashes, label=f"floor: {name}")
         for name, (value, dashes) in STYLES.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=5 if columns > 2 else 3, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
     return _save(plt, figure, path)
 
