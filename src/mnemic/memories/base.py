@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -179,3 +180,15 @@ def resolve_layer(index: int, depth: int, name: str) -> int:
     if not -depth <= index < depth:
         raise ValueError(f"{name} is {index}, but the model has {depth} blocks; use {-depth} .. {depth - 1}")
     return index % depth
+
+
+def resolve_layers(
+    write_layer: int | None, read_layers: Sequence[int] | None, depth: int
+) -> tuple[int, tuple[int, ...]]:
+    """Where a memory writes and where it reads, in order: the middle block, and where it writes, unless said otherwise.
+
+    Raises `ValueError` for a block that the model does not have.
+    """
+    write = resolve_layer((depth - 1) // 2 if write_layer is None else write_layer, depth, "write_layer")
+    reads = [write] if read_layers is None else read_layers
+    return write, tuple(sorted({resolve_layer(layer, depth, "read_layers") for layer in reads}))

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layer
+from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layers
 from mnemic.memories.emt_naive import emt_naive
 from mnemic.state import State
 
@@ -141,13 +141,8 @@ class EMT(Memory):
 
     def __init__(self, config: EMTConfig, width: int, depth: int) -> None:
         super().__init__()
-        middle = (depth - 1) // 2
         self.config = config
-        self.write_layer = resolve_layer(
-            middle if config.write_layer is None else config.write_layer, depth, "write_layer"
-        )
-        layers = [self.write_layer] if config.read_layers is None else config.read_layers
-        self.read_layers = tuple(sorted({resolve_layer(layer, depth, "read_layers") for layer in layers}))
+        self.write_layer, self.read_layers = resolve_layers(config.write_layer, config.read_layers, depth)
         self.output_layer = depth - 1
         self.slots = nn.Parameter(torch.randn(config.stack, config.slots, config.dim) * 0.5)
         writer = SegmentWriter if config.write == "segment" else TokenWriter

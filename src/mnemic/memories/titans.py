@@ -56,7 +56,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layer
+from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layers
 from mnemic.memories.fast_weights import NEXT_TO_NOTHING, scaled, unit, wide
 from mnemic.state import State
 
@@ -162,14 +162,9 @@ class Titans(Memory):
 
     def __init__(self, config: TitansConfig, width: int, depth: int, causal: bool = True) -> None:
         super().__init__()
-        middle = (depth - 1) // 2
         self.config = config
         self.reads_own_segment = not causal
-        self.write_layer = resolve_layer(
-            middle if config.write_layer is None else config.write_layer, depth, "write_layer"
-        )
-        layers = [self.write_layer] if config.read_layers is None else config.read_layers
-        self.read_layers = tuple(sorted({resolve_layer(layer, depth, "read_layers") for layer in layers}))
+        self.write_layer, self.read_layers = resolve_layers(config.write_layer, config.read_layers, depth)
         self.writer = Writer(config, width)
         self.readers = nn.ModuleDict({str(layer): Reader(config, width) for layer in self.read_layers})
         for reader in self.readers.values():
