@@ -6,18 +6,8 @@ import re
 import pytest
 import torch
 
-from mnemic.tasks.babilong import (
-    FILLER,
-    OWN,
-    PERSONS,
-    PLACES,
-    THINGS,
-    BabilongTask,
-    Reader,
-    babi,
-    lenient,
-    micro_story,
-)
+from mnemic.tasks.babi import OWN, PERSONS, PLACES, THINGS, Reader, babi, micro_story
+from mnemic.tasks.babilong import FILLER, BabilongTask, lenient
 from mnemic.tasks.base import generator
 from task_checks import chi_square, perfect, real, words
 

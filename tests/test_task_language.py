@@ -13,26 +13,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from mnemic.tasks import language
+from mnemic.tasks import language, tales
 from mnemic.tasks.base import generator
+from mnemic.tasks.corpora import Stateful, articles, enwik8, from_hub, wikitext
 from mnemic.tasks.documents import DocumentStream, Tokens, tokenize
-from mnemic.tasks.language import (
-    FORMS,
-    NAMES,
-    PLACES,
-    TRAITS,
-    Language,
-    Learned,
-    Ngram,
-    Stateful,
-    articles,
-    enwik8,
-    facts_told,
-    from_hub,
-    parse,
-    reader_bits,
-    wikitext,
-)
+from mnemic.tasks.language import Language
+from mnemic.tasks.ngrams import Learned, Ngram
+from mnemic.tasks.tales import FORMS, NAMES, PLACES, TRAITS, facts_told, parse, reader_bits
 from mnemic.training import IGNORED
 from task_checks import chi_square, real
 
@@ -149,15 +136,15 @@ def test_the_reader_pays_what_chance_asks():
 @pytest.mark.parametrize("kind", ["who", "meets"])
 def test_the_readers_probabilities_add_up_to_one(cast, known, kind):
     # somebody is met only by somebody the sentence has told
-    told = [language.Word(name, "who", name) for name in NAMES[:known]]
+    told = [tales.Word(name, "who", name) for name in NAMES[:known]]
     person = NAMES[0] if kind == "meets" else ""
     if kind == "meets" and known == 0:
-        told = [language.Word(person, "who", person)]
+        told = [tales.Word(person, "who", person)]
     total = 0.0
     for name in NAMES:
         if name == person or (known >= cast and name in NAMES[known:]):
             continue
-        words = [*told, language.Word(name, kind, person or name), language.Word(".")]
+        words = [*told, tales.Word(name, kind, person or name), tales.Word(".")]
         total += 2 ** -reader_bits(words, [0] * len(words), [[]], cast)[len(told)]
     assert total == pytest.approx(1)
 
