@@ -16,7 +16,7 @@ from mnemic.bench import cost, results
 from mnemic.bench.experiments import Curriculum, Experiment, LanguageCurriculum, Recipe
 from mnemic.bench.results import Record, Score, digest, problems, records
 from mnemic.cli import app
-from mnemic.tasks.recall import SymbolRecall
+from mnemic.tasks.facts import SymbolRecall
 from mnemic.training import IGNORED, Step
 from test_recall_task import language
 

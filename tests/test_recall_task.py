@@ -16,16 +16,8 @@ from families import make
 from helpers import trained
 from mnemic.bench import recall as bench
 from mnemic.tasks.base import TEST_SEEDS, generator
-from mnemic.tasks.recall import (
-    NAMES,
-    THINGS,
-    LanguageRecall,
-    Question,
-    SentenceStreams,
-    SymbolRecall,
-    SymbolStreams,
-    small_world,
-)
+from mnemic.tasks.facts import NAMES, THINGS, LanguageRecall, Question, SymbolRecall
+from mnemic.tasks.recall import SentenceStreams, SymbolStreams, small_world
 from mnemic.training import IGNORED
 from task_checks import real
 

@@ -24,7 +24,7 @@ from helpers import (
 from mnemic import training
 from mnemic.memories.emt import Whitening
 from mnemic.tasks.base import generator
-from mnemic.tasks.recall import SymbolRecall
+from mnemic.tasks.facts import SymbolRecall
 from mnemic.training import IGNORED, Batch, FeatureMemo, calibrate, features, hold_then_fall, train, unroll
 
 CONFIG = CONFIGS["emt-0"]

@@ -19,7 +19,7 @@ from mnemic.bench.recall import evaluate
 from mnemic.bench.results import Record, Score
 from mnemic.memories.base import MemoryConfig
 from mnemic.tasks.base import generator
-from mnemic.tasks.recall import Episode, LanguageRecall, RecallTask, SymbolRecall
+from mnemic.tasks.facts import Episode, LanguageRecall, RecallTask, SymbolRecall
 from mnemic.training import IGNORED, Batch, Step, calibrate, hold_then_fall, train
 
 

@@ -24,7 +24,7 @@ from mnemic.bench.results import Score
 from mnemic.state import State, map_state
 from mnemic.stream import Stream
 from mnemic.tasks.base import TEST_SEEDS, generator
-from mnemic.tasks.recall import Episode, Question, RecallTask
+from mnemic.tasks.facts import Episode, Question, RecallTask
 from mnemic.training import read_segments
 
 CONDITIONS = ("memory", "zeroed", "other stream", "fresh", "no memory")

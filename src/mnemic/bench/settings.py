@@ -14,7 +14,7 @@ from mnemic.bench.experiments import Experiment, Recipe, Reporter, symbol_base
 from mnemic.bench.sorting import Recipe as SortingRecipe
 from mnemic.bench.sorting import SortingExperiment, sorting_config
 from mnemic.memories.emt import EMTConfig
-from mnemic.tasks.recall import LanguageRecall, SymbolRecall
+from mnemic.tasks.facts import LanguageRecall, SymbolRecall
 
 MakeBase = Callable[[Reporter], tuple[nn.Module, dict[str, float]]]
 

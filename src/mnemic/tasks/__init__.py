@@ -4,21 +4,14 @@ from mnemic.tasks.babilong import BabilongTask
 from mnemic.tasks.base import TASKS, Examples, Task, TaskCard
 from mnemic.tasks.classification import Classification
 from mnemic.tasks.copying import Copy, Reverse
+from mnemic.tasks.facts import Episode, LanguageRecall, Question, RecallTask, SymbolRecall
 from mnemic.tasks.interference import InterferenceTask
 from mnemic.tasks.language import Language
 from mnemic.tasks.mqar import MQAR
 from mnemic.tasks.needle import NeedleTask, PasskeyTask
 from mnemic.tasks.order import OrderTask
 from mnemic.tasks.quadratic import Quadratic
-from mnemic.tasks.recall import (
-    Episode,
-    LanguageRecall,
-    Question,
-    RecallTask,
-    SentenceStreams,
-    SymbolRecall,
-    SymbolStreams,
-)
+from mnemic.tasks.recall import SentenceStreams, SymbolStreams
 from mnemic.tasks.retrieval import Retrieval
 from mnemic.tasks.rewrites import EmbeddedTask, RewritesTask
 from mnemic.tasks.sorting import SortingTask

@@ -18,8 +18,9 @@ With `data` documents are real ones, divided into those to train on, to choose b
 n-gram models that are learned on training documents and count on in the segments that they may look at: an honest
 mirror of a memory that remembers word for word.
 
-`corpora.Stateful` makes batches for training whose rows stay with their documents, as in those papers, with the memory carried
-from step to step or begun again every so many steps (Memoria: 500, on enwik8 1,500, and never at a document's end).
+`corpora.Stateful` makes batches for training whose rows stay with their documents, as in those papers, with the memory
+carried from step to step or begun again every so many steps (Memoria: 500, on enwik8 1,500, and never at a document's
+end).
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class MemoriaConfig(MemoryConfig):
     def small(cls, segment_length: int, width: int, size: int | None = None) -> MemoriaConfig:
         """`size` engrams a segment, by default a quarter of its tokens but 4 to 8; four segments of them in
         short-term memory, all reminded, and eight segments' of long-term ones. Gradients go one segment back and each
-        attention may read little, without which so small a model learns nothing of earlier segments.
+        attention may read little, as where sorting was learned.
         """
         working = size or max(4, min(8, segment_length // 4))
         return cls(
