@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 import mnemic
-from families import DECODERS, ENCODERS, FAMILIES, VOCABULARY, make
+from families import DECODERS, DEPTH, ENCODERS, FAMILIES, VOCABULARY, WIDTH, make
 from mnemic.host.cache import MemoryLayer, memory_layer
 from mnemic.host.router import carrying
 from mnemic.state import level
@@ -27,12 +27,34 @@ CONFIGS: dict[str, mnemic.MemoryConfig] = {
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 every_kind = pytest.mark.parametrize("config", [CONFIGS[f"{kind}-0"] for kind in mnemic.CONFIGS], ids=mnemic.CONFIGS)
 """The first config of each mechanism: where the core's ways are tested, and forms of a mechanism add nothing."""
+TRAINED = {
+    kind: CONFIGS[f"{kind}-0"] for kind in mnemic.CONFIGS if list(CONFIGS[f"{kind}-0"].build(WIDTH, DEPTH).parameters())
+}
+every_trained_kind = pytest.mark.parametrize("config", TRAINED.values(), ids=TRAINED.keys())
+"""Those of which something trains: of Transformer-XL nothing does, its host learns to use it."""
 
 
 def matrix(families: Iterable[str]) -> pytest.MarkDecorator:
-    """Every mechanism over these families, with ids like `emt-0-llama`."""
-    cases = [pytest.param(c, name, id=f"{label}-{name}") for label, c in CONFIGS.items() for name in families]
+    """Every mechanism over these families, with ids like `emt-0-llama`; skipped where it says that it cannot serve."""
+    cases = [
+        pytest.param(config, name, id=f"{label}-{name}", marks=_refusal(config, name))
+        for label, config in CONFIGS.items()
+        for name in families
+    ]
     return pytest.mark.parametrize(("config", "name"), cases)
+
+
+def _refusal(config: mnemic.MemoryConfig, name: str) -> list[pytest.MarkDecorator]:
+    try:
+        config.build(WIDTH, DEPTH, causal=name in DECODERS)
+    except ValueError as refused:
+        return [pytest.mark.skip(reason=str(refused))]
+    return []
+
+
+def trains(model: nn.Module) -> bool:
+    """Whether the memory has anything that trains: Transformer-XL has not, its host learns to use it."""
+    return bool(mnemic.attached(model).parameters())
 
 
 over_all = matrix(FAMILIES)

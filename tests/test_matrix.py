@@ -32,6 +32,7 @@ from helpers import (
     stream,
     tokens,
     trained,
+    trains,
 )
 from mnemic.state import level, nbytes
 from mnemic.stream import Stream
@@ -65,6 +66,13 @@ def test_identity_at_initialisation(config, name):
     longer = tokens(2, 3 * SEGMENT - 3)
     expected, expected_longer = model(ids).logits, model(longer).logits
     attachment = mnemic.attach(model, config)
+    if attachment.memory.beside:
+        # memory tokens are seen, and segments do not see each other's words: the base's own logits only as long as
+        # there is neither a token nor a second segment
+        first = model(ids).logits
+        assert not attachment.memory.starts_empty or torch.equal(first, expected)
+        assert_differ(model(longer).logits, expected_longer)
+        return
     assert torch.equal(model(ids).logits, expected)
     # where a read lies below the write the host runs a longer call segment by segment, in other shapes: equal in
     # exact arithmetic only
@@ -108,6 +116,9 @@ def test_base_weights_never_change(config, name):
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     attachment = trained(model, config)
     memory_before = [parameter.clone() for parameter in attachment.parameters()]
+    if not trains(model):
+        assert not model(ids, labels=ids).loss.requires_grad
+        return
     # weight decay would move weights that get no gradient, were they given to the optimiser
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
     model.train()
@@ -279,9 +290,14 @@ def test_resetting_a_row_leaves_the_others(config, name):
     layer = reset if name not in DECODERS else reset.memory
     layer.stream = stream(reset).reset(memory, [1])
     expected, logits = (feed(model, ids[:, SEGMENT:], carried=carried) for carried in (kept, reset))
-    assert_bits(name, logits[[0, 2]], expected[[0, 2]])
     fresh = feed(model, ids[:, SEGMENT:], carried=carrier(model, window))
-    assert_bits(name, logits[1], fresh[1])
+    if memory.beside and memory.starts_empty:
+        # rows with memory tokens and a row without share a masked attention, whose kernel rounds otherwise
+        assert_near(logits[[0, 2]], expected[[0, 2]], 2e-5)
+        assert_near(logits[1], fresh[1], 2e-5)
+    else:
+        assert_bits(name, logits[[0, 2]], expected[[0, 2]])
+        assert_bits(name, logits[1], fresh[1])
     assert_differ(logits[1], expected[1])
 
 
@@ -428,7 +444,7 @@ def test_bytes_follow_the_declared_law(config, name):
         assert set(sizes) == {nbytes(memory.init_state(1))}
     else:
         # it may grow with what is written, but not all of it is kept
-        assert sizes[-1] < memory.most_bytes(50)
+        assert sizes[-1] < 50 * memory.most_bytes(1)
     assert session.stream.written == (50,)
 
 
@@ -456,7 +472,7 @@ def test_determinism_under_a_seed(config, name):
 
     first = run(1)
     assert torch.equal(run(1), first)
-    assert not torch.equal(run(2), first)
+    assert not trains(host(name, config)) or not torch.equal(run(2), first)
 
 
 # --- 12. the fast path is the equation -------------------------------------------------------------------------------
@@ -469,13 +485,15 @@ def test_fast_equals_naive(config, padded):
     memory = config.build(64, 2)
     shake(memory)
     memory.double()
-    hidden = torch.randn(3, SEGMENT, 64, dtype=torch.float64, requires_grad=True)
+    # what is written may be the outputs of several blocks at once
+    width = 64 * len(memory.written_layers)
+    hidden = torch.randn(3, SEGMENT, width, dtype=torch.float64, requires_grad=True)
     keep = torch.ones(3, SEGMENT, dtype=torch.bool)
     keep[1, 5:] = keep[2, :3] = False
     keep = keep if padded else None
     state = memory.init_state(3)
     # a state that is not the first one: after one write
-    state = memory.write(torch.randn(3, SEGMENT, 64, dtype=torch.float64), state)
+    state = memory.write(torch.randn(3, SEGMENT, width, dtype=torch.float64), state)
     if config.kind == "memoria":
         # so many that every level is filled and something was reminded from each
         for _ in range(4):
@@ -488,7 +506,9 @@ def test_fast_equals_naive(config, padded):
     for path in ("fast", "naive"):
         leaves = {k: t.clone().requires_grad_(t.is_floating_point()) for k, t in state.items()}
         if path == "fast":
-            output, traces = memory.read_and_trace(memory.read_layers[0], hidden, leaves)
+            output, traces = hidden, {}
+            if memory.read_layers:
+                output, traces = memory.read_and_trace(memory.read_layers[0], hidden, leaves)
             kept = hidden.new_ones(3, SEGMENT) if keep is None else keep.double()
             left = {k: torch.einsum("bt,bt...->b...", kept, trace) for k, trace in traces.items()}
             after = memory.write(hidden, {k: t + left.get(k, 0) for k, t in leaves.items()}, keep)

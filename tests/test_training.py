@@ -17,6 +17,7 @@ from helpers import (
     assert_same_stream,
     call,
     every_kind,
+    every_trained_kind,
     feed,
     host,
     tokens,
@@ -189,7 +190,7 @@ def gradients(model, ids, labels, **more):
     return unrolled, found
 
 
-@every_kind
+@every_trained_kind
 @pytest.mark.parametrize("reach", [None, 1])
 def test_without_advance_loss_and_gradients_are_the_same(reach, config):
     model, (ids, labels) = host("gpt2", config), labelled()
@@ -230,7 +231,7 @@ def test_rows_and_targets_go_together(config):
 # --- the trainer -----------------------------------------------------------------------------------------------------
 
 
-@every_kind
+@every_trained_kind
 def test_training_lowers_the_loss(config):
     model, fixed = start(config=config), batches(0)
     base = {name: p.clone() for name, p in training.base_parameters(model).items()}
@@ -243,6 +244,52 @@ def test_training_lowers_the_loss(config):
     assert [step.seconds for step in steps] == sorted(step.seconds for step in steps)
     for name, parameter in training.base_parameters(model).items():
         assert torch.equal(parameter, base[name]), f"the base's {name} moved"
+
+
+def test_a_memory_without_weights_trains_its_host():
+    model = make("llama")
+    mnemic.attach(model, mnemic.TransformerXLConfig(segment_length=SEGMENT, size=SEGMENT), freeze=False)
+    steps = list(train(model, lambda step: batches(0), steps=20, learning_rate=0.01))
+    assert steps[-1].loss < 0.5 * steps[0].loss
+    frozen = make("llama")
+    mnemic.attach(frozen, mnemic.TransformerXLConfig(segment_length=SEGMENT, size=SEGMENT))
+    with pytest.raises(ValueError, match="nothing trains: this memory has no weights and the model's own are frozen"):
+        next(train(frozen, batches, steps=1))
+
+
+class Penalised(mnemic.memories.emt.EMT):
+    """An EMT with a loss of its own: the mean square of what it writes, by its first parameter."""
+
+    calls = 0
+
+    def auxiliary(self, hidden_btd, state, keep_bt=None):
+        Penalised.calls += 1
+        return next(self.parameters()).square().sum() * hidden_btd.detach().square().mean((1, 2))
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("reach", [None, 0, 1])
+@pytest.mark.parametrize("advance", [True, False])
+def test_auxiliary_losses_are_the_mean_over_segments_and_rows(parallel, reach, advance, monkeypatch):
+    model, (ids, labels) = host("gpt2", CONFIG), labelled()
+    memory = mnemic.attached(model).memory
+    plain = unroll(model, ids, labels, parallel=parallel, bptt_segments=reach)
+    assert plain.auxiliary == 0
+    monkeypatch.setattr(type(memory), "auxiliary", Penalised.auxiliary)
+    Penalised.calls = 0
+    result = unroll(model, ids, labels, parallel=parallel, bptt_segments=reach, advance=advance)
+    assert_near(result.loss, plain.loss, 1e-6)
+    # every segment that is written once, whatever is run again for gradients
+    count = Penalised.calls
+    assert count == (6 if advance else 3)
+    hidden = features(model, ids.unflatten(1, (-1, SEGMENT)).transpose(0, 1))[:count]
+    expected = next(memory.parameters()).square().sum() * hidden.square().mean((2, 3)).mean()
+    assert_near(result.auxiliary, expected, 1e-5)
+    (gradient,) = torch.autograd.grad(result.auxiliary, [next(memory.parameters())])
+    assert gradient.abs().sum() > 0
+    with torch.no_grad():
+        assert unroll(model, ids, labels, parallel=parallel).auxiliary == 0
+    assert Penalised.calls == count
 
 
 def test_the_learning_rate_holds_then_falls():
@@ -315,7 +362,7 @@ def test_the_average_of_a_few_steps(steps):
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
-@every_kind
+@every_trained_kind
 @pytest.mark.parametrize(("steps", "stop", "average"), [(8, 4, 0.0), (8, 4, 0.9), (10, 9, 0.9)])
 def test_a_resumed_run_equals_a_straight_one(tmp_path, steps, stop, average, config):
     """(10, 9) is stopped within the last fifth, so the checkpoint holds an average that is begun."""

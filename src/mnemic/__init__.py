@@ -2,7 +2,19 @@
 
 from mnemic.attachment import Attachment, attach, attached, from_pretrained, memory_cache
 from mnemic.host.cache import MemoryCache
-from mnemic.memories import CONFIGS, EMTConfig, FastWeightsConfig, MemoriaConfig, Memory, MemoryConfig, TitansConfig
+from mnemic.memories import (
+    CONFIGS,
+    EMTConfig,
+    FastWeightsConfig,
+    InfinityFormerConfig,
+    MemoriaConfig,
+    Memory,
+    MemoryConfig,
+    MemoryPromptConfig,
+    RMTConfig,
+    TitansConfig,
+    TransformerXLConfig,
+)
 from mnemic.session import Session
 from mnemic.state import State, StateError
 from mnemic.training import Batch, calibrate, read_segments, train, unroll
@@ -15,14 +27,18 @@ __all__ = [
     "Batch",
     "EMTConfig",
     "FastWeightsConfig",
+    "InfinityFormerConfig",
     "MemoriaConfig",
     "Memory",
     "MemoryCache",
     "MemoryConfig",
+    "MemoryPromptConfig",
+    "RMTConfig",
     "Session",
     "State",
     "StateError",
     "TitansConfig",
+    "TransformerXLConfig",
     "attach",
     "attached",
     "calibrate",

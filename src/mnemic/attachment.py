@@ -101,6 +101,11 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
             f"set segment_length to at most {trained}"
         )
     memory = config.build(anatomy.width, len(anatomy.blocks), anatomy.causal).to(_device(anatomy.blocks[0]))
+    if trained is not None and config.segment_length + memory.beside > trained:
+        raise ValueError(
+            f"a segment of {config.segment_length} tokens with {memory.beside} memory tokens beside it is longer than "
+            f"the model's {trained} positions; make either smaller"
+        )
     router = Router(memory, config, anatomy)
     router.train(model.training)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
@@ -182,7 +187,7 @@ def memory_cache(model: nn.Module, window: int | None = None) -> MemoryCache:
             raise ValueError(
                 f"window {window} is larger than the model's {trained} positions; set it to at most {trained}"
             )
-    return MemoryCache(window, router.segment_length, router.positions, router.depth)
+    return router.new_cache(window)
 
 
 def _device(block: nn.Module) -> torch.device:

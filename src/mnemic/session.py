@@ -157,9 +157,10 @@ class Session:
         """Ends the running segment now: what waits is written, and a window of one segment starts anew."""
         if self.stream is not None and self.stream.counts[0]:
             with torch.no_grad():
-                self._layer.stream = self.stream.commit(self._router.memory, [0])
-            if self._cache is not None:
-                self._cache.close_segment([0])
+                if self._cache is not None:
+                    self._router.flush(examine(self.model).trunk, self._cache, (0,))
+                else:
+                    self._layer.stream = self.stream.commit(self._router.memory, [0])
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -228,9 +229,8 @@ class Session:
             state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             self._layer.stream = Stream(state, tensors["waiting"], **{name: tuple(v) for name, v in ledger.items()})
         if self._cache is not None and (ledger := meta.get("running")) is not None:
-            size, length, limit = self._cache.settings
             ledgers = {name: tuple(values) for name, values in ledger.items()}
-            self._cache.window = Window(size, length, limit, tensors["window.valid"], **ledgers)
+            self._cache.window = Window(*self._cache.settings, tensors["window.valid"], **ledgers)
             for index, layer in enumerate(self._cache.layers):
                 if f"keys.{index}" in tensors:
                     assert isinstance(layer, DynamicLayer)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,12 +61,17 @@ def cut(
     ]
 
 
+def waiting_width(memory: Memory, width: int) -> int:
+    """Values kept of a token until its segment is written: none where tokens behind the segment are written instead."""
+    return 0 if memory.writes_tokens_behind else len(memory.written_layers) * width
+
+
 @dataclass(frozen=True)
 class Stream:
     """The carried part of a batch of streams. Immutable: every step returns a new one, so nothing is ever half-done.
 
-    `state` is the memory's own; `waiting [b, p, d]` holds the hidden states of tokens that do not fill a segment yet,
-    `counts[b]` of them in row b; `written[b]` counts segments, `seen[b]` real tokens.
+    `state` is the memory's own; `waiting [b, p, d]` holds the hidden states of tokens that do not fill a segment yet
+    (of several layers joined along d), `counts[b]` of them in row b. `written[b]` counts segments, `seen[b]` tokens.
     """
 
     state: State
@@ -77,7 +84,7 @@ class Stream:
     def new(memory: Memory, batch: int, like: Tensor) -> Stream:
         """`batch` streams at their beginning, on the device and in the dtype of the hidden states `like [., ., d]`."""
         zeros = (0,) * batch
-        waiting = like.new_zeros(batch, 0, like.shape[-1])
+        waiting = like.new_zeros(batch, 0, waiting_width(memory, like.shape[-1]))
         return Stream(memory.init_state(batch, like.device), waiting, zeros, zeros, zeros)
 
     @property
@@ -116,19 +123,24 @@ class Stream:
             state[name] = state[name] + trace.sum(1)
         return replace(self, state=state)
 
-    def commit(self, memory: Memory, rows: Sequence[int]) -> Stream:
-        """Writes the running segment of `rows`, full or not; rows with nothing waiting stay as they are."""
+    def commit(self, memory: Memory, rows: Sequence[int], behind_bmd: Float[Tensor, "b m d"] | None = None) -> Stream:
+        """Writes the running segment of `rows`, full or not; rows with nothing waiting stay as they are.
+
+        What is written is what waits, or `behind_bmd`, the hidden states of the memory tokens behind the segment.
+        """
         rows = [row for row in rows if self.counts[row]]
         if not rows:
             return self
         lengths = [self.counts[row] for row in rows]
         everyone = len(rows) == self.batch
         index = torch.tensor(rows, device=self.waiting.device)
-        hidden = (self.waiting if everyone else self.waiting[index])[:, : max(lengths)]
+        source = self.waiting[:, : max(lengths)] if behind_bmd is None else behind_bmd
+        hidden = source if everyone else source[index]
         state = self.state if everyone else select(self.state, index)
         keep = None
-        if min(lengths) < max(lengths):
+        if behind_bmd is None and min(lengths) < max(lengths):
             keep = torch.arange(max(lengths), device=index.device) < torch.tensor(lengths, device=index.device)[:, None]
+        note_auxiliary(memory, hidden, state, keep)
         after = memory.write(hidden, state, keep)
         if not everyone:
             after = put(self.state, index, after)
@@ -190,6 +202,31 @@ class Stream:
             for name in ("counts", "written", "seen")
         )
         return Stream(concatenate([stream.state for stream in streams]), torch.cat(waiting), *ledgers)
+
+
+_collected = threading.local()
+
+
+@contextlib.contextmanager
+def collecting(losses: list[Tensor] | None) -> Iterator[None]:
+    """Within it, auxiliary losses of what this thread writes are collected; with None they are not even computed."""
+    outer = getattr(_collected, "losses", None)
+    _collected.losses = losses
+    try:
+        yield
+    finally:
+        _collected.losses = outer
+
+
+def note_auxiliary(memory: Memory, hidden_btd: Tensor, state: State, keep_bt: Tensor | None = None) -> None:
+    """Collects the auxiliary loss of a write that is about to happen, where someone collects."""
+    losses = getattr(_collected, "losses", None)
+    if losses is None:
+        return
+    with torch.enable_grad():
+        loss = memory.auxiliary(hidden_btd, state, keep_bt)
+    if loss is not None:
+        losses.append(loss)
 
 
 def check_finite(hidden_btd: Tensor, keep_bt: Tensor | None, layer: int) -> None:

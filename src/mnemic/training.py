@@ -27,7 +27,7 @@ from mnemic.host.anatomy import base_parameters, examine
 from mnemic.host.cache import MemoryCache
 from mnemic.host.router import Router
 from mnemic.state import StateError, read_file, write_file
-from mnemic.stream import Stream, check_finite
+from mnemic.stream import Stream, check_finite, collecting, note_auxiliary
 
 IGNORED = -100
 """The label of tokens without a loss, as everywhere in Hugging Face."""
@@ -39,7 +39,8 @@ TOKENS_AT_ONCE = 16_384
 @dataclass
 class Unrolled:
     """What came of a batch of streams: mean `loss` over labelled tokens, their logits `[n, v]`, targets `[n]` and the
-    row each belongs to `[n]`, ordered by row, then by position. The stream as it stands after the last token.
+    row each belongs to `[n]`, ordered by row, then by position. The stream as it stands after the last token. The
+    memory's own `auxiliary` loss, 0 where it has none.
     """
 
     loss: Float[Tensor, ""]
@@ -47,6 +48,7 @@ class Unrolled:
     targets: Int[Tensor, " n"]
     rows: Int[Tensor, " n"]
     stream: Stream
+    auxiliary: Float[Tensor, ""]
 
     @property
     def correct(self) -> Bool[Tensor, " n"]:
@@ -100,21 +102,26 @@ def unroll(
     parallel = obstacle is None if parallel is None else parallel
     ids, wanted = (tensor.unflatten(1, (-1, length)).transpose(0, 1) for tensor in (input_ids, targets))
     labelled = [s for s in range(len(ids)) if bool((wanted[s] != IGNORED).any())]
+    losses: list[Tensor] | None = [] if torch.is_grad_enabled() else None
     if parallel:
         # nothing after the last labelled token of a segment has a part in the loss
         used = int((wanted != IGNORED).any(0).any(0).nonzero().max()) + 1
-        logits, stream = _all_at_once(model, router, ids, labelled, used, bptt_segments, stream, memo, advance)
+        logits, stream = _all_at_once(model, router, ids, labelled, used, bptt_segments, stream, memo, advance, losses)
         wanted = wanted[:, :, :used]
     else:
         # nothing after the last labelled token has a part in the loss
         count = len(ids) if advance else labelled[-1] + 1
         used = length if advance else int((wanted[labelled[-1]] != IGNORED).any(0).nonzero().max()) + 1
         ids = ids[:count]
-        logits, stream = _one_after_another(model, router, ids, labelled, used, window, bptt_segments, stream, advance)
+        logits, stream = _one_after_another(
+            model, router, ids, labelled, used, window, bptt_segments, stream, advance, losses
+        )
     chosen = wanted[labelled] != IGNORED
     order, rows = _by_row(chosen)
     logits_nv, targets_n = logits[chosen][order], wanted[labelled][chosen][order]
-    return Unrolled(F.cross_entropy(logits_nv.float(), targets_n), logits_nv, targets_n, rows, stream)
+    loss = F.cross_entropy(logits_nv.float(), targets_n)
+    auxiliary = torch.cat(losses).mean() if losses else torch.zeros_like(loss)
+    return Unrolled(loss, logits_nv, targets_n, rows, stream, auxiliary)
 
 
 def _by_row(chosen_sbt: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,6 +138,8 @@ def obstacle_to_parallel(model: nn.Module, window: int) -> str | None:
         return "the model is an encoder"
     if window != router.segment_length:
         return f"the window of {window} keeps keys of earlier segments (segment_length {router.segment_length})"
+    if router.memory.beside:
+        return "memory tokens stand beside every segment"
     if router.memory.writes_see_reads:
         return "a layer reads below the one that writes"
     if not router.enabled:
@@ -153,6 +162,7 @@ def _one_after_another(
     reach: int | None,
     stream: Stream | None,
     advance: bool,
+    losses: list[Tensor] | None,
 ) -> tuple[Tensor, Stream]:
     cache = memory_cache(model, window)
     cache.memory.stream = stream.detach() if stream is not None else None
@@ -163,20 +173,26 @@ def _one_after_another(
         return F.pad(logits, (0, 0, 0, ids.shape[2] - part.shape[1]))
 
     if reach is None:
-        outputs = [run(cache, s) for s in range(len(ids))]
+        with collecting(losses):
+            outputs = [run(cache, s) for s in range(len(ids))]
         return torch.stack([outputs[s] for s in labelled]), _stream_of(cache, router, ids)
     # the loss of segment s is run again from the cache as it stood `reach` segments before, a constant there
     past, logits = {0: cache}, []
     for s in range(len(ids)):
         first = max(0, s - reach)
+        # no branch begins later
+        done = torch.is_grad_enabled() and not advance and s >= labelled[-1] - reach
         if s in labelled and torch.is_grad_enabled():
             branch = past[first].fork()
-            logits.append([run(branch, step) for step in range(first, s + 1)][-1])
+            for step in range(first, s):
+                run(branch, step)
+            with collecting(losses if done else None):
+                logits.append(run(branch, s))
             if s == len(ids) - 1 and not advance:
                 cache = branch
-        if torch.is_grad_enabled() and not advance and s >= labelled[-1] - reach:
-            continue  # no branch begins later
-        with torch.no_grad():
+        if done:
+            continue
+        with torch.no_grad(), collecting(losses):
             cache = cache.fork()
             plain = run(cache, s)
         if s in labelled and not torch.is_grad_enabled():
@@ -204,6 +220,7 @@ def _all_at_once(
     stream: Stream | None,
     memo: FeatureMemo | None,
     advance: bool,
+    losses: list[Tensor] | None,
 ) -> tuple[Tensor, Stream]:
     memory, (_, batch, length) = router.memory, ids.shape
     count = len(ids) if advance else labelled[-1]
@@ -213,8 +230,9 @@ def _all_at_once(
     compute = memo or functools.partial(features, model)
     hidden = compute(ids[:count]) if count else ids
     states, state = [stream.state], stream.state
-    with torch.set_grad_enabled(torch.is_grad_enabled() and reach is None):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and reach is None), collecting(losses):
         for s in range(count):
+            note_auxiliary(memory, hidden[s], state)
             state = memory.write(hidden[s], state)
             states.append(state)
     if reach is not None and torch.is_grad_enabled():
@@ -397,6 +415,7 @@ def train(
     that decay a step.
 
     Raises:
+        ValueError: nothing trains, neither in the memory nor in the model.
         FloatingPointError: the loss became NaN or infinite.
         StateError: `checkpoint` belongs to another memory.
     """
@@ -406,6 +425,10 @@ def train(
     # the base's own weights, where it was attached with freeze=False
     base = [parameter for parameter in base_parameters(model).values() if parameter.requires_grad]
     parameters, scales = [*named.values(), *base], [*scales, *[1.0] * len(base)]
+    if not parameters:
+        raise ValueError(
+            "nothing trains: this memory has no weights and the model's own are frozen; attach with freeze=False"
+        )
     groups = [{"params": [parameter], "scale": scale} for parameter, scale in zip(parameters, scales, strict=True)]
     optimizer = torch.optim.AdamW(groups, learning_rate, betas=betas, weight_decay=weight_decay)
     averages: list[Tensor] = []
@@ -424,7 +447,7 @@ def train(
         if not torch.isfinite(unrolled.loss):
             raise FloatingPointError(f"the loss is {unrolled.loss.item()} at step {step}; lower learning_rate or clip")
         optimizer.zero_grad(set_to_none=True)
-        unrolled.loss.backward()
+        (unrolled.loss + unrolled.auxiliary).backward()
         torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         if average and step >= int(0.8 * steps):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnemic.analysis import capacity, memoria_tables, suite_tables, tasks_tables
+from mnemic.analysis import capacity, memoria_tables, peers, suite_tables, tasks_tables
 from mnemic.analysis.markdown import markdown, missing, spread
 from mnemic.bench.results import Record, records
 from mnemic.memories import CONFIGS
@@ -41,6 +41,8 @@ def tables(results: Path) -> dict[str, str]:
     made["stream"] = endless(records(results, "endless-stream"))
     made["capacity"] = capacity.table(records(results, "capacity"))
     made["capacity-earlier"] = capacity.table_of_earlier(records(results, "capacity"))
+    made["peers"] = peers.table(records(results, "peers"))
+    made["peers-pairs"] = peers.table_of_pairs(records(results, "peers"))
     made["zero-shot"] = zero_shot(records(results, "zero-shot"))
     return made | memoria_tables.tables(results) | suite_tables.tables(results) | tasks_tables.tables(results)
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from mnemic.attachment import Attachment, attach, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
-from mnemic.bench.hosts import Host
+from mnemic.bench.hosts import Host, make_room
 from mnemic.bench.results import Record, Score
 from mnemic.memories import CONFIGS, EMTConfig
 from mnemic.memories.base import MemoryConfig
@@ -172,6 +172,9 @@ class Run:
         config = self.config(task.segment_length)
         model, alone = self.make_host(max(test.vocabulary for _, test in tests), reporter, checkpoint)
         torch.manual_seed(self.seed)
+        if config is not None:
+            make_room(model, task.segment_length + config.build(*self.host.shape).beside, self.seed)
+            torch.manual_seed(self.seed)
         # without a memory the model still goes through the same code, with one that is switched off
         switched_off = EMTConfig.small(task.segment_length, self.host.shape[0])
         attachment = attach(model, config or switched_off, freeze=self.frozen)

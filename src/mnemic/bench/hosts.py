@@ -135,3 +135,17 @@ def tiny_llama(vocabulary: int, width: int, depth: int, heads: int) -> LlamaForC
         if isinstance(module, nn.Linear):
             module.reset_parameters()
     return model
+
+
+def make_room(model: nn.Module, positions: int, seed: int) -> None:
+    """Gives a small GPT-2 places for memory tokens beside its segments. Its other weights, and the places it has, stay
+    as they are, so that hosts of several mechanisms begin alike; the new ones are drawn likewise, from `seed`.
+    """
+    if not isinstance(model, GPT2LMHeadModel) or positions <= model.config.n_positions:
+        return
+    old = model.transformer.wpe.weight.data
+    source = torch.Generator().manual_seed(seed)
+    new = old.std() * torch.randn(positions - len(old), old.shape[1], generator=source)
+    model.transformer.wpe = nn.Embedding(positions, old.shape[1])
+    model.transformer.wpe.weight.data = torch.cat([old, new])
+    model.config.n_positions = positions

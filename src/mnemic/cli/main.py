@@ -16,6 +16,7 @@ from mnemic.cli.analyse import analyse
 from mnemic.cli.bench import bench
 from mnemic.cli.capacity import capacity
 from mnemic.cli.inspect import inspect
+from mnemic.cli.peers import peers
 from mnemic.cli.show import Show, console
 from mnemic.cli.tasks import tasks_app
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Persistent memory for any Hugging Face transformer."
 )
 bench.command("capacity")(capacity)
+bench.command("peers")(peers)
 app.add_typer(bench, name="bench")
 app.add_typer(analyse, name="analyse")
 app.add_typer(tasks_app, name="tasks")

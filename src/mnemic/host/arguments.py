@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
+from mnemic.host.anatomy import COUNTS_FROM_PADDING
 from mnemic.host.cache import MemoryLayer
 from mnemic.stream import Piece
 
@@ -109,3 +110,28 @@ def joined(outputs: list[Any]) -> Any:
         layers = zip(*(output["hidden_states"] for output in outputs), strict=True)
         last["hidden_states"] = tuple(torch.cat(layer, 1) for layer in layers)
     return last
+
+
+def encoder_positions(trunk: Any, arguments: dict[str, Any], time: int, count: int) -> Tensor:
+    """The positions `[b, t + count]` of an encoder's words, and of memory tokens at the end of its table."""
+    ids, given, config = arguments.get("input_ids"), arguments.get("position_ids"), trunk.config
+    words = ids if ids is not None else arguments["inputs_embeds"][..., 0]
+    if given is not None:
+        positions = given.expand(len(words), -1)
+    elif config.model_type in COUNTS_FROM_PADDING:
+        real = torch.ones_like(words, dtype=torch.long) if ids is None else (ids != config.pad_token_id).long()
+        positions = real.cumsum(1) * real + config.pad_token_id
+    else:
+        positions = torch.arange(time, device=words.device).expand(len(words), -1)
+    last = torch.arange(config.max_position_embeddings - count, config.max_position_embeddings, device=words.device)
+    return torch.cat([positions, last.expand(len(words), -1)], 1)
+
+
+def words_of(output: Any, words: slice) -> Any:
+    """The output of a call without the columns of memory tokens."""
+    if not isinstance(output, ModelOutput):
+        return (output[0][:, words], *output[1:])
+    output["last_hidden_state"] = output["last_hidden_state"][:, words]
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = tuple(hidden[:, words] for hidden in output["hidden_states"])
+    return output

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer
 
@@ -97,22 +97,26 @@ class Window:
     again at position 0, and so does one whose positions would run out (`limit`). `size=None` keeps everything.
 
     `valid [b, kept]` marks, of the keys that are physically there, those of real tokens inside the row's window.
+    Keys of memory tokens, of which at most `beside` come with a segment, are kept and leave as those of words do.
     """
 
     size: int | None
     segment_length: int
     limit: int | None
+    beside: int
     valid: Bool[Tensor, "b kept"]
     context: tuple[int, ...]
     running: tuple[int, ...]
     position: tuple[int, ...]
 
     @staticmethod
-    def new(size: int | None, segment_length: int, limit: int | None, batch: int, device: torch.device) -> Window:
+    def new(
+        size: int | None, segment_length: int, limit: int | None, beside: int, batch: int, device: torch.device
+    ) -> Window:
         """The window of `batch` streams at their beginning."""
         zeros = (0,) * batch
         valid = torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        return Window(size, segment_length, limit, valid, zeros, zeros, zeros)
+        return Window(size, segment_length, limit, beside, valid, zeros, zeros, zeros)
 
     @property
     def kept(self) -> int:
@@ -136,14 +140,28 @@ class Window:
             )
         return mask, position
 
-    def advance(self, keep_bt: Bool[Tensor, "b t"] | None, time: int) -> Window:
-        """The window after a call's tokens, nothing evicted yet."""
-        batch = len(self.context)
+    def band(
+        self, keep_bt: Bool[Tensor, "b t"] | None, time: int, span: int, dtype: torch.dtype
+    ) -> Float[Tensor, "b 1 t k"]:
+        """The additive mask of a call whose tokens see the latest `span` keys each, their own among them."""
+        keep = torch.ones(len(self.context), time, dtype=torch.bool, device=self.valid.device)
+        there = torch.cat([self.valid, keep if keep_bt is None else keep_bt], 1)
+        rank = there.long().cumsum(1)
+        distance = rank[:, -time:, None] - rank[:, None, :]
+        column = torch.arange(there.shape[1], device=there.device)
+        seen = there[:, None, :] & (distance < span) & (column <= column[-time:, None])
+        seen = seen | (column == column[-time:, None])  # a row of padding must see something, or it is NaN
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+    def advance(self, keep_bt: Bool[Tensor, "b t"] | None, time: int, words: slice | None = None) -> Window:
+        """The window after a call's tokens, nothing evicted yet; of these, `words` are not the memory's."""
+        batch, words = len(self.context), words or slice(0, time)
         keep = torch.ones(batch, time, dtype=torch.bool, device=self.valid.device) if keep_bt is None else keep_bt
         added = [time] * batch if keep_bt is None else keep_bt.sum(1).tolist()
+        counted = [words.stop - words.start] * batch if keep_bt is None else keep_bt[:, words].sum(1).tolist()
         context, running, position = (
-            tuple(value + new for value, new in zip(values, added, strict=True))
-            for values in (self.context, self.running, self.position)
+            tuple(value + new for value, new in zip(values, more, strict=True))
+            for values, more in ((self.context, added), (self.running, counted), (self.position, added))
         )
         valid = torch.cat([self.valid, keep], 1)
         return replace(self, valid=valid, context=context, running=running, position=position)
@@ -156,7 +174,7 @@ class Window:
             if self.size is None:
                 continue
             context[row] = min(context[row], self.size - self.segment_length)
-            if self.limit is not None and position[row] + self.segment_length > self.limit:
+            if self.limit is not None and position[row] + self.segment_length + self.beside > self.limit:
                 context[row] = 0
             if context[row] == 0:
                 position[row] = 0
@@ -183,13 +201,19 @@ class MemoryCache(DynamicCache):
     reports the keys it holds.
     """
 
-    def __init__(self, size: int | None, segment_length: int, limit: int | None, depth: int) -> None:
+    def __init__(self, size: int | None, segment_length: int, limit: int | None, depth: int, beside: int = 0) -> None:
         super().__init__()
-        self.settings = (size, segment_length, limit)
+        self.settings = (size, segment_length, limit, beside)
         self.depth = depth
         self.window: Window | None = None
         self.inside = False
         memory_layer(self, depth)
+
+    def take_over(self, cache: DynamicCache) -> None:
+        """Turns an empty cache into one like this: `generate` makes its own and goes on with that very object."""
+        cache.__class__ = MemoryCache
+        vars(cache).clear()
+        vars(cache).update(vars(self))
 
     @property
     def memory(self) -> MemoryLayer:
@@ -272,7 +296,8 @@ class MemoryCache(DynamicCache):
 
     def fork(self) -> MemoryCache:
         """An independent copy: what one reads from here on, the other does not."""
-        copy = MemoryCache(*self.settings, self.depth)
+        size, segment_length, limit, beside = self.settings
+        copy = MemoryCache(size, segment_length, limit, self.depth, beside)
         copy.window, copy.memory.stream = self.window, self.memory.stream
         for mine, theirs in zip(self.layers, copy.layers, strict=True):
             if isinstance(mine, DynamicLayer) and mine.is_initialized:

@@ -6,6 +6,8 @@ After the trunk, and only if nothing failed, the new stream is stored in the cac
 
 Where some layer reads below the write layer, or the cache has a window, a segment can only run once the one before it
 is written: the trunk is then called once a segment, and its outputs are joined, so the caller sees one call.
+
+Memory tokens join the words of such a call as embeddings, before and behind them, and are cut out of its output.
 """
 
 from __future__ import annotations
@@ -14,18 +16,77 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from mnemic.host.anatomy import MEMORY_NAME, Anatomy
-from mnemic.host.arguments import bound, check_batch, document_starts, flat_mask, joined, kept_tokens, part_of, refined
+from mnemic.host.arguments import (
+    bound,
+    check_batch,
+    document_starts,
+    encoder_positions,
+    flat_mask,
+    joined,
+    kept_tokens,
+    part_of,
+    refined,
+    words_of,
+)
 from mnemic.host.cache import MemoryCache, MemoryLayer, memory_layer, snapshot
-from mnemic.memories.base import Memory, MemoryConfig
+from mnemic.memories.base import Memory, MemoryConfig, MemoryTokens
 from mnemic.state import State
-from mnemic.stream import Piece, Stream, check_finite, cut
+from mnemic.stream import Piece, Stream, check_finite, cut, waiting_width
+
+
+@dataclass
+class Beside:
+    """The memory tokens of one pass: `before` and `behind` its words, in columns of their own.
+
+    `keep [b, n + t + m]` marks what is there, for the rows whose segment begins and ends in this pass; None for all.
+    """
+
+    before: MemoryTokens | None
+    behind: MemoryTokens | None
+    time: int
+    keep: Tensor | None = None
+
+    @property
+    def first(self) -> int:
+        """How many stand before the words."""
+        return 0 if self.before is None else self.before.embeddings.shape[1]
+
+    @property
+    def words(self) -> slice:
+        """The columns of the words."""
+        return slice(self.first, self.first + self.time)
+
+    @property
+    def width(self) -> int:
+        """All columns."""
+        return self.words.stop + (0 if self.behind is None else self.behind.embeddings.shape[1])
+
+    def enter(self, layer: int, hidden_btd: Tensor) -> Tensor:
+        """What enters a block, with the memory's own hidden states in the places it gives them for."""
+        parts, given = [hidden_btd[:, self.words]], False
+        for tokens, columns in ((self.before, slice(0, self.first)), (self.behind, slice(self.words.stop, None))):
+            if tokens is None:
+                continue
+            own = tokens.inputs.get(layer)
+            given = given or own is not None
+            part = hidden_btd[:, columns] if own is None else own.to(hidden_btd)
+            parts.insert(0 if tokens is self.before else len(parts), part)
+        return torch.cat(parts, 1) if given else hidden_btd
+
+
+@dataclass(frozen=True)
+class Wordless:
+    """A pass of memory tokens alone, for the rows that begin a segment and for those that end one."""
+
+    beginning: tuple[int, ...] = ()
+    ending: tuple[int, ...] = ()
 
 
 @dataclass
@@ -41,6 +102,9 @@ class Call:
     keep: Tensor | None = None
     states: list[State] = field(default_factory=list)
     traces: State = field(default_factory=dict)
+    written: dict[int, Tensor] = field(default_factory=dict)
+    beside: Beside | None = None
+    wordless: Wordless | None = None
     earlier: list[Any] = field(default_factory=list)
     private_cache: bool = False
     checkpointing: bool = False
@@ -76,9 +140,14 @@ class Router(nn.Module):
         self.depth, self.width, self.causal = len(anatomy.blocks), anatomy.width, anatomy.causal
         self.positions, self.takes_positions, self.slides = anatomy.positions, anatomy.takes_positions, anatomy.slides
         self.dtype = anatomy.dtype
+        if memory.span is not None and (self.slides or self.positions is None):
+            raise ValueError(
+                f"a span of {memory.span} keys cannot join a model that has its own (sliding layers, ALiBi); "
+                "leave it out"
+            )
         self.enabled = True
-        layers = sorted({*memory.read_layers, memory.write_layer})
-        self.taps = nn.ModuleDict({str(layer): Tap(layer, self) for layer in layers})
+        layers = range(self.depth) if memory.beside else {*memory.read_layers, *memory.written_layers}
+        self.taps = nn.ModuleDict({str(layer): Tap(layer, self) for layer in sorted({max(0, each) for each in layers})})
 
     def install(self, anatomy: Anatomy) -> None:
         """Registers the hooks."""
@@ -86,8 +155,12 @@ class Router(nn.Module):
             anatomy.trunk.register_forward_pre_hook(self.before, with_kwargs=True),
             anatomy.trunk.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
+        touched = {*self.memory.read_layers, *self.memory.written_layers}
         for layer, tap in self.taps.items():
             assert isinstance(tap, Tap)
+            if self.memory.beside or (layer == "0" and -1 in touched):
+                block = anatomy.blocks[int(layer)]
+                handles.append(block.register_forward_pre_hook(tap.before, with_kwargs=True))
             handles.append(anatomy.blocks[int(layer)].register_forward_hook(tap.after, with_kwargs=True, prepend=True))
         object.__setattr__(self, "handles", handles)
         setattr(anatomy.trunk, MEMORY_NAME, self)
@@ -121,6 +194,7 @@ class Router(nn.Module):
     ) -> tuple[tuple[()], dict[str, Any]]:
         """The trunk's pre-hook: binds the call, runs all segments but the last, prepares the last."""
         call = Call()
+        call.wordless, _threads.wordless = getattr(_threads, "wordless", None), None
         self.calls.append(call)
         arguments = bound(trunk, args, kwargs)
         if getattr(_threads, "recording", None) is self:
@@ -161,9 +235,15 @@ class Router(nn.Module):
             call.cache.inside = False
             window = call.cache.window
             assert window is not None
-            ended = cut(window.running, call.time, self.segment_length, call.keep)[-1].ended
-            call.cache.window = window.advance(call.keep, call.time)
-            call.cache.close_segment(ended)
+            pieces = cut(window.running, call.time, self.segment_length, call.keep)
+            beside = call.beside
+            if beside is None:
+                call.cache.window = window.advance(call.keep, call.time)
+            else:
+                call.cache.window = window.advance(beside.keep, beside.width, beside.words)
+            call.cache.close_segment(pieces[-1].ended if pieces else call.pieces[-1].ended)
+        if call.beside is not None:
+            output = words_of(output, call.beside.words)
         if call.earlier:
             output = joined([*call.earlier, output])
         if call.private_cache:
@@ -175,15 +255,15 @@ class Router(nn.Module):
         inputs = (
             arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments.get("inputs_embeds")
         )
-        if inputs is None or inputs.shape[0] == 0 or inputs.shape[1] == 0:
+        if inputs is None or inputs.shape[0] == 0 or (inputs.shape[1] == 0 and call.wordless is None):
             shape = None if inputs is None else list(inputs.shape[:2])
             raise ValueError(f"the input is empty (shape {shape}); pass at least one row and one token")
         batch, call.time = inputs.shape[:2]
         call.keep = call.stream = call.before = None
-        call.pieces, call.states, call.traces = [], [], {}
+        call.pieces, call.states, call.traces, call.written, call.beside = [], [], {}, {}, None
         cache = arguments.get("past_key_values")
         if not self.causal:
-            self._open_encoder(call, arguments, inputs)
+            self._open_encoder(call, trunk, arguments, inputs)
             return
         call.checkpointing = trunk.training and any(
             getattr(m, "gradient_checkpointing", False) for m in trunk.modules()
@@ -191,6 +271,10 @@ class Router(nn.Module):
         wanted = arguments.get("use_cache")
         wanted = getattr(trunk.config, "use_cache", False) if wanted is None else wanted  # pyright: ignore
         packed = document_starts(arguments, call.time) if cache is None else None
+        if self.enabled and self.memory.beside and not isinstance(cache, MemoryCache):
+            if packed is not None:
+                self._refuse_packed()
+            cache = self._own_cache(call, arguments, bool(wanted))
         if cache is None and wanted and not call.checkpointing and packed is None and self.enabled:
             cache = arguments["past_key_values"] = DynamicCache(config=trunk.config)  # pyright: ignore
         call.cache = cache if isinstance(cache, Cache) else None
@@ -221,10 +305,13 @@ class Router(nn.Module):
         call.layer = memory_layer(call.cache, self.depth) if call.cache is not None else None
         self._bring_stream(call, batch)
         assert call.stream is not None
+        if call.wordless is not None:
+            call.pieces, call.states = [Piece(0, 0, (), call.wordless.ending)], [call.stream.state]
+            return
         call.pieces = refined(cut(call.stream.counts, call.time, self.segment_length, call.keep, packed), cuts)
         call.states = [call.stream.state]
 
-    def _open_encoder(self, call: Call, arguments: dict[str, Any], inputs: Tensor) -> None:
+    def _open_encoder(self, call: Call, trunk: nn.Module, arguments: dict[str, Any], inputs: Tensor) -> None:
         """An encoder sees both ways, so one call is one segment; its stream is carried by `carrying`."""
         if not self.enabled:
             return
@@ -241,6 +328,22 @@ class Router(nn.Module):
         assert call.stream is not None
         call.pieces = [Piece(0, time, (), tuple(range(batch)))]
         call.states = [call.stream.state]
+        behind = self.memory.tokens_behind(call.stream.state) if self.memory.beside else None
+        if behind is not None:
+            call.beside = Beside(None, behind, time)
+            count = call.beside.width - time
+            arguments["position_ids"] = encoder_positions(trunk, arguments, time, count)
+            if mask is not None:
+                arguments["attention_mask"] = torch.cat([mask, mask.new_ones(batch, count)], 1)
+            if (kinds := arguments.get("token_type_ids")) is not None:
+                arguments["token_type_ids"] = torch.cat([kinds, kinds.new_zeros(batch, count)], 1)
+            words = self._embedded(trunk, arguments)
+            arguments["inputs_embeds"] = torch.cat([words, behind.embeddings.to(words)], 1)
+
+    def _embedded(self, trunk: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        """The call's words as embeddings, which memory tokens can join."""
+        words, ids = arguments.get("inputs_embeds"), arguments.pop("input_ids", None)
+        return trunk.get_input_embeddings()(ids) if words is None else words  # pyright: ignore
 
     def _bring_stream(self, call: Call, batch: int) -> None:
         """The stream that the cache carries, checked, or a new one."""
@@ -253,8 +356,12 @@ class Router(nn.Module):
                 f"the cache's stream is on {stream.waiting.device}, the memory on {self.device}; move the model first, "
                 "then make or load the session"
             )
-        if stream.waiting.shape[-1] != self.width:
-            raise ValueError(f"the cache's stream is of width {stream.waiting.shape[-1]}, this model's is {self.width}")
+        width = waiting_width(self.memory, self.width)
+        if stream.waiting.shape[-1] != width:
+            raise ValueError(
+                f"the cache's stream keeps {stream.waiting.shape[-1]} values of a token, this model's memory {width}; "
+                "use a cache of this model"
+            )
         call.before = call.stream = stream
 
     def _segment_by_segment(self, call: Call) -> bool:
@@ -263,16 +370,102 @@ class Router(nn.Module):
         if not self.memory.writes_see_reads:
             return False
         if any(piece.fresh for piece in call.pieces):
-            raise ValueError(
-                "packed documents need every read at or above the write layer (here reads "
-                f"{list(self.memory.read_layers)}, write {self.memory.write_layer}); pass one document a row"
-            )
+            self._refuse_packed()
         if call.checkpointing:
             raise ValueError(
                 "gradient checkpointing drops the base's keys, which reads below the write layer need from segment to "
                 "segment; feed whole segments through a MemoryCache with window=segment_length, or turn it off"
             )
         return True
+
+    def _refuse_packed(self) -> NoReturn:
+        reads, write = list(self.memory.read_layers), self.memory.write_layer
+        why = f"{self.memory.beside} memory tokens" if self.memory.beside else f"reads {reads}, write {write}"
+        raise ValueError(
+            "packed documents need every read at or above the write layer and no memory tokens beside a segment "
+            f"(here {why}); pass one document a row"
+        )
+
+    def _own_cache(self, call: Call, arguments: dict[str, Any], wanted: bool) -> MemoryCache:
+        """The cache for a memory with tokens beside its segments: the caller's own turned into one, or a new one."""
+        given, cache = arguments.get("past_key_values"), self.new_cache(self.config.window or self.segment_length)
+        if given is None:
+            call.private_cache = not wanted
+        elif type(given) is DynamicCache and not given.get_seq_length():
+            cache.take_over(given)
+            cache = cast(MemoryCache, given)
+        else:
+            raise ValueError(
+                f"a memory with tokens beside its segments cannot join a {type(given).__name__} of "
+                f"{int(given.get_seq_length())} tokens; pass past_key_values=mnemic.memory_cache(model)"
+            )
+        arguments["past_key_values"], arguments["use_cache"] = cache, True
+        return cache
+
+    def new_cache(self, window: int | None) -> MemoryCache:
+        """A cache for new streams, with keys of the last `window` tokens."""
+        return MemoryCache(window, self.segment_length, self.positions, self.depth, self.memory.beside)
+
+    def flush(self, trunk: nn.Module, cache: MemoryCache, rows: tuple[int, ...]) -> None:
+        """Ends the running segment of `rows`, which have tokens in it: what they have read is written."""
+        stream = cache.memory.stream
+        assert stream is not None
+        if not self.memory.writes_tokens_behind:
+            cache.memory.stream = stream.commit(self.memory, rows)
+            cache.close_segment(rows)
+            return
+        self._run_wordless(trunk, cache, Wordless(ending=rows))
+
+    def _run_wordless(self, trunk: nn.Module, cache: MemoryCache, wordless: Wordless) -> None:
+        stream = cache.memory.stream
+        assert stream is not None
+        nothing = torch.empty(stream.batch, 0, self.width, dtype=self.dtype, device=self.device)
+        _threads.wordless = wordless
+        try:
+            trunk(inputs_embeds=nothing, past_key_values=cache, use_cache=True)
+        finally:
+            _threads.wordless = None
+
+    def _add_tokens(self, call: Call, trunk: nn.Module, arguments: dict[str, Any]) -> None:
+        """Puts memory tokens before the words of rows that begin a segment, and behind those of rows that end one."""
+        stream, (piece,), memory, cache = call.stream, call.pieces, self.memory, call.cache
+        assert stream is not None
+        assert isinstance(cache, MemoryCache)
+        assert cache.window is not None
+        batch, device = stream.batch, self.device
+        keep = torch.ones(batch, call.time, dtype=torch.bool, device=device) if call.keep is None else call.keep
+        begun = [count > 0 for count in stream.counts]
+        if call.wordless is not None:
+            begins = torch.tensor([row in call.wordless.beginning for row in range(batch)], device=device)
+        else:
+            begins = ~torch.tensor(begun, device=device) & keep.any(1)
+            if self.slides and any(begun) and bool(begins.any()) and memory.tokens_before(stream.state) is not None:
+                # layers that count keys as they lie bear no gap between a row's keys: these tokens go ahead, and are
+                # packed against the words
+                self._run_wordless(trunk, cache, Wordless(beginning=tuple(begins.nonzero().flatten().tolist())))
+                cache.inside = False
+                cache.pack()
+                begins = torch.zeros_like(begins)
+        ends = torch.tensor([row in piece.ended for row in range(batch)], device=device)
+        before = memory.tokens_before(stream.state) if bool(begins.any()) else None
+        behind = memory.tokens_behind(stream.state) if bool(ends.any()) else None
+        if before is None and behind is None:
+            return
+        if arguments.get("token_type_ids") is not None:
+            raise ValueError("memory tokens have no token_type_ids; call without them")
+        call.beside = beside = Beside(before, behind, call.time)
+        words = self._embedded(trunk, arguments)
+        parts, kept = [words], [keep]
+        for tokens, rows in ((before, begins), (behind, ends)):
+            if tokens is not None:
+                there = rows[:, None].expand(-1, tokens.embeddings.shape[1])
+                place = 0 if tokens is before else len(parts)
+                parts.insert(place, tokens.embeddings.to(words))
+                kept.insert(place, there if tokens.keep is None else there & tokens.keep)
+        arguments["inputs_embeds"] = torch.cat(parts, 1)
+        beside.keep = torch.cat(kept, 1)
+        if bool(beside.keep.all()):
+            beside.keep = None
 
     def _arrange(self, call: Call, trunk: nn.Module, arguments: dict[str, Any]) -> None:
         """Gives the base its window: mask and positions of what is physically there."""
@@ -281,7 +474,12 @@ class Router(nn.Module):
         assert cache.window is not None
         if self.slides and not bool(cache.window.valid[:, -1:].all()):
             cache.pack()
-        mask, positions = cache.window.arrange(call.keep, call.time)
+        if self.enabled and self.memory.beside:
+            self._add_tokens(call, trunk, arguments)
+        keep, width = (call.keep, call.time) if call.beside is None else (call.beside.keep, call.beside.width)
+        mask, positions = cache.window.arrange(keep, width)
+        if self.enabled and self.memory.span is not None:
+            mask = cache.window.band(keep, width, self.memory.span, self.dtype)
         arguments["attention_mask"] = mask
         arguments["use_cache"] = True
         if self.takes_positions:
@@ -328,27 +526,49 @@ class Router(nn.Module):
     # --- at a block --------------------------------------------------------------------------------------------------
 
     @_eager
+    def before_block(self, layer: int, hidden_btd: Tensor) -> Tensor:
+        """What enters block `layer`, with what the memory puts there."""
+        if layer == 0:
+            hidden_btd = self.at_block(-1, hidden_btd)
+        if not self.enabled or not self.calls or (beside := self.calls[-1].beside) is None:
+            return hidden_btd
+        return beside.enter(layer, hidden_btd)
+
+    @_eager
     def at_block(self, layer: int, hidden_btd: Tensor) -> Tensor:
-        """What block `layer` puts out, after the memory wrote and read there."""
-        if getattr(_threads, "recording", None) is self and layer == self.memory.write_layer:
+        """What block `layer` puts out, after the memory wrote and read there; -1 is what enters the first."""
+        memory = self.memory
+        if getattr(_threads, "recording", None) is self and layer == memory.write_layer:
             raise _RecordedError(hidden_btd)
         if not self.enabled or not self.calls or getattr(_threads, "recording", None) is self:
             return hidden_btd
-        call, memory = self.calls[-1], self.memory
+        call = self.calls[-1]
+        if layer in memory.written_layers:
+            call.written[layer] = self._to_write(call, hidden_btd)
         writes = layer == memory.write_layer
         if writes and not memory.writes_see_reads:
-            self._write(call, layer, hidden_btd)
+            self._write(call, layer)
         read_btd = self._read(call, layer, hidden_btd) if layer in memory.read_layers else hidden_btd
         if writes and memory.writes_see_reads:
             # after the read, for its traces; what is written is the hidden state from before it all the same
-            self._write(call, layer, hidden_btd)
+            self._write(call, layer)
         return read_btd
+
+    def _to_write(self, call: Call, hidden_btd: Tensor) -> Tensor:
+        """The columns that are written: the words', or those of the memory tokens behind them."""
+        if call.beside is None:
+            return hidden_btd[:, :0] if self.memory.writes_tokens_behind else hidden_btd
+        words = call.beside.words
+        return hidden_btd[:, words.stop :] if self.memory.writes_tokens_behind else hidden_btd[:, words]
 
     def _read(self, call: Call, layer: int, hidden_btd: Tensor) -> Tensor:
         local_btd = hidden_btd.to(self.device)  # a model spread over devices keeps its memory on one
         parts = []
         for piece, state in zip(call.pieces, call.states, strict=True):
-            read, traces = self.memory.read_and_trace(layer, local_btd[:, piece.start : piece.stop], state)
+            part = slice(piece.start, piece.stop) if call.beside is None else slice(0, call.beside.width)
+            read, traces = self.memory.read_and_trace(layer, local_btd[:, part], state)
+            if call.beside is not None:
+                traces = {name: trace[:, call.beside.words] for name, trace in traces.items()}
             parts.append(read)
             call.traces = {
                 **call.traces,
@@ -359,13 +579,17 @@ class Router(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the memory lives."""
-        return next(self.memory.parameters()).device
+        return self.memory.place.device
 
-    def _write(self, call: Call, layer: int, hidden_btd: Tensor) -> None:
+    def _write(self, call: Call, layer: int) -> None:
         keep, stream = call.keep, call.stream
         assert stream is not None
+        parts = [call.written[each].to(self.device) for each in self.memory.written_layers]
+        hidden_btd = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if self.memory.writes_tokens_behind:
+            self._write_behind(call, layer, hidden_btd)
+            return
         check_finite(hidden_btd, keep, layer)
-        hidden_btd = hidden_btd.to(self.device)
         keep = None if keep is None else keep.to(self.device)
         if keep is not None:
             hidden_btd = hidden_btd.masked_fill(~keep[..., None], 0)
@@ -373,7 +597,7 @@ class Router(nn.Module):
         call.stream, call.states = self._advance(stream, hidden_btd, keep, call.pieces, traces)
         if self.memory.reads_own_segment:
             call.states = [call.stream.state]
-        if call.layer is not None and not torch.is_grad_enabled():
+        if call.layer is not None and not torch.is_grad_enabled() and not self.memory.beside:
             before, hidden = call.before, hidden_btd
             assert before is not None
             # a part of a call that runs segment by segment goes back into the part before it
@@ -392,6 +616,17 @@ class Router(nn.Module):
                 return self._advance(before, hidden[:, :time], kept, pieces, left)[0]
 
             call.layer.replay = replay
+
+    def _write_behind(self, call: Call, layer: int, behind_bmd: Tensor) -> None:
+        """Counts the words, and writes the hidden states of the tokens behind them to the rows whose segment ends."""
+        (piece,), stream, traces = call.pieces, call.stream, call.traces
+        assert stream is not None
+        rows = torch.zeros(stream.batch, behind_bmd.shape[1], dtype=torch.bool, device=behind_bmd.device)
+        rows[list(piece.ended)] = True
+        check_finite(behind_bmd, rows, layer)
+        uncounted = behind_bmd.new_zeros(stream.batch, call.time, 0)
+        stream = stream.leave(traces, call.keep).append(uncounted, call.keep)
+        call.traces, call.stream = {}, stream.commit(self.memory, piece.ended, behind_bmd)
 
     def _advance(
         self, stream: Stream, hidden_btd: Tensor, keep: Tensor | None, pieces: list[Piece], traces: State
@@ -418,6 +653,12 @@ class Tap(nn.Module):
         object.__setattr__(self, "router", router)  # not a submodule: the router owns the tap
 
     router: Router
+
+    def before(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The block's pre-hook; blocks take hidden states first, by place or by name."""
+        if args:
+            return (self.router.before_block(self.layer, args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self.router.before_block(self.layer, kwargs["hidden_states"])}
 
     def after(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The block's hook; blocks return a tensor or a tuple that begins with one."""

@@ -1,22 +1,35 @@
 """The mechanisms, one file each; importing this package registers them all."""
 
-from mnemic.memories.base import CONFIGS, Card, Memory, MemoryConfig
+from mnemic.memories.base import CONFIGS, Card, Memory, MemoryConfig, MemoryTokens
 from mnemic.memories.emt import EMT, EMTConfig
 from mnemic.memories.fast_weights import FastWeights, FastWeightsConfig
+from mnemic.memories.infinity_former import InfinityFormer, InfinityFormerConfig
 from mnemic.memories.memoria import Memoria, MemoriaConfig
+from mnemic.memories.memory_prompt import MemoryPrompt, MemoryPromptConfig
+from mnemic.memories.rmt import RMT, RMTConfig
 from mnemic.memories.titans import Titans, TitansConfig
+from mnemic.memories.transformer_xl import TransformerXL, TransformerXLConfig
 
 __all__ = [
     "CONFIGS",
     "EMT",
+    "RMT",
     "Card",
     "EMTConfig",
     "FastWeights",
     "FastWeightsConfig",
+    "InfinityFormer",
+    "InfinityFormerConfig",
     "Memoria",
     "MemoriaConfig",
     "Memory",
     "MemoryConfig",
+    "MemoryTokens",
+    "MemoryPrompt",
+    "MemoryPromptConfig",
+    "RMTConfig",
     "Titans",
     "TitansConfig",
+    "TransformerXL",
+    "TransformerXLConfig",
 ]

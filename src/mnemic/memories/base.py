@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -32,6 +32,19 @@ class Card:
     bytes_law: str
     paper: str
     citation: str
+
+
+@dataclass(frozen=True)
+class MemoryTokens:
+    """Tokens that a memory puts beside a segment, where the base takes them for its own.
+
+    `embeddings [b, n, d]` stand where those of words do; `keep [b, n]` marks the ones that are there (None for all).
+    `inputs` are hidden states `[b, n, d]` that enter some blocks, by index, in place of what the tokens became.
+    """
+
+    embeddings: Float[Tensor, "b n d"]
+    keep: Bool[Tensor, "b n"] | None = None
+    inputs: dict[int, Float[Tensor, "b n d"]] = field(default_factory=dict)
 
 
 @dataclass
@@ -111,6 +124,14 @@ class Memory(nn.Module, ABC):
 
     read_layers: tuple[int, ...]
     write_layer: int
+    beside: int = 0
+    """The most memory tokens that stand beside a segment, before and behind it. With any, a memory alters what the base
+    puts out from the start, and the base keeps its keys in a `MemoryCache`, whatever cache it is given.
+    """
+    writes_tokens_behind: bool = False
+    """True where `write` gets the hidden states of the tokens behind the segment instead of the segment's own."""
+    span: int | None = None
+    """How many keys a token sees at most, its own among them; None for all that are there."""
     reach: int | None = None
     """How many segments back a write can still be read; None for no bound."""
     gradient_reach: int | None = None
@@ -119,6 +140,12 @@ class Memory(nn.Module, ABC):
     """True where reads above the write layer see what the running segment wrote: encoders, which look both ways."""
     starts_empty: bool = False
     """True where a new stream has nothing to read: its first segment is the base's own and trains nothing."""
+    place: Tensor
+    """An empty tensor where the memory computes, in its dtype: for memories without parameters too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("place", torch.empty(0), persistent=False)
 
     @abstractmethod
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
@@ -139,17 +166,41 @@ class Memory(nn.Module, ABC):
         """
         return self.read(layer, hidden_btd, state), {}
 
+    def tokens_before(self, state: State) -> MemoryTokens | None:
+        """The memory tokens before a segment that begins with `state`; every token of the segment sees them."""
+        return None
+
+    def tokens_behind(self, state: State) -> MemoryTokens | None:
+        """The memory tokens behind a segment that began with `state`; they see it and what stands before it."""
+        return None
+
     @abstractmethod
     def write(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:
-        """The state after a segment; tokens where `keep_bt` is False are padding and leave no trace."""
+        """The state after a segment; tokens where `keep_bt` is False are padding and leave no trace.
+
+        `hidden_btd` has the outputs of the `written_layers`, joined along d where there are several.
+        """
 
     @abstractmethod
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> tuple[Float[Tensor, "b t d"], State]:
-        """`read` at the first read layer, then `write`, as plain loops over the equations: the tests' oracle."""
+        """`read` at the first read layer, then `write`, as plain loops over the equations: the tests' oracle.
+
+        Where nothing is read after a block, the first result is the hidden states as they came.
+        """
+
+    def auxiliary(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, " b"] | None:
+        """A loss of the memory's own for each row, of what a `write` with the same arguments does; None for none.
+
+        `train` adds its mean over rows and segments to the task's loss. It is asked for every segment that training
+        reads, also where gradients do not reach through the memory.
+        """
+        return None
 
     def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[int, Float[Tensor, "n d"]]) -> None:
         """Fits what does not train to the host's hidden states, at the write layer and at each read layer by index.
@@ -166,13 +217,20 @@ class Memory(nn.Module, ABC):
         return 1.0
 
     @property
+    def written_layers(self) -> tuple[int, ...]:
+        """The blocks whose outputs `write` gets, in order; -1 is what enters the first. The last is `write_layer`."""
+        return (self.write_layer,)
+
+    @property
     def writes_see_reads(self) -> bool:
-        """True when some layer reads below where the memory writes, so segments can only run one after another."""
-        return min(self.read_layers) < self.write_layer
+        """True when what is written depends on what was read in the same segment, so that segments can only run one
+        after another: some layer reads below where the memory writes, or memory tokens stand beside the segment.
+        """
+        return self.beside > 0 or min(self.read_layers) < self.write_layer
 
     def parameter_dtype(self) -> torch.dtype:
         """The dtype the memory computes in; its state is float32 whatever this is."""
-        return next(self.parameters()).dtype
+        return self.place.dtype
 
 
 def resolve_layer(index: int, depth: int, name: str) -> int:

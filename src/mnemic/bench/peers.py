@@ -1,0 +1,710 @@
+"""A training step beside public packages that implement the same or a similar mechanism.
+
+Both sides do a forward pass and a backward pass over the same tokens, with hosts of one width, depth, number of heads
+and feed-forward, the same segments and the same size of memory as far as the package lets it be chosen; every weight
+trains, and the gradient passes through all segments. Where the package differs otherwise, it is set to what costs it
+least. A pair says what stays different, and the record holds the parameters of both.
+
+Steps of the two sides alternate in one process, so that what a machine does meanwhile touches both, and what is
+reported is the median of their ratios: of time on the wall, and of time on the processors, which other programs touch
+less. The peak of memory of each side is taken in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from mnemic.attachment import attach
+from mnemic.bench.cost import Progress, ratio, seconds_of
+from mnemic.bench.results import Record
+from mnemic.memories import CONFIGS, EMTConfig, FastWeightsConfig, MemoryConfig, TitansConfig
+from mnemic.memories.fast_weights import read_pairs, write_pairs
+from mnemic.memories.rules import elu_plus_one
+from mnemic.training import unroll
+
+# Shapes: b batch, t time, d width, h heads, k keys' width.
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What both sides are given. `slots` is the number of memory slots or tokens, where a mechanism has any."""
+
+    batch: int = 4
+    segments: int = 4
+    segment: int = 128
+    width: int = 256
+    depth: int = 4
+    heads: int = 4
+    vocabulary: int = 256
+    slots: int = 16
+
+    @property
+    def head(self) -> int:
+        """Width of a head."""
+        return self.width // self.heads
+
+    def tokens(self) -> Tensor:
+        """`[b, segments * segment + 1]`: the last is only a target."""
+        source = torch.Generator().manual_seed(0)
+        return torch.randint(0, self.vocabulary, (self.batch, self.segments * self.segment + 1), generator=source)
+
+    def hidden(self) -> Tensor:
+        """Hidden states `[b, segments * segment, d]` that want a gradient."""
+        source = torch.Generator().manual_seed(0)
+        return torch.randn(self.batch, self.segments * self.segment, self.width, generator=source).requires_grad_()
+
+
+SHAPES = {
+    "small": Shape(batch=8, segments=8, segment=64, width=128),
+    "wide": Shape(),
+}
+"""What is measured: the scale of the suites, and twice the width with segments twice as long."""
+
+TINY = Shape(batch=2, segments=3, segment=16, width=32, depth=2, heads=2, vocabulary=32, slots=4)
+"""Small enough for tests, and to load what is loaded late before memory is measured."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a pair. `step` does forward and backward, and returns the loss."""
+
+    step: Callable[[], Tensor]
+    parameters: Sequence[nn.Parameter]
+    config: MemoryConfig | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A package and a mechanism of ours. `scope` is a training step of a model, or the memory alone."""
+
+    package: str
+    module: str
+    kind: str
+    scope: str
+    mechanism: str
+    differs: str
+    theirs: Callable[[Shape], Side]
+    ours: Callable[[Shape], Side]
+
+    def obstacle(self) -> str | None:
+        """Why this pair cannot be measured; None if it can."""
+        if find_spec(self.module) is None:
+            return f"{self.package} is not installed: pip install mnemic[peers]"
+        if self.kind not in CONFIGS:
+            return f"mnemic has no mechanism {self.kind!r}"
+        return None
+
+    def version(self) -> str | None:
+        """The package's version; None when it is not installed."""
+        with suppress(PackageNotFoundError):
+            return version(self.package)
+        return None
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def llama(shape: Shape) -> nn.Module:
+    """A host with rotary positions and a gated feed-forward of 8/3 of its width, as most of the packages have."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.width,
+            intermediate_size=shape.width * 8 // 3,
+            num_hidden_layers=shape.depth,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def gpt2(shape: Shape) -> nn.Module:
+    """A host with a feed-forward of 4 times its width without gates, and its activation as the packages have it."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=shape.vocabulary,
+            n_positions=3 * shape.segment + 2 * shape.slots,  # memory takes positions, too
+            n_embd=shape.width,
+            n_layer=shape.depth,
+            n_head=shape.heads,
+            activation_function="gelu",
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def model_with(make: Callable[[Shape], MemoryConfig], host: Callable[[Shape], nn.Module]) -> Callable[[Shape], Side]:
+    """A training step of a host together with its memory."""
+
+    def side(shape: Shape) -> Side:
+        model, config, ids = host(shape), make(shape), shape.tokens()
+        attach(model, config, freeze=False)
+        # the last token is a target of the package's alone
+        ids = ids[:, :-1]
+
+        def step() -> Tensor:
+            model.zero_grad(set_to_none=True)
+            loss = unroll(model, ids, ids).loss
+            loss.backward()
+            return loss.detach()
+
+        return Side(step, list(model.parameters()), config)
+
+    return side
+
+
+def titans_config(shape: Shape, chunk: int) -> TitansConfig:
+    """Two layers with hidden units twice as many as a key is wide, gradients taken every `chunk` tokens."""
+    return TitansConfig(segment_length=shape.segment, dim=shape.width, heads=shape.heads, expansion=2, chunk=chunk)
+
+
+def infini_config(shape: Shape, delta: bool) -> FastWeightsConfig:
+    """Infini-attention's own update, linear or with its delta rule."""
+    size: dict[str, Any] = {"segment_length": shape.segment, "dim": shape.width, "heads": shape.heads}
+    if delta:
+        return FastWeightsConfig.infini_attention(**size)
+    return FastWeightsConfig(rule="infini", features="elu1", shift=False, **size)
+
+
+def emt_config(shape: Shape, every_block: bool) -> EMTConfig:
+    """Slots of the host's width, read in the middle or in every block; then written from the last one."""
+    config = EMTConfig(segment_length=shape.segment, slots=shape.slots, dim=shape.width, heads=shape.heads)
+    return config.replace(read_layers=list(range(shape.depth)), write_layer=-1) if every_block else config
+
+
+def small_config(kind: str) -> Callable[[Shape], MemoryConfig]:
+    """A mechanism's own settings for comparisons, with as many slots as the shape says."""
+
+    def make(shape: Shape) -> MemoryConfig:
+        return CONFIGS[kind].small(shape.segment, shape.width, shape.slots)
+
+    return make
+
+
+def compressive_config(shape: Shape) -> MemoryConfig:
+    """As many tokens as a segment has and a quarter as many states, of a convolution that learns from attention."""
+    settings = {"size": shape.segment, "compressed": shape.segment // 4, "rate": 4, "compression": "convolution"}
+    return CONFIGS["compressive"](segment_length=shape.segment, **settings)
+
+
+def our_titans(shape: Shape, chunk: int) -> Side:
+    """Reads and writes of hidden states, segment after segment."""
+    config, hidden = titans_config(shape, chunk), shape.hidden()
+    memory = config.build(shape.width, 1)
+
+    def step() -> Tensor:
+        _clear(memory.parameters(), hidden)
+        state, reads = memory.init_state(shape.batch), []
+        for segment in hidden.split(shape.segment, 1):
+            reads.append(memory.read(0, segment, state))
+            state = memory.write(segment, state)
+        loss = torch.stack([read.square().mean() for read in reads]).mean()
+        loss.backward()
+        return loss.detach()
+
+    return Side(step, list(memory.parameters()), config)
+
+
+def our_infini(shape: Shape, delta: bool) -> Side:
+    """Infini-attention's update of given keys and values, and its reads by given queries."""
+    inputs = _heads(shape)
+    step = _recurrence(inputs, shape, lambda query, key, value, state: _infini_segment(query, key, value, state, delta))
+    return Side(step, [], infini_config(shape, delta))
+
+
+def _infini_segment(query: Tensor, key: Tensor, value: Tensor, state: Any, delta: bool) -> tuple[Tensor | None, Any]:
+    read = None
+    if state is None:
+        state = {"matrix": key.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1])}
+        state["normaliser"] = key.new_zeros(*key.shape[:2], key.shape[-1])
+    else:
+        read = read_pairs(state, elu_plus_one(query))
+    return read, write_pairs(state, elu_plus_one(key), value, delta=delta, correct="segment")
+
+
+# --- theirs ----------------------------------------------------------------------------------------------------------
+
+
+def their_mac(shape: Shape, chunk: int) -> Side:
+    """`MemoryAsContextTransformer` with a neural memory in one block, without its further residual streams."""
+    model = import_module("titans_pytorch").MemoryAsContextTransformer(
+        num_tokens=shape.vocabulary,
+        dim=shape.width,
+        depth=shape.depth,
+        dim_head=shape.head,
+        heads=shape.heads,
+        segment_len=shape.segment,
+        neural_memory_segment_len=chunk,
+        neural_memory_batch_size=chunk,
+        neural_memory_layers=((shape.depth + 1) // 2,),
+        neural_memory_kwargs=_neural_memory(shape),
+        num_residual_streams=1,
+    )
+    ids = shape.tokens()
+    return _side(model, lambda: model(ids, return_loss=True))
+
+
+def _neural_memory(shape: Shape) -> dict[str, Any]:
+    network = {"depth": 2, "expansion_factor": 2.0}
+    return {"dim_head": shape.head, "heads": shape.heads, "default_model_kwargs": network}
+
+
+def their_neural_memory(shape: Shape, chunk: int) -> Side:
+    """`NeuralMemory` over the whole sequence."""
+    memory = import_module("titans_pytorch").NeuralMemory(
+        dim=shape.width, chunk_size=chunk, batch_size=chunk, **_neural_memory(shape)
+    )
+    hidden = shape.hidden()
+
+    def forward() -> Tensor:
+        hidden.grad = None
+        return memory(hidden)[0].square().mean()
+
+    return _side(memory, forward)
+
+
+def their_infini(shape: Shape, delta: bool) -> Side:
+    """`InfiniTransformerWrapper`, its gradient through all segments."""
+    package = import_module("infini_transformer_pytorch")
+    model = package.InfiniTransformer(
+        num_tokens=shape.vocabulary,
+        dim=shape.width,
+        depth=shape.depth,
+        dim_head=shape.head,
+        heads=shape.heads,
+        use_mem_delta_rule=delta,
+    )
+    wrapper = package.InfiniTransformerWrapper(
+        model, segment_length=shape.segment, detach_mems_every_num_segments=shape.segments
+    )
+    ids = shape.tokens()
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        return wrapper(ids, backward=True).detach()
+
+    return Side(step, list(model.parameters()))
+
+
+def their_fastweight_memory(shape: Shape, delta: bool) -> Side:
+    """`retrieve_from_kv_memories` and `FastweightMemory.create_new_memories` of given queries, keys and values."""
+    package = import_module("infini_transformer_pytorch.infini_transformer")
+    memory, inputs = package.FastweightMemory(shape.heads, use_mem_delta_rule=delta), _heads(shape)
+
+    def segment(query: Tensor, key: Tensor, value: Tensor, state: Any) -> tuple[Tensor | None, Any]:
+        read = None if state is None else package.retrieve_from_kv_memories(F.elu(query) + 1, state)
+        return read, memory.create_new_memories(key, value, state)
+
+    return Side(_recurrence(inputs, shape, segment), [])
+
+
+def their_memformer(shape: Shape) -> Side:
+    """`Memformer`, its encoder alone, with a linear head for labels of tokens."""
+    model = import_module("memformer").Memformer(
+        dim=shape.width,
+        num_memory_slots=shape.slots,
+        encoder_only=True,
+        enc_num_tokens=shape.vocabulary,
+        enc_max_seq_len=shape.segment,
+        enc_depth=shape.depth,
+        enc_heads=shape.heads,
+        mem_update_attn_heads=shape.heads,
+    )
+    head, ids = nn.Linear(shape.width, shape.vocabulary), shape.tokens()
+
+    def forward() -> Tensor:
+        memory, losses = None, []
+        for part, target in _segments(ids, shape):
+            encoded, memory = model(part, mems=memory)
+            losses.append(F.cross_entropy(head(encoded).flatten(0, 1), target.flatten()))
+        return torch.stack(losses).mean()
+
+    return _side(nn.ModuleList([model, head]), forward)
+
+
+def their_rmt(shape: Shape) -> Side:
+    """`RecurrentMemoryTransformer`, without its further residual streams and keys of the segment before."""
+    package = import_module("recurrent_memory_transformer_pytorch")
+    model = package.RecurrentMemoryTransformer(
+        shape.width,
+        num_tokens=shape.vocabulary,
+        depth=shape.depth,
+        num_memory_tokens=shape.slots,
+        seq_len=shape.segment,
+        dim_head=shape.head,
+        heads=shape.heads,
+        use_flash_attn=True,
+        use_xl_memories=False,
+        num_residual_streams=1,
+    )
+    wrapper, ids = package.RecurrentMemoryTransformerWrapper(model), shape.tokens()
+    return _side(model, lambda: wrapper(ids, return_loss=True)[0])
+
+
+def their_compressive(shape: Shape) -> Side:
+    """`CompressiveTransformer`, without its gated residuals; memories of one segment, compressed by 4."""
+    package = import_module("compressive_transformer_pytorch")
+    model = package.CompressiveTransformer(
+        num_tokens=shape.vocabulary,
+        dim=shape.width,
+        seq_len=shape.segment,
+        depth=shape.depth,
+        mem_len=shape.segment,
+        cmem_len=shape.segment // 4,
+        heads=shape.heads,
+        gru_gated_residual=False,
+    )
+    wrapper, ids = package.AutoregressiveWrapper(model), shape.tokens()
+    parameters = list(model.parameters())
+
+    def step() -> Tensor:
+        # the package stops the gradient of its keys and values by a call that never lets it start again
+        model.requires_grad_(True)
+        model.zero_grad(set_to_none=True)
+        total = torch.zeros(())
+        for loss, auxiliary, _ in wrapper(ids, return_loss=True):
+            part = (loss + auxiliary).sum() / shape.segments
+            part.backward()
+            total += part.detach()
+        return total
+
+    return Side(step, parameters)
+
+
+# --- what both are made of -------------------------------------------------------------------------------------------
+
+
+def _side(model: nn.Module, forward: Callable[[], Tensor]) -> Side:
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = forward()
+        loss.backward()
+        return loss.detach()
+
+    return Side(step, list(model.parameters()))
+
+
+def _segments(ids: Tensor, shape: Shape) -> Iterable[tuple[Tensor, Tensor]]:
+    return zip(ids[:, :-1].split(shape.segment, 1), ids[:, 1:].split(shape.segment, 1), strict=True)
+
+
+def _heads(shape: Shape) -> list[Tensor]:
+    """Queries, keys and values `[b, h, t, k]`."""
+    source = torch.Generator().manual_seed(0)
+    size = (shape.batch, shape.heads, shape.segments * shape.segment, shape.head)
+    return [torch.randn(size, generator=source).requires_grad_() for _ in range(3)]
+
+
+def _recurrence(
+    inputs: list[Tensor], shape: Shape, segment: Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor | None, Any]]
+) -> Callable[[], Tensor]:
+    """A step over segments of queries, keys and values; the first has nothing to read."""
+
+    def step() -> Tensor:
+        _clear((), *inputs)
+        state, reads = None, []
+        for query, key, value in zip(*(each.split(shape.segment, 2) for each in inputs), strict=True):
+            read, state = segment(query, key, value, state)
+            if read is not None:
+                reads.append(read)
+        # a segment at a time: joining them would cost more than reading them
+        loss = torch.stack([read.square().mean() for read in reads]).mean()
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def _clear(parameters: Iterable[nn.Parameter], *inputs: Tensor) -> None:
+    for tensor in (*parameters, *inputs):
+        tensor.grad = None
+
+
+STEP, ALONE = "training step", "memory alone"
+ONE_BLOCK = (
+    "Theirs keeps a memory in every block, ours in one; ours has its own projections, theirs takes those of attention."
+)
+NEURAL = (
+    "Theirs reads what the chunk before has left, ours what the segment's start has; momentum, rate and forgetting are "
+    "the mean of a chunk's tokens there and each token's own here; their network has a norm and a residual connection."
+)
+
+PAIRS: dict[str, Pair] = {
+    "titans": Pair(
+        "titans-pytorch",
+        "titans_pytorch",
+        "titans",
+        STEP,
+        "Titans, chunks of 16",
+        f"Memory as context, in one block of each, without memory tokens and further residual streams. {NEURAL}",
+        lambda shape: their_mac(shape, 16),
+        model_with(lambda shape: titans_config(shape, 16), llama),
+    ),
+    "titans-segment": Pair(
+        "titans-pytorch",
+        "titans_pytorch",
+        "titans",
+        STEP,
+        "Titans, a chunk a segment",
+        "As above; gradients are taken once a segment by both, and every token reads the segment's start.",
+        lambda shape: their_mac(shape, shape.segment),
+        model_with(lambda shape: titans_config(shape, shape.segment), llama),
+    ),
+    "titans-alone": Pair(
+        "titans-pytorch",
+        "titans_pytorch",
+        "titans",
+        ALONE,
+        "Titans, chunks of 16",
+        f"Hidden states in, what is read out. {NEURAL}",
+        lambda shape: their_neural_memory(shape, 16),
+        lambda shape: our_titans(shape, 16),
+    ),
+    "titans-segment-alone": Pair(
+        "titans-pytorch",
+        "titans_pytorch",
+        "titans",
+        ALONE,
+        "Titans, a chunk a segment",
+        "As above; gradients are taken once a segment by both, and every token reads the segment's start.",
+        lambda shape: their_neural_memory(shape, shape.segment),
+        lambda shape: our_titans(shape, shape.segment),
+    ),
+    "infini": Pair(
+        "infini-transformer-pytorch",
+        "infini_transformer_pytorch",
+        "fast-weights",
+        STEP,
+        "Infini-attention, linear",
+        ONE_BLOCK,
+        lambda shape: their_infini(shape, False),
+        model_with(lambda shape: infini_config(shape, False), llama),
+    ),
+    "infini-delta": Pair(
+        "infini-transformer-pytorch",
+        "infini_transformer_pytorch",
+        "fast-weights",
+        STEP,
+        "Infini-attention, linear and delta",
+        ONE_BLOCK,
+        lambda shape: their_infini(shape, True),
+        model_with(lambda shape: infini_config(shape, True), llama),
+    ),
+    "infini-alone": Pair(
+        "infini-transformer-pytorch",
+        "infini_transformer_pytorch",
+        "fast-weights",
+        ALONE,
+        "Infini-attention, linear",
+        "Nothing: the same equations of the same queries, keys and values, as the tests check.",
+        lambda shape: their_fastweight_memory(shape, False),
+        lambda shape: our_infini(shape, False),
+    ),
+    "infini-delta-alone": Pair(
+        "infini-transformer-pytorch",
+        "infini_transformer_pytorch",
+        "fast-weights",
+        ALONE,
+        "Infini-attention, linear and delta",
+        "Nothing: the same equations of the same queries, keys and values, as the tests check.",
+        lambda shape: their_fastweight_memory(shape, True),
+        lambda shape: our_infini(shape, True),
+    ),
+    "memformer": Pair(
+        "memformer",
+        "memformer",
+        "emt",
+        STEP,
+        "EMT, read in the middle block",
+        "Another mechanism with the same parts: slots, attention and a GRU cell. Theirs is an encoder that reads its "
+        "slots in every block; ours a decoder that reads them in one, with a feed-forward of its own.",
+        their_memformer,
+        model_with(lambda shape: emt_config(shape, False), gpt2),
+    ),
+    "memformer-every-block": Pair(
+        "memformer",
+        "memformer",
+        "emt",
+        STEP,
+        "EMT, read in every block",
+        "As above, but ours reads in every block, too, and so has a second feed-forward in every block.",
+        their_memformer,
+        model_with(lambda shape: emt_config(shape, True), gpt2),
+    ),
+    "rmt": Pair(
+        "recurrent-memory-transformer-pytorch",
+        "recurrent_memory_transformer_pytorch",
+        "rmt",
+        STEP,
+        "RMT",
+        "Without further residual streams and keys of the segment before. Theirs has a gated feed-forward with as many "
+        "weights, and mixes values of the first block into the others'; both have learned positions.",
+        their_rmt,
+        model_with(small_config("rmt"), gpt2),
+    ),
+    "compressive": Pair(
+        "compressive-transformer-pytorch",
+        "compressive_transformer_pytorch",
+        "compressive",
+        STEP,
+        "Compressive Transformer",
+        "Without gated residuals. In theirs no gradient passes between segments, and after the first compression keys "
+        "and values train no more: it detaches their weights in place; here they are set to train before each step.",
+        their_compressive,
+        model_with(compressive_config, gpt2),
+    ),
+}
+"""What is compared, by name."""
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def compare(pair: Pair, shape: Shape, threads: Sequence[int], runs: int) -> dict[str, Any]:
+    """Milliseconds of both sides and their ratio, pair by pair of steps, for each number of threads; parameters."""
+    torch.manual_seed(0)
+    theirs, ours = pair.theirs(shape), pair.ours(shape)
+    found: dict[str, Any] = {"parameters": {"package": theirs.size, "ours": ours.size}, "threads": {}}
+    if ours.config is not None:
+        found["config"] = ours.config.to_dict()
+    before = torch.get_num_threads()
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            wall, processor = alternate({"package": theirs.step, "ours": ours.step}, runs)
+            found["threads"][str(count)] = {
+                "ms": {name: 1e3 * statistics.median(values) for name, values in wall.items()},
+                "package / ours": ratio(wall, "package", "ours"),
+                "package / ours, processor": ratio(processor, "package", "ours"),
+            }
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+def alternate(functions: dict[str, Callable[[], Any]], runs: int) -> tuple[dict[str, list[float]], ...]:
+    """Seconds on the wall and on the processors of each function, in turn, after one call that is not counted."""
+    wall: dict[str, list[float]] = {name: [] for name in functions}
+    processor: dict[str, list[float]] = {name: [] for name in functions}
+    for run in range(runs + 1):
+        for name, function in functions.items():
+            begun = time.process_time()
+            seconds = seconds_of(function)
+            if run:
+                wall[name].append(seconds)
+                processor[name].append(time.process_time() - begun)
+    return wall, processor
+
+
+def peak_bytes(name: str, side: str, shape: Shape, steps: int = 3) -> int:
+    """The most memory that this process holds during a few steps, above what it holds before them."""
+    pair = PAIRS[name]
+    torch.manual_seed(0)
+    make = pair.theirs if side == "package" else pair.ours
+    make(TINY).step()  # what is loaded or kept once is no part of a step
+    made = make(shape)
+    with suppress(OSError):
+        # on Linux: forget the peak of what was before
+        Path("/proc/self/clear_refs").write_text("5")
+    base = _peak()
+    for _ in range(steps):
+        made.step()
+    return _peak() - base
+
+
+def _peak() -> int:
+    """The most bytes that this process has held. What `getrusage` says is not that on Linux: a process that was started
+    by a larger one begins with the peak of that.
+    """
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_apart(name: str, side: str, shape: Shape, threads: int) -> int:
+    """`peak_bytes` in a new process."""
+    program = (
+        "import json, sys; import torch; from mnemic.bench import peers as p; "
+        "name, side, shape, threads = sys.argv[1:]; "
+        "torch.set_num_threads(int(threads)); print(p.peak_bytes(name, side, p.Shape(**json.loads(shape))))"
+    )
+    arguments = [name, side, json.dumps(asdict(shape)), str(threads)]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name}, {side}, failed in its process:\n{done.stderr[-2000:]}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def peers(
+    progress: Progress,
+    names: Sequence[str] = (),
+    shapes: Sequence[str] = tuple(SHAPES),
+    threads: Sequence[int] = (2, 1),
+    runs: int = 9,
+) -> Record:
+    """Every pair, or those named, at every shape.
+
+    Raises:
+        ValueError: a name of a pair or of a shape that there is not.
+    """
+    for given, known in ((names, PAIRS), (shapes, SHAPES)):
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"{unknown[0]!r} is not one of {', '.join(known)}")
+    chosen = {name: PAIRS[name] for name in names or PAIRS}
+    skipped = {name: obstacle for name, pair in chosen.items() if (obstacle := pair.obstacle())}
+    for name, obstacle in skipped.items():
+        progress(f"{name}: skipped, {obstacle}")
+    found: dict[str, Any] = {}
+    for name, pair in chosen.items():
+        if name in skipped:
+            continue
+        found[name] = {key: getattr(pair, key) for key in ("package", "kind", "scope", "mechanism", "differs")}
+        found[name] |= {"version": pair.version(), "shapes": {}}
+        for label in shapes:
+            shape = SHAPES[label]
+            result = compare(pair, shape, threads, runs)
+            peaks = {side: peak_apart(name, side, shape, threads[0]) for side in ("package", "ours")}
+            result["peak bytes"] = peaks | {"ours / package": peaks["ours"] / peaks["package"]}
+            found[name]["shapes"][label] = result
+            speeds = ", ".join(
+                f"{each['package / ours']['median']:.2f} times faster with {count} threads"
+                for count, each in result["threads"].items()
+            )
+            progress(f"{name}, {label}: {speeds}; peak of memory {result['peak bytes']['ours / package']:.2f}")
+    config = {"shapes": {label: asdict(SHAPES[label]) for label in shapes}, "threads": list(threads), "runs": runs}
+    host = "Llama or GPT-2 with the package's width, depth and heads, random weights"
+    record = Record("peers", "all", host, 0, config)
+    record.measures = {"pairs": found, "skipped": skipped}
+    return record
