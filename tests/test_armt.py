@@ -45,7 +45,7 @@ def written(memory, *segments):
 def bare(size=32, correct=True):
     """A memory of one block without trained parts: a token is `[key; value]`, a value is found where it stood."""
     memory = build(2 * size, 1, tokens=1, dim=size, norm=False, correct=correct, shaken=False)
-    block, eye = memory.blocks[0], torch.eye(size)
+    block, eye = memory.block(0), torch.eye(size)
     with torch.no_grad():
         for linear in (block.query, block.key):
             linear.weight.copy_(torch.cat([eye, torch.zeros(size, size)], 1))
@@ -124,7 +124,7 @@ def test_the_first_segment_finds_nothing():
     memory, plain = build(), build(correct=False)
     once = written(memory, behind(memory))
     for block, m in enumerate(behind(memory).split(16, -1)):
-        key, value, rate = memory.blocks[block](m)
+        key, value, rate = memory.block(block)(m)
         torch.testing.assert_close(once[f"matrix_{block}"], key.mT @ (rate * value))
         torch.testing.assert_close(once[f"normaliser_{block}"], key.sum(1))
     uncorrected = written(plain, behind(memory))
@@ -171,7 +171,7 @@ def test_no_gradient_passes_through_the_share():
     state = written(memory, pair(torch.randn(1, 8), torch.randn(1, 8)))
     state = {name: tensor.detach() for name, tensor in state.items()}
     m = pair(torch.randn(1, 8), torch.randn(1, 8)).requires_grad_()
-    key = memory.blocks[0](m)[0]
+    key = memory.block(0)(m)[0]
     share = new_share(key, state["normaliser_0"])
     assert not share.requires_grad
     assert 0 < share < 1
@@ -219,13 +219,13 @@ def test_the_module_is_its_equations(form, padded):
 
 @torch.no_grad()
 def by_hand(model, memory, ids):
-    """Segments of `[words; memory tokens]` through the bare model, read before and written after each block by hooks."""
+    """Segments of `[words; memory tokens]` through the bare model: read before, written after each block."""
     state, handles = memory.init_state(len(ids)), []
 
     def before(block):
         def hook(module, args):
             x = args[0]
-            feature = memory.blocks[block].ask(x)
+            feature = memory.block(block).ask(x)
             return (x + look_up(feature, state[f"matrix_{block}"], state[f"normaliser_{block}"]), *args[1:])
 
         return hook
@@ -285,7 +285,7 @@ def test_gradients_pass_through_all_segments():
     state = written(memory, first, *(behind(memory, seed=seed) for seed in range(1, 9)))
     memory.read(-1, x, state).square().sum().backward()
     assert first.grad[..., :16].abs().max() > 1e-6
-    assert all(parameter.grad.abs().sum() > 0 for parameter in memory.blocks[0].parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in memory.block(0).parameters())
 
 
 @every_form
@@ -350,7 +350,7 @@ def test_small_settings():
 def test_the_tokens_start_as_wide_as_asked():
     tokens = build(width=64, tokens=64, deviation=0.5, shaken=False).tokens
     assert abs(tokens.std().item() - 0.5) < 0.05
-    assert not build(shaken=False).blocks[1].value.weight.any()
+    assert not build(shaken=False).block(1).value.weight.any()
 
 
 def test_encoders_are_refused():

@@ -375,10 +375,26 @@ def test_placement():
     memory = FastWeightsConfig(read_layers=[-1, 0, 11], write_layer=-12).build(64, 12)
     assert (memory.read_layers, memory.write_layer) == ((0, 11), 0)
     assert FastWeightsConfig(read_layers=[0], write_layer=1).build(64, 2).writes_see_reads
+    memory = FastWeightsConfig(read_layers=[0], write_layer="embeddings").build(64, 2)
+    assert (memory.read_layers, memory.write_layer, memory.writes_see_reads) == ((0,), -1, False)
     encoder = FastWeightsConfig(read_layers=[0, 1], write_layer=1).build(64, 2, causal=False)
     assert encoder.reads_own_segment
     assert not encoder.starts_empty
     assert not encoder.writes_see_reads
+
+
+def test_embeddings_are_written_as_they_are_and_blocks_with_what_stands_before():
+    ids = tokens(1, SEGMENT)
+    for layer, mixed in (("embeddings", False), (0, True)):
+        config = FastWeightsConfig(segment_length=SEGMENT, dim=16, heads=2, rule="sum", shift=False, write_layer=layer)
+        session = mnemic.Session(host("llama", config), window=SEGMENT)
+        states = []
+        for order in (ids, ids.flip(1)):
+            session.reset()
+            session.read(order)
+            states.append(session.stream.state["matrix"])
+        assert states[0].abs().max() > 0
+        assert torch.allclose(*states, atol=1e-5) != mixed
 
 
 def test_bytes_law():
@@ -411,6 +427,7 @@ def test_bytes_law():
         ({"decay": 1.0}, r"decay is 1.0; the share that a token keeps lies in \(0, 1\)"),
         ({"features": "elu1"}, "features 'elu1' need Infini-attention's normaliser, which rule 'delta' lacks"),
         ({"correct": "segment"}, "correct='segment' is stable with rule='infini delta' and features='elu1' only"),
+        ({"write_layer": "head"}, "write_layer is 'head'; use the index of a block, or 'embeddings'"),
         ({"read_layers": []}, "read_layers is empty; name at least one block"),
         ({"segment_length": 0}, "segment_length is 0"),
     ],

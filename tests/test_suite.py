@@ -362,3 +362,10 @@ def test_refusals_of_the_command(tmp_path):
         result = bench(*words, "--out", tmp_path)
         assert result.exit_code == 2, result.output
         assert said.split()[0] in result.output
+
+
+def test_matching_ends_where_a_memory_holds_all_there_is():
+    run = Run(task="reverse", mechanism="transformer-xl", settings={"count": 12, "segment_length": 6})
+    (found,) = match_bytes([run], 10**9)
+    # three segments of six tokens are written before the last one asks
+    assert most_bytes(found) == 3 * 6 * 2 * 64 * 4 + 8

@@ -4,9 +4,11 @@ from mnemic.attachment import Attachment, attach, attached, from_pretrained, mem
 from mnemic.host.cache import MemoryCache
 from mnemic.memories import (
     CONFIGS,
+    CompressiveConfig,
     EMTConfig,
     FastWeightsConfig,
     InfinityFormerConfig,
+    KNNConfig,
     MemoriaConfig,
     Memory,
     MemoryConfig,
@@ -25,9 +27,11 @@ __all__ = [
     "CONFIGS",
     "Attachment",
     "Batch",
+    "CompressiveConfig",
     "EMTConfig",
     "FastWeightsConfig",
     "InfinityFormerConfig",
+    "KNNConfig",
     "MemoriaConfig",
     "Memory",
     "MemoryCache",

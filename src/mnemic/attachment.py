@@ -122,10 +122,12 @@ def attached(model: nn.Module) -> Attachment:
 
 def router_of(model: nn.Module) -> Router:
     """The router on a model's trunk; raises `RuntimeError` when the model has no memory."""
-    router = getattr(examine(model).trunk, MEMORY_NAME, None)
-    if router is None:
-        raise RuntimeError(f"{type(model).__name__} has no memory; attach one with mnemic.attach(model, config)")
-    return router
+    for module in model.modules():  # quicker than to examine it: this is asked for every batch
+        router = module._modules.get(MEMORY_NAME)
+        if isinstance(router, Router):
+            return router
+    examine(model)  # a model that cannot have one says why
+    raise RuntimeError(f"{type(model).__name__} has no memory; attach one with mnemic.attach(model, config)")
 
 
 def from_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, strict: bool = True) -> Attachment:

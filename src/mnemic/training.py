@@ -26,7 +26,7 @@ from mnemic.attachment import memory_cache, router_of
 from mnemic.host.anatomy import base_parameters, examine
 from mnemic.host.cache import MemoryCache
 from mnemic.host.router import Router
-from mnemic.state import StateError, read_file, write_file
+from mnemic.state import StateError, concatenate, read_file, write_file
 from mnemic.stream import Stream, check_finite, collecting, note_auxiliary
 
 IGNORED = -100
@@ -246,7 +246,7 @@ def _all_at_once(
             recent.append(state)
     else:
         recent = [states[s] for s in labelled]
-    asked = {name: torch.cat([state[name] for state in recent]) for name in recent[0]}
+    asked = concatenate(recent)
     cache = memory_cache(model, length)
     cache.memory.stream = router.new_stream(len(labelled) * batch, asked)
     logits = model(input_ids=ids[labelled, :, :used].flatten(0, 1), past_key_values=cache, use_cache=True).logits

@@ -540,6 +540,8 @@ def _matched(run: Run, most: int) -> Run:
         )
     low, high = 1, 2
     while most_bytes(sized(high)) <= most:
+        if most_bytes(sized(2 * high)) == most_bytes(sized(high)):
+            return sized(high)  # it holds all there is, in fewer bytes
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,9 +1,11 @@
 """The mechanisms, one file each; importing this package registers them all."""
 
 from mnemic.memories.base import CONFIGS, Card, Memory, MemoryConfig, MemoryTokens
+from mnemic.memories.compressive import Compressive, CompressiveConfig
 from mnemic.memories.emt import EMT, EMTConfig
 from mnemic.memories.fast_weights import FastWeights, FastWeightsConfig
 from mnemic.memories.infinity_former import InfinityFormer, InfinityFormerConfig
+from mnemic.memories.knn import KNN, KNNConfig
 from mnemic.memories.memoria import Memoria, MemoriaConfig
 from mnemic.memories.memory_prompt import MemoryPrompt, MemoryPromptConfig
 from mnemic.memories.rmt import RMT, RMTConfig
@@ -13,13 +15,17 @@ from mnemic.memories.transformer_xl import TransformerXL, TransformerXLConfig
 __all__ = [
     "CONFIGS",
     "EMT",
+    "KNN",
     "RMT",
     "Card",
+    "Compressive",
+    "CompressiveConfig",
     "EMTConfig",
     "FastWeights",
     "FastWeightsConfig",
     "InfinityFormer",
     "InfinityFormerConfig",
+    "KNNConfig",
     "Memoria",
     "MemoriaConfig",
     "Memory",

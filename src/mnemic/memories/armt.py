@@ -21,22 +21,24 @@ All tokens of a segment correct the W that the segment found. γ is the paper's 
 leaves z as it is. Without it (γ = 1, `correct=False`) z grows with every rewrite, v̄ comes out too small, and the old
 value stays beside the new. With W and z at zero the first segment has v̄ = 0 and γ = 1, and reads nothing.
 
-What differs. The official code puts the memory tokens at the end of a longer table of positions; here they stand at the
-positions behind the segment's last word. With a window longer than a segment the words see the memory tokens of earlier
-segments that are still in it; there they do not.
+V starts at zero, so a new memory stays empty whatever it reads. A decoder's words do not see the tokens behind them.
+So a host with a new memory puts out, on every segment, what it does without.
 
-V starts at zero, so a new memory is empty whatever it reads. In a decoder words do not see the tokens behind them, so
-a host with a new memory puts out what it does without.
+What differs. Q takes the layer-normed x, and K, V, b the layer-normed m_i (`norm`). Hidden states have no fixed size,
+and without the norm what V makes of what was read can grow from segment to segment; `norm=False` is as in the paper.
+Q starts equal to K, so that at first tokens ask for what is like them. The memory tokens stand at the positions behind
+the segment's last word, in the official code at the end of a longer table of positions. With a window longer than a
+segment words see the memory tokens of earlier segments that are still in it; there they do not.
 
 What is trained: the memory tokens, and Q, K, V, b, c of every block, through as many segments as training asks for; the
-host may learn along. What is forgotten: what is written over, and what shares features with it. State: `4 * f * (d + 1)`
-bytes a block; it does not grow.
+host may learn along. What is forgotten: what is written over, and what shares features with it. State:
+`4 * f * (d + 1)` bytes a block; it does not grow.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -57,7 +59,8 @@ FEATURES = 6
 @dataclass
 class ARMTConfig(MemoryConfig):
     """Settings of an associative recurrent memory: `tokens` memory tokens, which start as random ones of standard
-    deviation `deviation`, and keys of width `dim` before their features. `correct=False` leaves out the correction.
+    deviation `deviation`, and keys of width `dim` before their features. `correct=False` leaves out the correction, and
+    `norm=False` the norms of what is projected.
     """
 
     kind: ClassVar[str] = "armt"
@@ -99,9 +102,7 @@ class ARMTConfig(MemoryConfig):
     @classmethod
     def small(cls, segment_length: int, width: int, size: int | None = None) -> Self:
         """As many tokens as a segment has, but no more than 16; keys of width `size`, by default half the host's."""
-        return cls(
-            segment_length=segment_length, tokens=min(16, segment_length), dim=size or width // 2, deviation=0.5
-        )
+        return cls(segment_length=segment_length, tokens=min(16, segment_length), dim=size or width // 2)
 
 
 class ARMT(Memory):
@@ -118,6 +119,10 @@ class ARMT(Memory):
         self.beside = config.tokens
         self.tokens = nn.Parameter(config.deviation * torch.randn(config.tokens, width))
         self.blocks = nn.ModuleList(Association(width, config.dim, config.norm) for _ in range(depth))
+
+    def block(self, index: int) -> Association:
+        """What reads and writes the matrix of a block."""
+        return cast(Association, self.blocks[index])
 
     @property
     def written_layers(self) -> tuple[int, ...]:
@@ -141,7 +146,7 @@ class ARMT(Memory):
     def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """h for what enters block `layer + 1`."""
         block = layer + 1
-        feature_btf = self.blocks[block].ask(hidden_btd.to(self.parameter_dtype()))
+        feature_btf = self.block(block).ask(hidden_btd.to(self.parameter_dtype()))
         matrix, normaliser = state[f"matrix_{block}"], state[f"normaliser_{block}"]
         return hidden_btd + look_up(feature_btf, matrix, normaliser).to(hidden_btd.dtype)
 
@@ -152,7 +157,7 @@ class ARMT(Memory):
         after = {}
         for block, behind_bnd in enumerate(hidden_btd.to(self.parameter_dtype()).split(self.width, -1)):
             matrix, normaliser = state[f"matrix_{block}"], state[f"normaliser_{block}"]
-            key, value, rate = self.blocks[block](behind_bnd)
+            key, value, rate = self.block(block)(behind_bnd)
             if keep_bt is not None:
                 key = key * keep_bt[..., None]
             with torch.autocast(key.device.type, enabled=False):
@@ -170,11 +175,13 @@ class ARMT(Memory):
         for b in range(hidden_btd.shape[0]):
             row, after = {name: tensor[b] for name, tensor in state.items()}, {}
             first = [token[: self.width] for token in hidden_btd[b]]
-            outputs.append(torch.stack([x + _naive_look_up(self.blocks[0].query(self.blocks[0].asked(x)), row, 0) for x in first]))
+            outputs.append(
+                torch.stack([x + _naive_look_up(self.block(0).query(self.block(0).asked(x)), row, 0) for x in first])
+            )
             for block in range(self.depth):
                 part = slice(block * self.width, (block + 1) * self.width)
                 kept = [token[part] for t, token in enumerate(hidden_btd[b]) if keep_bt is None or keep_bt[b, t]]
-                after |= _naive_write(self.blocks[block], self.config.correct, kept, row, block)
+                after |= _naive_write(self.block(block), self.config.correct, kept, row, block)
             rows.append(after)
         return torch.stack(outputs), {name: torch.stack([row[name] for row in rows]) for name in state}
 
@@ -234,7 +241,7 @@ def _naive_look_up(key: Tensor, row: State, block: int) -> Tensor:
     return row[f"matrix_{block}"].T @ feature / (torch.dot(row[f"normaliser_{block}"], feature) + EPSILON)
 
 
-def _naive_write(parts: nn.Module, correct: bool, tokens: list[Tensor], row: State, block: int) -> State:
+def _naive_write(parts: Association, correct: bool, tokens: list[Tensor], row: State, block: int) -> State:
     matrix, normaliser = row[f"matrix_{block}"], row[f"normaliser_{block}"]
     found = normaliser
     for token in tokens:

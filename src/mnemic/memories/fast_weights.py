@@ -69,9 +69,10 @@ class FastWeightsConfig(MemoryConfig):
     """Settings of fast weights; layers are block indices, negative ones counted from the end.
 
     `dim` is the width of keys and of values over all `heads`. `read_layers` and `write_layer` default to the middle of
-    the stack. `shift` makes keys of the token before, too. `correct` is what Infini-attention's delta corrects: the
-    matrix as the token before left it ("token"), or as the segment found it ("segment"), as its paper has it; then the
-    corrections of a key that comes twice in a segment add up, so it needs the paper's normaliser.
+    the stack; `write_layer="embeddings"` writes what enters the first block, where no token knows of others yet.
+    `shift` makes keys of the token before, too. `correct` is what Infini-attention's delta corrects: the matrix as the
+    token before left it ("token"), or as the segment found it ("segment"), as its paper has it; then the corrections of
+    a key that comes twice in a segment add up, so it needs the paper's normaliser.
     """
 
     kind: ClassVar[str] = "fast-weights"
@@ -90,7 +91,7 @@ class FastWeightsConfig(MemoryConfig):
     dim: int = 256
     features: Literal["l2", "elu1"] = "l2"
     read_layers: list[int] | None = None
-    write_layer: int | None = None
+    write_layer: int | Literal["embeddings"] | None = None
     shift: bool = True
     decay: float = 0.999
     rate_bias: float = 0.0
@@ -120,6 +121,8 @@ class FastWeightsConfig(MemoryConfig):
             raise ValueError(
                 "correct='segment' is stable with rule='infini delta' and features='elu1' only; use 'token'"
             )
+        if isinstance(self.write_layer, str) and self.write_layer != "embeddings":
+            raise ValueError(f"write_layer is {self.write_layer!r}; use the index of a block, or 'embeddings'")
         if self.read_layers is not None and not self.read_layers:
             raise ValueError("read_layers is empty; name at least one block, or leave it out for the middle one")
 
@@ -146,7 +149,7 @@ class FastWeightsConfig(MemoryConfig):
         return [
             cls(**small),
             cls(**small, rule="gated delta", read_layers=[0, 1], write_layer=1),
-            cls(**small, rule="infini delta", features="elu1", shift=False),
+            cls(**small, rule="infini delta", features="elu1", shift=False, write_layer="embeddings"),
         ]
 
     @classmethod
@@ -166,7 +169,10 @@ class FastWeights(Memory):
         super().__init__()
         self.config = config
         self.reads_own_segment, self.starts_empty = not causal, causal
-        self.write_layer, self.read_layers = resolve_layers(config.write_layer, config.read_layers, depth)
+        block = None if isinstance(config.write_layer, str) else config.write_layer
+        self.write_layer, self.read_layers = resolve_layers(block, config.read_layers, depth)
+        if config.write_layer == "embeddings":
+            self.write_layer = -1  # what enters the first block
         self.writer = Writer(config, width)
         self.readers = nn.ModuleDict({str(layer): Reader(config, width) for layer in self.read_layers})
         for reader in self.readers.values():
