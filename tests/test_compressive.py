@@ -279,6 +279,9 @@ def test_nothing_compressed_is_no_loss(objective):
     memory = learner(objective)
     loss = memory.auxiliary(drawn(SEGMENT, 2), memory.init_state(2))
     assert loss.tolist() == [0, 0]
+    loss.sum().backward()
+    assert not memory.convolution.weight.grad.any()
+    memory.zero_grad()
     # and beside a row that compresses, one that does not leaves its gradient alone
     state = written(memory, drawn(SEGMENT, 2))
     keep = torch.tensor([[True] * SEGMENT, [False] * SEGMENT])
@@ -318,7 +321,7 @@ def test_the_loss_can_be_learned(objective):
     assert loss(1000) < 0.5 * before
 
 
-def grown(model, segments, seed=0):
+def grown(segments, seed=0):
     """Ids of some segments, and labels in the last."""
     ids = tokens(2, segments * SEGMENT, seed)
     labels = ids.clone()
@@ -331,7 +334,7 @@ def test_the_task_trains_the_compression_only_if_it_should(objective):
     model = make("llama")
     settings = {"size": 8, "compressed": 6, "compression": "convolution", "objective": objective}
     memory = mnemic.attach(model, CompressiveConfig(SEGMENT, **settings), freeze=False).memory
-    unroll(model, *grown(model, 4)).loss.backward()
+    unroll(model, *grown(4)).loss.backward()
     for name, parameter in memory.named_parameters():
         moved = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         assert moved == (objective == "task"), name
@@ -342,6 +345,44 @@ def test_the_task_trains_the_compression_only_if_it_should(objective):
     assert state["compressed"].requires_grad == (objective == "task")
 
 
+@every_objective
+def test_training_a_frozen_host_trains_the_compression(objective):
+    model = make("llama")
+    settings = {"size": 8, "compressed": 6, "compression": "convolution", "objective": objective}
+    torch.manual_seed(0)
+    attachment = mnemic.attach(model, CompressiveConfig(SEGMENT, **settings))
+    before = {key: each.clone() for key, each in model.state_dict().items()}
+
+    def batch(step):
+        ids, labels = grown(4, step)
+        ids[:, torch.arange(4 * SEGMENT) % 4 != 2] = 5  # one of every four tokens says something
+        return mnemic.Batch(ids, labels)
+
+    def loss():
+        return sum(unroll(model, *vars(batch(1000 + seed)).values()).auxiliary.item() for seed in range(4))
+
+    first = loss()
+    for _ in mnemic.train(model, batch, steps=40, learning_rate=1e-2):
+        pass
+    assert loss() < 0.9 * first
+    moved = {key for key, each in model.state_dict().items() if not torch.equal(each, before[key])}
+    assert {key.rpartition(".mnemic.memory.")[2] for key in moved} == {
+        n for n, _ in attachment.memory.named_parameters()
+    }
+
+
+def test_learning_rates_go_by_what_a_filter_sums_up():
+    memory = build(rate=4, compression="convolution", objective="auto-encoding")
+    scales = {name: memory.rate_scale(name) for name, _ in memory.named_parameters()}
+    weight = 1 / math.sqrt(4 * WIDTH)
+    assert scales == {
+        "convolution.weight": weight,
+        "convolution.bias": 1,
+        "decoder.weight": weight,
+        "decoder.bias": 1,
+    }
+
+
 @pytest.mark.parametrize(("name", "keys"), [("llama", ["k_proj", "v_proj"]), ("gpt2", ["attn.c_attn"])])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_keys_and_values_learn_after_the_first_compression(name, keys, objective):
@@ -349,17 +390,15 @@ def test_keys_and_values_learn_after_the_first_compression(name, keys, objective
     # second segment on they are frozen for good
     model = make(name)
     settings = {"size": 8, "compressed": 6, "compression": "convolution", "objective": objective}
-    memory = mnemic.attach(model, CompressiveConfig(SEGMENT, **settings), freeze=False).memory
+    mnemic.attach(model, CompressiveConfig(SEGMENT, **settings), freeze=False)
     weights = {key: p for key, p in model.named_parameters() if any(f"{each}.weight" in key for each in keys)}
     assert len(weights) == DEPTH * len(keys)
     asked = {key: p.requires_grad for key, p in model.named_parameters()}
     for segments in (1, 2, 3, 5):
         model.zero_grad()
-        result = unroll(model, *grown(model, segments))
-        # the loss of the compression, of the very state that the stream has come to
-        hidden = torch.randn(2, SEGMENT, 64 * DEPTH)
-        loss = result.loss + memory.auxiliary(hidden, result.stream.state).mean()
-        loss.backward()
+        result = unroll(model, *grown(segments))
+        (result.loss + result.auxiliary).backward()
+        assert (result.auxiliary > 0) == (segments > 1)
         for key, parameter in weights.items():
             assert parameter.requires_grad, key
             assert parameter.grad is not None, key
@@ -391,16 +430,15 @@ def test_a_block_sees_compressed_states_then_tokens_then_words():
     memory = mnemic.attach(model, CompressiveConfig(SEGMENT, size=4, compressed=5, rate=2)).memory
     ids, cache = tokens(1, 2 * SEGMENT), mnemic.memory_cache(model)
     model(ids[:, :SEGMENT], past_key_values=cache)
-    state, seen = cache.memory.stream.state, {}
-    handle = model.model.layers[0].self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
-    )
+    state, seen = cache.memory.stream.state, []
+    handle = model.model.layers[0].self_attn.k_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model(ids[:, SEGMENT:], past_key_values=cache)
     handle.remove()
     block, words = model.model.layers[0], model.model.embed_tokens(ids[:, SEGMENT:])
     both = torch.cat([state["compressed"][..., :64], state["memory"][..., :64], words], 1)
     assert both.shape[1] == 2 + 4 + SEGMENT
-    torch.testing.assert_close(seen["hidden_states"], block.input_layernorm(both))
+    # keys are made of all of them, in one pass or in several
+    torch.testing.assert_close(torch.cat(seen, 1), block.input_layernorm(both))
     assert cache.get_seq_length() == 0
     assert memory.beside == 4 + 2 - 1 + 5
 

@@ -162,6 +162,8 @@ def test_detach_cuts_the_gradient(memory, ragged):
 class Diary:
     """A memory in so far as a stream needs it: every write adds one page, the sum of its tokens, and `ink` dries."""
 
+    writes_tokens_behind, written_layers = False, (0,)
+
     def init_state(self, batch, device=None):
         return {
             "pages": torch.zeros(batch, 0),

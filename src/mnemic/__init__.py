@@ -4,6 +4,7 @@ from mnemic.attachment import Attachment, attach, attached, from_pretrained, mem
 from mnemic.host.cache import MemoryCache
 from mnemic.memories import (
     CONFIGS,
+    ARMTConfig,
     CompressiveConfig,
     EMTConfig,
     FastWeightsConfig,
@@ -13,6 +14,7 @@ from mnemic.memories import (
     Memory,
     MemoryConfig,
     MemoryPromptConfig,
+    PersistentConfig,
     RMTConfig,
     TitansConfig,
     TransformerXLConfig,
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CONFIGS",
+    "ARMTConfig",
     "Attachment",
     "Batch",
     "CompressiveConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "MemoryCache",
     "MemoryConfig",
     "MemoryPromptConfig",
+    "PersistentConfig",
     "RMTConfig",
     "Session",
     "State",

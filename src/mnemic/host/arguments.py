@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -127,11 +128,30 @@ def encoder_positions(trunk: Any, arguments: dict[str, Any], time: int, count: i
     return torch.cat([positions, last.expand(len(words), -1)], 1)
 
 
-def words_of(output: Any, words: slice) -> Any:
+def for_queries(arguments: dict[str, Any], queries: slice, held: int, hidden_btd: Tensor) -> dict[str, Any]:
+    """The arguments of a block for some of a call's columns, whose keys come after `held` ones and all before them."""
+    chosen = dict(arguments)
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor):
+        chosen["attention_mask"] = mask[:, :, queries, : held + queries.stop] if mask.ndim == 4 else mask
+    elif queries.start:
+        # none was needed for the whole call, as it was causal; these columns begin in the middle of it
+        place = torch.arange(held + queries.stop, device=hidden_btd.device)
+        seen = place <= held + torch.arange(queries.start, queries.stop, device=hidden_btd.device)[:, None]
+        lowest = torch.finfo(hidden_btd.dtype).min
+        chosen["attention_mask"] = torch.zeros_like(seen, dtype=hidden_btd.dtype).masked_fill(~seen, lowest)[None, None]
+    if (positions := arguments.get("position_ids")) is not None:
+        chosen["position_ids"] = positions[..., queries]
+    if (rotations := arguments.get("position_embeddings")) is not None:
+        chosen["position_embeddings"] = tuple(rotation[..., queries, :] for rotation in rotations)
+    return chosen
+
+
+def words_of(output: Any, words: Callable[[Tensor], slice]) -> Any:
     """The output of a call without the columns of memory tokens."""
     if not isinstance(output, ModelOutput):
-        return (output[0][:, words], *output[1:])
-    output["last_hidden_state"] = output["last_hidden_state"][:, words]
+        return (output[0][:, words(output[0])], *output[1:])
+    output["last_hidden_state"] = output["last_hidden_state"][:, words(output["last_hidden_state"])]
     if output.get("hidden_states") is not None:
-        output["hidden_states"] = tuple(hidden[:, words] for hidden in output["hidden_states"])
+        output["hidden_states"] = tuple(hidden[:, words(hidden)] for hidden in output["hidden_states"])
     return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -193,6 +194,10 @@ class Window:
         )
 
 
+class KeysTakenError(Exception):
+    """Leaves a block as soon as its keys are in the cache."""
+
+
 class MemoryCache(DynamicCache):
     """A stream's whole past: the memory, and the base's keys and values of the last `window` tokens.
 
@@ -206,7 +211,7 @@ class MemoryCache(DynamicCache):
         self.settings = (size, segment_length, limit, beside)
         self.depth = depth
         self.window: Window | None = None
-        self.inside = False
+        self.inside = self.taking = False
         memory_layer(self, depth)
 
     def take_over(self, cache: DynamicCache) -> None:
@@ -223,6 +228,13 @@ class MemoryCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Keys held, to the model; 0 to callers, for whom every token they pass is new."""
         return super().get_seq_length(layer_idx) if self.inside else 0
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """As every cache; while `taking`, raises `KeysTakenError` when it is done."""
+        keys_and_values = super().update(*args, **kwargs)
+        if self.taking:
+            raise KeysTakenError
+        return keys_and_values
 
     def open(self, batch: int, device: torch.device) -> Window:
         """The window, made on first use; raises `ValueError` if the batch size changed."""
@@ -290,7 +302,7 @@ class MemoryCache(DynamicCache):
 
         def restore() -> None:
             layers()
-            self.window, self.inside = window, False
+            self.window, self.inside, self.taking = window, False, False
 
         return restore
 

@@ -29,13 +29,14 @@ from mnemic.host.arguments import (
     document_starts,
     encoder_positions,
     flat_mask,
+    for_queries,
     joined,
     kept_tokens,
     part_of,
     refined,
     words_of,
 )
-from mnemic.host.cache import MemoryCache, MemoryLayer, memory_layer, snapshot
+from mnemic.host.cache import KeysTakenError, MemoryCache, MemoryLayer, memory_layer, snapshot
 from mnemic.memories.base import Memory, MemoryConfig, MemoryTokens
 from mnemic.state import State
 from mnemic.stream import Piece, Stream, check_finite, cut, waiting_width
@@ -52,6 +53,8 @@ class Beside:
     behind: MemoryTokens | None
     time: int
     keep: Tensor | None = None
+    apart: bool = False
+    """Whether the blocks make keys of the tokens before on their own, and from the first block on see words alone."""
 
     @property
     def first(self) -> int:
@@ -68,17 +71,14 @@ class Beside:
         """All columns."""
         return self.words.stop + (0 if self.behind is None else self.behind.embeddings.shape[1])
 
+    def words_in(self, hidden_btd: Tensor) -> slice:
+        """The columns of the words in hidden states of some block."""
+        return slice(0, self.time) if self.apart and hidden_btd.shape[1] == self.time else self.words
+
     def enter(self, layer: int, hidden_btd: Tensor) -> Tensor:
         """What enters a block, with the memory's own hidden states in the places it gives them for."""
-        parts, given = [hidden_btd[:, self.words]], False
-        for tokens, columns in ((self.before, slice(0, self.first)), (self.behind, slice(self.words.stop, None))):
-            if tokens is None:
-                continue
-            own = tokens.inputs.get(layer)
-            given = given or own is not None
-            part = hidden_btd[:, columns] if own is None else own.to(hidden_btd)
-            parts.insert(0 if tokens is self.before else len(parts), part)
-        return torch.cat(parts, 1) if given else hidden_btd
+        own = None if self.before is None else self.before.inputs.get(layer)
+        return hidden_btd if own is None else torch.cat([own.to(hidden_btd), hidden_btd[:, self.first :]], 1)
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Router(nn.Module):
                 call.cache.window = window.advance(beside.keep, beside.width, beside.words)
             call.cache.close_segment(pieces[-1].ended if pieces else call.pieces[-1].ended)
         if call.beside is not None:
-            output = words_of(output, call.beside.words)
+            output = words_of(output, call.beside.words_in)
         if call.earlier:
             output = joined([*call.earlier, output])
         if call.private_cache:
@@ -453,6 +453,8 @@ class Router(nn.Module):
             return
         if arguments.get("token_type_ids") is not None:
             raise ValueError("memory tokens have no token_type_ids; call without them")
+        if before is not None and before.keep is not None and not bool(before.keep.all()):
+            before = flush_right(before, before.keep)
         call.beside = beside = Beside(before, behind, call.time)
         words = self._embedded(trunk, arguments)
         parts, kept = [words], [keep]
@@ -464,6 +466,14 @@ class Router(nn.Module):
                 kept.insert(place, there if tokens.keep is None else there & tokens.keep)
         arguments["inputs_embeds"] = torch.cat(parts, 1)
         beside.keep = torch.cat(kept, 1)
+        beside.apart = (
+            before is not None
+            and behind is None
+            and call.time > 0
+            and len(before.inputs) == self.depth
+            and not call.checkpointing
+            and trunk.config._attn_implementation in ("sdpa", "eager")  # pyright: ignore
+        )
         if bool(beside.keep.all()):
             beside.keep = None
 
@@ -526,13 +536,56 @@ class Router(nn.Module):
     # --- at a block --------------------------------------------------------------------------------------------------
 
     @_eager
-    def before_block(self, layer: int, hidden_btd: Tensor) -> Tensor:
-        """What enters block `layer`, with what the memory puts there."""
+    def before_block(
+        self, block: nn.Module, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of block `layer`, with what the memory puts there."""
+        call = self.calls[-1] if self.enabled and self.calls else None
+        cache = call.cache if call is not None else None
+        if isinstance(cache, MemoryCache) and cache.taking:  # a block that makes keys for `_keys_apart`
+            return args, kwargs
+        hidden_btd = args[0] if args else kwargs.pop("hidden_states")
+        rest = args[1:]
         if layer == 0:
             hidden_btd = self.at_block(-1, hidden_btd)
-        if not self.enabled or not self.calls or (beside := self.calls[-1].beside) is None:
-            return hidden_btd
-        return beside.enter(layer, hidden_btd)
+        beside = call.beside if call is not None else None
+        if beside is not None and beside.apart:
+            assert isinstance(cache, MemoryCache)
+            hidden_btd, rest, kwargs = self._keys_apart(block, layer, beside, cache, hidden_btd, rest, kwargs)
+        elif beside is not None:
+            hidden_btd = beside.enter(layer, hidden_btd)
+        return (hidden_btd, *rest), kwargs
+
+    def _keys_apart(
+        self,
+        block: nn.Module,
+        layer: int,
+        beside: Beside,
+        cache: MemoryCache,
+        hidden_btd: Tensor,
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """Lets a block make keys of the tokens before, which it leaves as soon as they are in the cache; what it would
+        make of their queries is not wanted. Returns its arguments for the words.
+        """
+        assert beside.before is not None
+        assert cache.window is not None
+        arguments = bound(block, (hidden_btd, *rest), kwargs)
+        name = next(iter(arguments))
+        del arguments[name]
+        cache.taking = True
+        try:
+            block(
+                beside.before.inputs[layer].to(hidden_btd),
+                **for_queries(arguments, slice(0, beside.first), cache.window.kept, hidden_btd),
+            )
+        except KeysTakenError:
+            pass
+        finally:
+            cache.taking = False
+        words = for_queries(arguments, beside.words, cache.window.kept, hidden_btd)
+        return hidden_btd[:, beside.words_in(hidden_btd)], (), words
 
     @_eager
     def at_block(self, layer: int, hidden_btd: Tensor) -> Tensor:
@@ -552,23 +605,27 @@ class Router(nn.Module):
         if writes and memory.writes_see_reads:
             # after the read, for its traces; what is written is the hidden state from before it all the same
             self._write(call, layer)
+        if call.beside is not None and call.beside.apart and layer == self.depth - 1:
+            # the trunk expects as many columns as it was given
+            read_btd = torch.nn.functional.pad(read_btd, (0, 0, call.beside.first, 0))
         return read_btd
 
     def _to_write(self, call: Call, hidden_btd: Tensor) -> Tensor:
         """The columns that are written: the words', or those of the memory tokens behind them."""
         if call.beside is None:
             return hidden_btd[:, :0] if self.memory.writes_tokens_behind else hidden_btd
-        words = call.beside.words
+        words = call.beside.words_in(hidden_btd)
         return hidden_btd[:, words.stop :] if self.memory.writes_tokens_behind else hidden_btd[:, words]
 
     def _read(self, call: Call, layer: int, hidden_btd: Tensor) -> Tensor:
         local_btd = hidden_btd.to(self.device)  # a model spread over devices keeps its memory on one
         parts = []
         for piece, state in zip(call.pieces, call.states, strict=True):
-            part = slice(piece.start, piece.stop) if call.beside is None else slice(0, call.beside.width)
+            part = slice(piece.start, piece.stop) if call.beside is None else slice(None)
             read, traces = self.memory.read_and_trace(layer, local_btd[:, part], state)
             if call.beside is not None:
-                traces = {name: trace[:, call.beside.words] for name, trace in traces.items()}
+                words = call.beside.words_in(local_btd)
+                traces = {name: trace[:, words] for name, trace in traces.items()}
             parts.append(read)
             call.traces = {
                 **call.traces,
@@ -644,6 +701,17 @@ class Router(nn.Module):
         return stream, states
 
 
+def flush_right(tokens: MemoryTokens, keep_bn: Tensor) -> MemoryTokens:
+    """The same tokens, each row's own next to the words: layers that count keys as they lie bear no gap."""
+    order = torch.argsort(keep_bn.long(), dim=1, stable=True)
+
+    def moved(hidden_bnd: Tensor) -> Tensor:
+        return hidden_bnd.gather(1, order[..., None].expand(-1, -1, hidden_bnd.shape[-1]))
+
+    inputs = {layer: moved(hidden_bnd) for layer, hidden_bnd in tokens.inputs.items()}
+    return MemoryTokens(moved(tokens.embeddings), keep_bn.gather(1, order), inputs)
+
+
 class Tap(nn.Module):
     """The hook of one block."""
 
@@ -656,9 +724,7 @@ class Tap(nn.Module):
 
     def before(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The block's pre-hook; blocks take hidden states first, by place or by name."""
-        if args:
-            return (self.router.before_block(self.layer, args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self.router.before_block(self.layer, kwargs["hidden_states"])}
+        return self.router.before_block(block, self.layer, args, kwargs)
 
     def after(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The block's hook; blocks return a tensor or a tuple that begins with one."""

@@ -1,5 +1,6 @@
 """The mechanisms, one file each; importing this package registers them all."""
 
+from mnemic.memories.armt import ARMT, ARMTConfig
 from mnemic.memories.base import CONFIGS, Card, Memory, MemoryConfig, MemoryTokens
 from mnemic.memories.compressive import Compressive, CompressiveConfig
 from mnemic.memories.emt import EMT, EMTConfig
@@ -8,15 +9,18 @@ from mnemic.memories.infinity_former import InfinityFormer, InfinityFormerConfig
 from mnemic.memories.knn import KNN, KNNConfig
 from mnemic.memories.memoria import Memoria, MemoriaConfig
 from mnemic.memories.memory_prompt import MemoryPrompt, MemoryPromptConfig
+from mnemic.memories.persistent import Persistent, PersistentConfig
 from mnemic.memories.rmt import RMT, RMTConfig
 from mnemic.memories.titans import Titans, TitansConfig
 from mnemic.memories.transformer_xl import TransformerXL, TransformerXLConfig
 
 __all__ = [
+    "ARMT",
     "CONFIGS",
     "EMT",
     "KNN",
     "RMT",
+    "ARMTConfig",
     "Card",
     "Compressive",
     "CompressiveConfig",
@@ -30,9 +34,11 @@ __all__ = [
     "MemoriaConfig",
     "Memory",
     "MemoryConfig",
-    "MemoryTokens",
     "MemoryPrompt",
     "MemoryPromptConfig",
+    "MemoryTokens",
+    "Persistent",
+    "PersistentConfig",
     "RMTConfig",
     "Titans",
     "TitansConfig",

@@ -275,6 +275,10 @@ class Compressive(Memory):
         place = torch.argsort(chosen.long(), dim=-1, descending=True, stable=True)[..., : max(groups)]
         return old.gather(2, place[..., None].expand(-1, -1, -1, self.width)).transpose(1, 2).flatten(-2)
 
+    def rate_scale(self, name: str) -> float:
+        """1 / √(c d) for weights, so that a step moves what a convolution makes by as much in any host."""
+        return 1 / math.sqrt(self.config.rate * self.width) if name.endswith("weight") else 1.0
+
     def naive(
         self, hidden_btd: Float[Tensor, "b t D"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> tuple[Float[Tensor, "b t D"], State]:

@@ -20,26 +20,36 @@ as it stood when the segment began, with q = unit(Q x):
 
     r = M(q)
     h' = h + G O [r / sqrt(mean r² + δ)]                  the mean of each head, O of all; δ = 0.01
-    G = diag(sigmoid(F x + f))                            `context="gate"`; 1 with "layer"
+    G = diag(sigmoid(F x + f))                            `context="gate"`, "tokens"; 1 with "layer"
 
-"gate" stands for memory as a gate (MAG) and "layer" for memory as a layer (MAL). Memory as a context (MAC) puts what is
-read before the segment as tokens; mnemic has no seam for more tokens yet, so it is not here. Titans reads a segment
-with what that segment has written so far, here every token reads the segment's start; an encoder reads what its own
-segment wrote.
+"gate" stands for memory as a gate (MAG) and "layer" for memory as a layer (MAL). "tokens" stands for memory as a
+context (MAC): a decoder's segment S is read as [p ; h ; S], where p are `persistent` learned embeddings and h `queries`
+memory tokens, made of learned e_i when the segment begins:
 
-What is ours. The memory is added to the base and O is zero at first, so an untrained one changes nothing; G begins at
-one half. Forgetting leads back to M_*, the learned weights of a new stream, where the paper's leads to zero: a network
-whose first layer is zero learns nothing any more. The half in ℓ makes θ the rate of the delta rule, which `layers=1`,
-`chunk=1`, η = 0 and α = 0 give. σ(z) = SiLU(z) sqrt(2.8 / width), and W_1 ... W_{L-1} of M_* begin as normal numbers:
-features are then about as long as keys, 1, so one rate suits every layer. W_L begins at zero. A gradient longer than
-`clip` is shortened to it, smoothly: ∇ℓ / sqrt(1 + ‖∇ℓ‖² / clip²). All tokens of a chunk push at once, and where they
-have one key, all push the same way: without a limit this can grow without end. `shift` is in place of the paper's
-convolutions, and Q starts equal to K' (to K without `shift`), as in `fast_weights`.
+    h_i = e_i + O' [r_i / sqrt(mean r_i² + δ)],   r_i = M(unit(Q' e_i)),  e_i layer-normed first
 
-Within a chunk S and M are linear in gradients that are known, so what is left of each at the chunk's end is a number,
-and each layer is written with one product. Gradients are written out, so they have gradients themselves.
+The base's attention reads them. What the write layer puts out, the paper's y, has attended to them, and it is what is
+written. The read after a block, with G, is then MAC's closing gate y ⊗ M(y); `read_layers=[]` leaves it out. The
+paper asks with the segment's own tokens and shows every answer to all of them: a token would see what comes after it,
+and one call of many tokens would not equal many calls of one. So queries are learned here, as many as are set. e_i
+stands in the sum because norms blow up what is nearly zero, and a new memory says nothing.
 
-What is trained: the projections, and M_*. What is forgotten: what α takes, and what other keys are trained over.
+Titans reads a segment with what that segment has written so far, here every token reads the segment's start; an encoder
+reads what its own segment wrote.
+
+What is ours. The memory is added to the base and O, O' are zero at first, so an untrained one adds nothing to hidden
+states, and h is e whatever was read; G begins at one half. Forgetting leads back to M_*, the learned weights of a new
+stream, where the paper's leads to zero: a network whose first layer is zero learns nothing any more. The half in ℓ
+makes θ the rate of the delta rule, which `layers=1`, `chunk=1`, η = 0 and α = 0 give. σ(z) = SiLU(z) sqrt(2.8 / width),
+and W_1 ... W_{L-1} of M_* begin as normal numbers: features are then about as long as keys, 1, so one rate suits every
+layer. W_L begins at zero. A gradient longer than `clip` is shortened to it, smoothly: ∇ℓ / sqrt(1 + ‖∇ℓ‖² / clip²). All
+tokens of a chunk push at once, and where they have one key, all push the same way: without a limit this can grow
+without end. `shift` is in place of the paper's convolutions, and Q, Q' start equal to K' (to K without `shift`), as in
+`fast_weights`.
+
+The network and its training are in `titans_network`.
+
+What is trained: the projections, M_*, p and e. What is forgotten: what α takes, and what other keys are trained over.
 State: M_t - M_* and S_t, `8 * heads * n` bytes a stream, where n counts the numbers of one head's network: `size * 2`
 for each hidden unit of two layers, with `size = dim / heads`; 512 KiB by default.
 """
@@ -49,22 +59,26 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layers
-from mnemic.memories.fast_weights import NEXT_TO_NOTHING, scaled, unit, wide
+from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens, resolve_layers
+from mnemic.memories.fast_weights import scaled, unit, wide
+from mnemic.memories.titans_naive import titans_naive
+from mnemic.memories.titans_network import Pairs, learn, recall
 from mnemic.state import State
 
-# Shapes: b batch, t time, d host width, h heads, k keys' and values' width (dim / heads), n tokens of a chunk's losses,
-# c tokens of a chunk.
+# Shapes: b batch, t time, d host width, h heads, k keys' and values' width (dim / heads).
 
-UNIT_LENGTH = 2.8
-"""1 / the mean of SiLU(z)² over normal z: with it features of any width are about as long as keys."""
+DEVIATION = 0.02
+"""The standard deviation of p and e at first, as of a host's embeddings."""
+
+TOKENS = ("persistent", "queries")
+"""Settings of `context="tokens"` alone."""
 
 
 @dataclass
@@ -77,12 +91,13 @@ class TitansConfig(MemoryConfig):
     a key that fills a chunk is learned about once, with the momentum of the start, one half. `window_tokens` is how
     many of the latest tokens a loss is over. `clip` is the greatest length of a token's gradient, None for no limit.
     `read_layers` and `write_layer` default to the middle of the stack. `shift` makes keys of the token before, too.
+    With `context="tokens"` there stand `persistent` learned tokens and `queries` memory tokens before each segment.
     """
 
     kind: ClassVar[str] = "titans"
     card: ClassVar[Card] = Card(
         title="Titans' neural memory",
-        seam="after block",
+        seam="after block; tokens before the segment",
         trains="keys, values, gates, first weights, readers",
         bytes_law="8 x heads x weights of a head's network",
         paper="Behrouz et al. 2025, arXiv 2501.00663",
@@ -96,7 +111,7 @@ class TitansConfig(MemoryConfig):
     expansion: int = 2
     chunk: int = 16
     window_tokens: int = 1
-    context: Literal["gate", "layer"] = "gate"
+    context: Literal["gate", "layer", "tokens"] = "gate"
     read_layers: list[int] | None = None
     write_layer: int | None = None
     shift: bool = True
@@ -104,20 +119,39 @@ class TitansConfig(MemoryConfig):
     momentum_bias: float = 0.0
     forget_bias: float = -8.0
     clip: float | None = 10.0
+    persistent: int = 4
+    queries: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.context not in ("gate", "layer"):
-            raise ValueError(f"context is {self.context!r}; use one of 'gate', 'layer'")
-        for name in ("layers", "heads", "dim", "expansion", "chunk", "window_tokens"):
+        if self.context not in ("gate", "layer", "tokens"):
+            raise ValueError(f"context is {self.context!r}; use one of 'gate', 'layer', 'tokens'")
+        for name in ("layers", "heads", "dim", "expansion", "chunk", "window_tokens", "queries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; a gradient's greatest length is above 0, or None for no limit")
+        if self.persistent < 0:
+            raise ValueError(f"persistent is {self.persistent}; use 0 for no persistent tokens, or more")
+        if self.context == "tokens":
+            return
+        for name in TOKENS:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but with context {self.context!r} no tokens stand before a "
+                    "segment; leave it out, or set context to 'tokens'"
+                )
         if self.read_layers is not None and not self.read_layers:
             raise ValueError("read_layers is empty; name at least one block, or leave it out for the middle one")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As for every memory, without the settings that the context has no use for: descriptions of other contexts
+        then equal those from before they were there.
+        """
+        values = super().to_dict()
+        return values if self.context == "tokens" else {k: v for k, v in values.items() if k not in TOKENS}
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -128,7 +162,9 @@ class TitansConfig(MemoryConfig):
 
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
-        """The default, and a linear memory with a window, without a gate, and with reads below the write."""
+        """The default; a linear memory with a window, without a gate, and with reads below the write; and as context,
+        with a closing gate.
+        """
         small: dict[str, Any] = {"segment_length": 8, "dim": 16, "heads": 2}
         return [
             cls(**small, chunk=4),
@@ -142,6 +178,7 @@ class TitansConfig(MemoryConfig):
                 read_layers=[0, 1],
                 write_layer=1,
             ),
+            cls(**small, chunk=4, context="tokens", persistent=2, queries=3),
         ]
 
     @classmethod
@@ -153,12 +190,22 @@ class TitansConfig(MemoryConfig):
         return cls(segment_length=segment_length, heads=2, dim=2 * (size or width // 2), expansion=1, chunk=chunk)
 
     def build(self, width: int, depth: int, causal: bool = True) -> Titans:
-        """The module; raises `ValueError` naming a layer that the host does not have."""
+        """The module; raises `ValueError` naming a layer that the host does not have, and for an encoder and a context
+        that puts tokens before a decoder's text.
+        """
+        if not causal and self.context == "tokens":
+            raise ValueError(
+                "context 'tokens' puts tokens before a decoder's text; attach it to a causal model, or use 'gate' or "
+                "'layer'"
+            )
         return Titans(self, width, depth, causal)
 
 
 class Titans(Memory):
-    """The module: the weights of new streams, a writer, and a reader for every read layer."""
+    """The module: the weights of new streams, a writer, a reader for every read layer, and one for memory tokens.
+
+    `tokens [n, d]` are p and e; None, and no `asker`, where nothing stands before a segment.
+    """
 
     def __init__(self, config: TitansConfig, width: int, depth: int, causal: bool = True) -> None:
         super().__init__()
@@ -166,16 +213,22 @@ class Titans(Memory):
         self.reads_own_segment = not causal
         self.write_layer, self.read_layers = resolve_layers(config.write_layer, config.read_layers, depth)
         self.writer = Writer(config, width)
-        self.readers = nn.ModuleDict({str(layer): Reader(config, width) for layer in self.read_layers})
-        for reader in self.readers.values():
+        gated = config.context != "layer"
+        self.readers = nn.ModuleDict({str(layer): Reader(config, width, gated) for layer in self.read_layers})
+        self.beside = config.persistent + config.queries if config.context == "tokens" else 0
+        self.asker = Reader(config, width, gated=False) if self.beside else None
+        for reader in (*self.readers.values(), *([] if self.asker is None else [self.asker])):
             asked = self.writer.key if self.writer.previous is None else self.writer.previous
             reader.query.load_state_dict(asked.state_dict())  # pyright: ignore[reportAttributeAccessIssue]
         self.first = nn.ParameterList(torch.randn(config.heads, *shape) for shape in config.shapes)
         nn.init.zeros_(self.first[-1])
+        self.tokens = nn.Parameter(DEVIATION * torch.randn(self.beside, width)) if self.beside else None
 
     @property
     def writes_see_reads(self) -> bool:
-        """Where a decoder reads below the write layer. An encoder's call is one segment, which nothing cuts."""
+        """Where a decoder reads below the write layer, or before its text. An encoder's call is one segment, which
+        nothing cuts.
+        """
         return not self.reads_own_segment and super().writes_see_reads
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
@@ -185,6 +238,15 @@ class Titans(Memory):
             for name in ("learned", "momentum")
             for layer, shape in enumerate(self.config.shapes, 1)
         }
+
+    def tokens_before(self, state: State) -> MemoryTokens | None:
+        """[p ; h], for a segment that begins with `state`; None unless `context="tokens"`."""
+        if self.asker is None or self.tokens is None:
+            return None
+        tokens_bnd = self.tokens.expand(len(state["learned_1"]), -1, -1)
+        persistent_bnd, asking_bnd = tokens_bnd.split([self.config.persistent, self.config.queries], 1)
+        memory_bnd = asking_bnd + self.asker(asking_bnd, state, list(self.first))
+        return MemoryTokens(torch.cat([persistent_bnd, memory_bnd], 1))
 
     def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """h' for one read layer; the network is that of the segment's start."""
@@ -203,23 +265,7 @@ class Titans(Memory):
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """The equations above, one row, head and token at a time."""
-        return _naive(self, hidden_btd, state, keep_bt)
-
-
-class Pairs(NamedTuple):
-    """What a segment teaches: real tokens first, padding behind them with θ = 0, η = 1 and α = 0."""
-
-    key: Float[Tensor, "b h t k"]
-    value: Float[Tensor, "b h t k"]
-    rate: Float[Tensor, "b h t"]
-    log_momentum: Float[Tensor, "b h t"]
-    log_keep: Float[Tensor, "b h t"]
-    share: Float[Tensor, "b h t"]
-    real: Float[Tensor, "b 1 t"]
-
-    def cut(self, start: int, stop: int) -> Pairs:
-        """Those of some tokens."""
-        return Pairs(*(each.narrow(2, start, stop - start) for each in self))
+        return titans_naive(self, hidden_btd, state, keep_bt)
 
 
 class Writer(nn.Module):
@@ -275,209 +321,18 @@ class Writer(nn.Module):
 class Reader(nn.Module):
     """What the memory adds to the tokens of one layer: `[b, t, d] -> [b, t, d]`."""
 
-    def __init__(self, config: TitansConfig, width: int) -> None:
+    def __init__(self, config: TitansConfig, width: int, gated: bool) -> None:
         super().__init__()
         self.heads = config.heads
         self.norm = nn.LayerNorm(width)
         self.query, self.output = nn.Linear(width, config.dim, bias=False), nn.Linear(config.dim, width, bias=False)
-        self.gate = nn.Linear(width, width) if config.context == "gate" else None
+        self.gate = nn.Linear(width, width) if gated else None
         nn.init.zeros_(self.output.weight)
 
     def forward(self, hidden_btd: Tensor, state: State, first: list[Tensor]) -> Tensor:
-        """G O [r / sqrt(mean r² + δ)] of the equations above."""
+        """G O [r / sqrt(mean r² + δ)] of the equations above, without G for memory tokens."""
         normed_btd = self.norm(hidden_btd)
         query_bhtk = self.query(normed_btd).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         read_bhtk = recall(state, first, unit(wide(query_bhtk)))
         added_btd = self.output(scaled(read_bhtk).to(hidden_btd.dtype).transpose(1, 2).flatten(-2))
         return added_btd if self.gate is None else self.gate(normed_btd).sigmoid() * added_btd
-
-
-def activate(z: Float[Tensor, "*n e"]) -> Float[Tensor, "*n e"]:
-    """σ(z) = SiLU(z) sqrt(2.8 / width)."""
-    return F.silu(z) * math.sqrt(UNIT_LENGTH / z.shape[-1])
-
-
-def slope(z: Float[Tensor, "*n e"]) -> Float[Tensor, "*n e"]:
-    """σ'(z)."""
-    gate = z.sigmoid()
-    return gate * (1 + z * (1 - gate)) * math.sqrt(UNIT_LENGTH / z.shape[-1])
-
-
-def network(state: State, first: list[Tensor], dtype: torch.dtype) -> list[Float[Tensor, "b h _ _"]]:
-    """The matrices of M."""
-    return [weights.to(dtype) + state[f"learned_{layer}"].to(dtype) for layer, weights in enumerate(first, 1)]
-
-
-def recall(state: State, first: list[Tensor], query_bhtk: Float[Tensor, "b h t k"]) -> Float[Tensor, "b h t k"]:
-    """r = M(q), in float32 or wider, under autocast too; `first` are the matrices `[h, in, out]` of M_*."""
-    with torch.autocast(query_bhtk.device.type, enabled=False):
-        features = wide(query_bhtk)
-        *hidden, last = network(state, first, features.dtype)
-        for weights in hidden:
-            features = activate(features @ weights)
-        return features @ last
-
-
-def gradients(
-    weights: list[Tensor], key: Float[Tensor, "*b n k"], value: Float[Tensor, "*b n k"], clip: float | None
-) -> list[tuple[Float[Tensor, "*b n _"], Float[Tensor, "*b n _"]]]:
-    """∇ℓ of every token for every matrix W_l, as two vectors whose outer product it is: a_{l-1} and the gradient of
-    W_lᵀ a_{l-1}.
-    """
-    inputs, sums = [key], []
-    for matrix in weights[:-1]:
-        sums.append(inputs[-1] @ matrix)
-        inputs.append(activate(sums[-1]))
-    errors = [inputs[-1] @ weights[-1] - value]
-    for matrix, z in zip(reversed(weights[1:]), reversed(sums), strict=True):
-        errors.insert(0, (errors[0] @ matrix.mT) * slope(z))
-    if clip is not None:
-        squares = [x.square().sum(-1) * e.square().sum(-1) for x, e in zip(inputs, errors, strict=True)]
-        shorter = torch.rsqrt(1 + torch.stack(squares).sum(0) / clip**2)[..., None]
-        errors = [error * shorter for error in errors]
-    return list(zip(inputs, errors, strict=True))
-
-
-def learn(
-    state: State, first: list[Tensor], pairs: Pairs, chunk: int, window_tokens: int = 1, clip: float | None = None
-) -> State:
-    """The state after pairs, chunk after chunk, in float32 or wider, under autocast too."""
-    dtype, time = wide(pairs.key).dtype, pairs.key.shape[2]
-    pairs = Pairs(*(each.to(dtype) for each in pairs))
-    state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    with torch.autocast(pairs.key.device.type, enabled=False):
-        for start in range(0, time, chunk):
-            stop = min(start + chunk, time)
-            begin = max(0, start - window_tokens + 1)
-            state = _learn_chunk(state, first, pairs.cut(begin, stop), pairs.cut(start, stop), window_tokens, clip)
-    return state
-
-
-def _learn_chunk(
-    state: State, first: list[Tensor], seen: Pairs, here: Pairs, window_tokens: int, clip: float | None
-) -> State:
-    """All tokens of a chunk at once; `seen` are those of their losses, so a window begins before the chunk.
-
-    With E_t = η_1 ... η_t and A_t = (1 - α_1) ... (1 - α_t), and u_t the gradients that token t takes,
-
-        S_c = E_c S_0 - Σ_i (E_c / E_i) θ_i u_i
-        M_c = A_c M_0 + Σ_t (A_c / A_t) S_t = A_c M_0 + [Σ_t (A_c / A_t) E_t] S_0 - Σ_i p_i θ_i u_i
-        p_i = Σ_{t>=i} (A_c / A_t) (E_t / E_i)
-
-    where M stands for M - M_*, and padding has no S_t to add.
-    """
-    # logarithms, as E and A may be too small for a quotient
-    momentum, kept = here.log_momentum.cumsum(-1), here.log_keep.cumsum(-1)
-    left = (kept[..., -1:] - kept).exp() * here.real
-    passed = (momentum[..., None] - momentum[..., None, :]).tril().exp().tril()
-    to_momentum = here.rate * (momentum[..., -1:] - momentum).exp()
-    to_learned = here.rate * (left[..., None, :] @ passed).squeeze(-2)
-    if window_tokens > 1:
-        before, time = seen.key.shape[2] - here.key.shape[2], here.key.shape[2]
-        # token t of the chunk stands at t + before among those seen
-        window = momentum.new_ones(time, before + time).tril(before).triu(before - window_tokens + 1)
-        to_momentum, to_learned = to_momentum @ window * seen.share, to_learned @ window * seen.share
-    from_momentum = (left * momentum.exp()).sum(-1)[..., None, None]
-    after: State = {}
-    weights = network(state, first, momentum.dtype)
-    for layer, (inputs, errors) in enumerate(gradients(weights, seen.key, seen.value, clip), 1):
-        learned, surprise = state[f"learned_{layer}"], state[f"momentum_{layer}"]
-        after[f"learned_{layer}"] = (
-            kept[..., -1, None, None].exp() * learned
-            + from_momentum * surprise
-            - (inputs * to_learned[..., None]).mT @ errors
-        )
-        after[f"momentum_{layer}"] = (
-            momentum[..., -1, None, None].exp() * surprise - (inputs * to_momentum[..., None]).mT @ errors
-        )
-    return after
-
-
-# --- the equations in plain loops ------------------------------------------------------------------------------------
-
-
-def _naive(memory: Titans, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> tuple[Tensor, State]:
-    config, reader = memory.config, memory.readers[str(memory.read_layers[0])]
-    size, count = config.dim // config.heads, config.layers
-    outputs, rows = [], []
-    for b in range(hidden_btd.shape[0]):
-        kept = [t for t in range(hidden_btd.shape[1]) if keep_bt is None or keep_bt[b, t]]
-        tokens, heads = [memory.writer.norm(hidden_btd[b, t]) for t in kept], []
-        reads = [[] for _ in hidden_btd[b]]
-        for head in range(config.heads):
-            part = slice(head * size, (head + 1) * size)
-            first = [weights[head] for weights in memory.first]
-            learned = [state[f"learned_{layer + 1}"][b, head] for layer in range(count)]
-            surprise = [state[f"momentum_{layer + 1}"][b, head] for layer in range(count)]
-            matrices = [f + m for f, m in zip(first, learned, strict=True)]
-            for token, read in zip(hidden_btd[b], reads, strict=True):
-                query = reader.query(reader.norm(token))[part]  # pyright: ignore[reportCallIssue]
-                answer = _naive_network(matrices, query / torch.dot(query, query).sqrt())[0][-1]
-                read.append(answer / ((answer * answer).mean() + NEXT_TO_NOTHING).sqrt())
-            heads.append(_naive_write(memory, tokens, first, learned, surprise, head, part))
-        for token, read in zip(hidden_btd[b], reads, strict=True):
-            added = reader.output(torch.cat(read))  # pyright: ignore[reportCallIssue]
-            if config.context == "gate":
-                added = torch.sigmoid(reader.gate(reader.norm(token))) * added  # pyright: ignore[reportCallIssue]
-            outputs.append(token + added)
-        rows.append({name: torch.stack([after[name] for after in heads]) for name in state})
-    return (
-        torch.stack(outputs).view(hidden_btd.shape),
-        {name: torch.stack([row[name] for row in rows]) for name in state},
-    )
-
-
-def _naive_network(matrices: list[Tensor], key: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """W_lᵀ a_{l-1} and a_{l-1} of every layer for one key."""
-    sums, inputs = [], [key]
-    for matrix in matrices:
-        sums.append(matrix.T @ inputs[-1])
-        inputs.append(sums[-1] * torch.sigmoid(sums[-1]) * (UNIT_LENGTH / len(sums[-1])) ** 0.5)
-    return sums, inputs[:-1]
-
-
-def _naive_gradient(matrices: list[Tensor], key: Tensor, value: Tensor, clip: float | None) -> list[Tensor]:
-    sums, inputs = _naive_network(matrices, key)
-    error, found = sums[-1] - value, []
-    for layer in reversed(range(len(matrices))):
-        found.insert(0, torch.outer(inputs[layer], error))
-        if layer > 0:
-            z, back = sums[layer - 1], matrices[layer] @ error
-            steep = torch.sigmoid(z) + z * torch.sigmoid(z) * torch.sigmoid(-z)
-            error = back * steep * (UNIT_LENGTH / len(z)) ** 0.5
-    if clip is not None:
-        square = sum((each * each).sum() for each in found)
-        found = [each / (1 + square / clip**2) ** 0.5 for each in found]
-    return found
-
-
-def _naive_write(
-    memory: Titans,
-    tokens: list[Tensor],
-    first: list[Tensor],
-    learned: list[Tensor],
-    surprise: list[Tensor],
-    head: int,
-    part: slice,
-) -> State:
-    config, writer = memory.config, memory.writer
-    pairs: list[tuple[Tensor, Tensor]] = []
-    matrices: list[Tensor] = []
-    for t, token in enumerate(tokens):
-        key = writer.key(token)
-        if writer.previous is not None and t > 0:
-            key = key + writer.previous(tokens[t - 1])
-        pairs.append((key[part] / torch.dot(key[part], key[part]).sqrt(), writer.value(token)[part]))
-        if t % config.chunk == 0:
-            matrices = [f + m for f, m in zip(first, learned, strict=True)]
-        rate, momentum, forget = (
-            torch.sigmoid(gate(token)[head]) for gate in (writer.rate, writer.momentum, writer.forget)
-        )
-        surprise = [momentum * each for each in surprise]
-        for i in range(max(0, t - config.window_tokens + 1), t + 1):
-            share = 1.0 if writer.share is None else torch.sigmoid(writer.share(tokens[i])[head])
-            gradient = _naive_gradient(matrices, *pairs[i], config.clip)
-            surprise = [s - rate * share * g for s, g in zip(surprise, gradient, strict=True)]
-        learned = [(1 - forget) * m + s for m, s in zip(learned, surprise, strict=True)]
-    after = {f"learned_{layer}": each for layer, each in enumerate(learned, 1)}
-    return after | {f"momentum_{layer}": each for layer, each in enumerate(surprise, 1)}

@@ -85,7 +85,7 @@ class TransformerXL(Memory):
         self.config, self.width, self.depth = config, width, depth
         self.read_layers, self.write_layer, self.beside = (), depth - 2, config.size
         self.span = config.size if config.same_length else None
-        self.reach = -(-depth * config.size // config.segment_length)
+        self.reach = depth * -(-config.size // config.segment_length)
 
     @property
     def written_layers(self) -> tuple[int, ...]:
