@@ -92,3 +92,16 @@ def test_pictures(folder, tmp_path):
         assert path.read_bytes() == again.read_bytes()
         assert path.stat().st_size > 10_000
     assert draw_suite([], tmp_path, "mine") == []
+
+
+def test_one_mechanism_with_several_settings_has_a_column_for_each(tmp_path):
+    suite = tmp_path / "suite-sizes"
+    for size, steps, score in ((8, 70, 0.25), (16, 70, 0.5), (16, 90, 0.75)):
+        made = record("echo", "emt", 0, {4: score})
+        made.config |= {"memory": {"slots": size, "heads": 2}, "recipe": {"steps": steps}}
+        made.save(suite, f"{size}-{steps}.json")
+    plain = record("echo", "none", 0, {4: 0.125})
+    plain.save(suite, "none.json")
+    head, line = (row(tables(tmp_path)["suite-sizes"], *words) for words in (("task", "`none`"), ("echo", " 4 ")))
+    assert head[2:6] == ["`none`", "`emt slots 16, steps 70`", "`emt slots 16, steps 90`", "`emt slots 8, steps 70`"]
+    assert line[2:6] == ["12.5", "50.0", "75.0", "25.0"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mnemic.analysis.markdown import markdown, missing, spread
@@ -20,7 +21,31 @@ Case = tuple[str, str, int]
 def suites(results: Path) -> dict[str, list[Record]]:
     """The records of every suite in a folder of results, by the suite's name."""
     folders = sorted(each for each in results.glob("suite-*") if each.is_dir())
-    return {folder.name.removeprefix("suite-"): records(folder) for folder in folders}
+    return {folder.name.removeprefix("suite-"): told_apart(records(folder)) for folder in folders}
+
+
+def told_apart(found: Sequence[Record]) -> list[Record]:
+    """The records, where one mechanism was run on a task with several settings each named with its own."""
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in found:
+        groups.setdefault((record.task, settings_of(record), record.mechanism), []).append(record)
+    named = []
+    for runs in groups.values():
+        said = [""] * len(runs)
+        for part in ("memory", "recipe"):
+            variants = [record.config.get(part) or {} for record in runs]
+            names = sorted({name for variant in variants for name in variant})
+            told = [{json.dumps(variant.get(name), sort_keys=True) for variant in variants} for name in names]
+            differing = [name for name, values in zip(names, told, strict=True) if len(values) > 1]
+            said = [
+                ", ".join([*filter(None, [words]), *(f"{name} {variant.get(name)}" for name in differing)])
+                for words, variant in zip(said, variants, strict=True)
+            ]
+        named += [
+            replace(record, mechanism=" ".join(filter(None, [record.mechanism, words])))
+            for record, words in zip(runs, said, strict=True)
+        ]
+    return named
 
 
 def by_case(found: Sequence[Record]) -> dict[Case, dict[str, list[Score]]]:
