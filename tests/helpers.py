@@ -37,19 +37,25 @@ every_trained_kind = pytest.mark.parametrize("config", TRAINED.values(), ids=TRA
 def matrix(families: Iterable[str]) -> pytest.MarkDecorator:
     """Every mechanism over these families, with ids like `emt-0-llama`; skipped where it says that it cannot serve."""
     cases = [
-        pytest.param(config, name, id=f"{label}-{name}", marks=_refusal(config, name))
+        pytest.param(config, name, id=f"{label}-{name}", marks=_marks(config, name))
         for label, config in CONFIGS.items()
         for name in families
     ]
     return pytest.mark.parametrize(("config", "name"), cases)
 
 
-def _refusal(config: mnemic.MemoryConfig, name: str) -> list[pytest.MarkDecorator]:
+def refusal(config: mnemic.MemoryConfig, name: str) -> str | None:
+    """Why a mechanism does not serve a family; None where it does."""
     try:
         config.build(WIDTH, DEPTH, causal=name in DECODERS)
     except ValueError as refused:
-        return [pytest.mark.skip(reason=str(refused))]
-    return []
+        return str(refused)
+    return None
+
+
+def _marks(config: mnemic.MemoryConfig, name: str) -> list[pytest.MarkDecorator]:
+    reason = refusal(config, name)
+    return [] if reason is None else [pytest.mark.skip(reason=reason)]
 
 
 def trains(model: nn.Module) -> bool:

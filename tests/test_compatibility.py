@@ -146,13 +146,14 @@ def test_generate_with_prompt_lookup(config, name):
 def test_generate_past_the_window_and_the_positions(config, name):
     # 16 positions where a table bounds them; the answer alone is longer than that
     key = "n_positions" if name in ("gpt2", "gptj") else "max_position_embeddings"
-    short = {} if name == "bloom" else {key: 2 * SEGMENT}
+    beside = config.build(64, 2).beside
+    short = {} if name == "bloom" else {key: 2 * SEGMENT + beside}
     model, ids, new = host(name, config, **short), tokens(2, 11), 4 * SEGMENT
     cache = mnemic.memory_cache(model, 2 * SEGMENT)
     greedy = {**GREEDY, "max_new_tokens": new, "min_new_tokens": new}
     sequences, logits = generate(model, ids, past_key_values=cache, **greedy)
     assert sequences.shape == (2, 11 + new)
-    assert cache.window.kept <= 2 * SEGMENT + mnemic.attached(model).memory.beside
+    assert cache.window.kept <= 2 * SEGMENT + beside
     # one forward over what was said, through a new cache, gives the same logits
     again = feed(model, sequences[:, :-1], carried=mnemic.memory_cache(model, 2 * SEGMENT))
     logits_near(logits, again[:, 10:])

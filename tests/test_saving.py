@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import mnemic
 from families import ENCODERS, make
-from helpers import CONFIGS, SEGMENT, assert_equal_stream, host, matrix, tokens, trained
+from helpers import CONFIGS, SEGMENT, assert_equal_stream, host, matrix, refusal, tokens, trained, trains
 
 FAMILIES = ["gpt2", "llama", "bert"]
 
@@ -31,6 +31,8 @@ def test_a_new_process_continues_bit_exactly(kind, tmp_path):
     jobs, expected, question = [], {}, tokens(1, SEGMENT, 5)
     for label, config in CONFIGS.items():
         for name in FAMILIES if config.kind == kind else []:
+            if refusal(config, name):
+                continue
             job = f"{label}-{name}"
             model = host(name, config)
             mnemic.attached(model).save_pretrained(tmp_path / job)
@@ -85,7 +87,10 @@ SPOILS = {
 @pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)
 @matrix(FAMILIES)
 def test_a_spoilt_adapter_is_refused(config, name, spoil, tmp_path):
-    mnemic.attached(host(name, config)).save_pretrained(tmp_path)
+    model = host(name, config)
+    if spoil is edit and not trains(model):
+        pytest.skip("this memory has no weights that could be edited")
+    mnemic.attached(model).save_pretrained(tmp_path)
     spoil(tmp_path / "memory_model.safetensors")
     assert_refused(make(name), tmp_path, SPOILS[spoil])
 
@@ -162,8 +167,9 @@ def test_a_session_of_another_model_or_memory_is_refused(config, name, tmp_path)
         mnemic.Session.load(path, another_config)
     another_memory = make(name)
     trained(another_memory, config, seed=1)
-    with pytest.raises(mnemic.StateError, match=r"another memory \(other weights\)"):
-        mnemic.Session.load(path, another_memory)
+    if trains(another_memory):
+        with pytest.raises(mnemic.StateError, match=r"another memory \(other weights\)"):
+            mnemic.Session.load(path, another_memory)
     with pytest.raises(RuntimeError, match="has no memory; attach one"):
         mnemic.Session.load(path, make(name))
     with pytest.raises(FileNotFoundError, match="no memory file"):

@@ -86,8 +86,9 @@ def test_predictions_are_those_of_training(name):
     """What is asked under "memory" is what a plain pass over the stream gives, wherever labels lie."""
     task = replace(REVERSE, settings={"count": 12, "segment_length": 6}).make_task()
     torch.manual_seed(0)
-    model = Host().make(task.vocabulary, 6).eval()
-    attachment = attach(model, CONFIGS[name].small(6, 64))
+    config = CONFIGS[name].small(6, 64)
+    model = Host().make(task.vocabulary, 6 + config.build(64, 2).beside).eval()
+    attachment = attach(model, config)
     with torch.no_grad():
         for parameter in attachment.memory.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -165,7 +166,9 @@ def test_equal_bytes(name):
     (matched,) = match_bytes([run], 40_000)
     if matched.size is None:
         pytest.skip(f"{name} has no size to choose")
-    assert most_bytes(matched) <= 40_000 < most_bytes(replace(matched, size=matched.size + 1))
+    assert most_bytes(matched) <= 40_000
+    more = [most_bytes(replace(matched, size=factor * matched.size + 1)) for factor in (1, 2)]
+    assert 40_000 < more[0] or more == [most_bytes(matched)] * 2, "more would fit, and it would hold more"
     with pytest.raises(ValueError, match="at its smallest"):
         match_bytes([run], 1)
 

@@ -103,7 +103,7 @@ class Recipe:
 @dataclass(frozen=True)
 class Run:
     """What is run. `settings` are the task's; it is asked with each of `lengths` as its `axis`. `memory` are settings
-    over the mechanism's `small` ones; `size` as there.
+    over the mechanism's `small` ones; `size` as there. `number` tells runs apart that ask the same in one suite.
     """
 
     task: str
@@ -116,6 +116,7 @@ class Run:
     host: Host = field(default_factory=Host)
     recipe: Recipe = field(default_factory=Recipe)
     test_rows: int = 256
+    number: int = 1
 
     def make_task(self, **changes: Any) -> Task:
         """The task with its settings, and the host's tokenizer where host and task have one."""
@@ -173,8 +174,9 @@ class Run:
         model, alone = self.make_host(max(test.vocabulary for _, test in tests), reporter, checkpoint)
         torch.manual_seed(self.seed)
         if config is not None:
-            make_room(model, task.segment_length + config.build(*self.host.shape).beside, self.seed)
-            torch.manual_seed(self.seed)
+            with torch.device("meta"):
+                beside = config.build(*self.host.shape).beside
+            make_room(model, task.segment_length + beside, self.seed)
         # without a memory the model still goes through the same code, with one that is switched off
         switched_off = EMTConfig.small(task.segment_length, self.host.shape[0])
         attachment = attach(model, config or switched_off, freeze=self.frozen)
@@ -515,7 +517,8 @@ def most_bytes(run: Run) -> int:
     if config is None:
         return 0
     written = max(test.examples(1, "test").input_ids.shape[1] // task.segment_length - 1 for _, test in run.tests())
-    return config.build(*run.host.shape).most_bytes(written)
+    with torch.device("meta"):  # a law needs no weights
+        return config.build(*run.host.shape).most_bytes(written)
 
 
 def match_bytes(runs: Sequence[Run], most: int) -> list[Run]:

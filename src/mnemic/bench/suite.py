@@ -61,6 +61,10 @@ class Entry:
     only: tuple[str, ...] = ()
     host: Host | None = None
 
+    def alike(self, other: Entry) -> bool:
+        """Whether the two ask the same: what differs is the memory, the recipe or the host."""
+        return (self.name, self.settings, self.lengths) == (other.name, other.settings, other.lengths)
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -95,8 +99,9 @@ class Suite:
                 host=host or entry.host or self.host,
                 recipe=entry.recipe,
                 test_rows=entry.test_rows,
+                number=1 + sum(entry.alike(other) for other in self.entries[:place]),
             )
-            for entry in self.entries
+            for place, entry in enumerate(self.entries)
             for seed in range(seeds)
             for mechanism in dict.fromkeys([NONE, *named])
             if not entry.only or mechanism in entry.only
@@ -185,10 +190,13 @@ def plain(values: Any) -> Any:
 
 
 def file_name(run: Run) -> str:
-    """`<task>-<settings' mark>-<mechanism>-seed<seed>.json`: one task may be in a suite with several settings."""
+    """`<task>-<settings' mark>-<mechanism>-seed<seed>.json`: one task may be in a suite with several settings, and with
+    the same ones several times, where memory or recipe differ; then a number follows the mark.
+    """
     task = {**run.settings, "lengths": list(run.lengths)}
     mark = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()[:6]
-    return f"{run.task}-{mark}-{run.mechanism}-seed{run.seed}.json"
+    number = f"-{run.number}" if run.number > 1 else ""
+    return f"{run.task}-{mark}{number}-{run.mechanism}-seed{run.seed}.json"
 
 
 def finished(run: Run, folder: Path) -> Record | None:
