@@ -3,7 +3,7 @@
 Two ways through the same segments give the same numbers:
 
 - *one after another*: each segment is a call of the model, as in use;
-- *all at once*, where it is exact: the base keeps no keys between segments (window = segment), its weights are frozen
+- *all at once*, where it is exact: the base keeps no keys between segments (window = segment)
   and the memory writes below or where it reads. Then what is written does not depend on what was read, so the base's
   lower blocks run over all segments as one batch, the writes follow as a short recurrence, and only segments with
   labels run through the upper blocks, again as one batch.
@@ -144,8 +144,6 @@ def obstacle_to_parallel(model: nn.Module, window: int) -> str | None:
         return "a layer reads below the one that writes"
     if not router.enabled:
         return "the memory is disabled"
-    if any(parameter.requires_grad for parameter in base_parameters(model).values()) and torch.is_grad_enabled():
-        return "the base's own weights are training"
     return None
 
 
@@ -227,7 +225,7 @@ def _all_at_once(
     stream = router.new_stream(batch) if stream is None else stream.detach()
     if any(stream.counts):
         raise ValueError(f"the stream has {stream.counts} tokens waiting; begin at a segment's end (flush it)")
-    compute = memo or functools.partial(features, model)
+    compute = functools.partial(features, model) if base_trains(model) else memo or functools.partial(features, model)
     hidden = compute(ids[:count]) if count else ids
     states, state = [stream.state], stream.state
     with torch.set_grad_enabled(torch.is_grad_enabled() and reach is None), collecting(losses):
@@ -253,11 +251,16 @@ def _all_at_once(
     return logits.unflatten(0, (len(labelled), batch)), stream.after(states[-1], count, length)
 
 
+def base_trains(model: nn.Module) -> bool:
+    """Whether some of the base's own weights train."""
+    return any(parameter.requires_grad for parameter in base_parameters(model).values())
+
+
 def features(model: nn.Module, ids_sbt: Int[Tensor, "s b t"]) -> Float[Tensor, "s b t d"]:
     """The hidden states that the write layer puts out, for segments that the base sees each on its own. No gradient."""
     router, trunk = router_of(model), examine(model).trunk
     flat = ids_sbt.flatten(0, 1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and base_trains(model)):
         parts = flat.split(max(1, TOKENS_AT_ONCE // flat.shape[1]))
         hidden = torch.cat([router.record(trunk, part) for part in parts])
     check_finite(hidden, None, router.memory.write_layer)
