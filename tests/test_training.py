@@ -20,6 +20,7 @@ from helpers import (
     every_trained_kind,
     feed,
     host,
+    shake,
     tokens,
 )
 from mnemic import training
@@ -244,6 +245,39 @@ def test_training_lowers_the_loss(config):
     assert [step.seconds for step in steps] == sorted(step.seconds for step in steps)
     for name, parameter in training.base_parameters(model).items():
         assert torch.equal(parameter, base[name]), f"the base's {name} moved"
+
+
+@pytest.mark.parametrize("reach", [None, 1])
+def test_a_disabled_memory_leaves_the_base_alone(reach):
+    model, (ids, labels) = make("gpt2"), labelled()
+    attachment = mnemic.attach(model, CONFIG, freeze=False)
+    with attachment.disabled():
+        results = []
+        for parallel in (True, False):
+            model.zero_grad()
+            result = unroll(model, ids, labels, parallel=parallel, bptt_segments=reach)
+            result.loss.backward()
+            results.append((result, {k: p.grad.clone() for k, p in training.base_parameters(model).items()}))
+    (one, gradients_one), (other, gradients_other) = results
+    assert_near(one.loss, other.loss, 1e-6)
+    assert one.stream.seen == other.stream.seen == (0,) * 3
+    for name, gradient in gradients_one.items():
+        assert_near(gradients_other[name], gradient, 1e-6)
+
+
+@pytest.mark.parametrize("reach", [None, 0, 1])
+def test_the_base_trains_all_at_once_as_one_after_another(reach):
+    model, (ids, labels) = make("llama"), labelled()
+    attachment = mnemic.attach(model, CONFIG, freeze=False)
+    shake(attachment.memory)
+    results = []
+    for parallel in (True, False):
+        model.zero_grad()
+        unroll(model, ids, labels, parallel=parallel, bptt_segments=reach).loss.backward()
+        results.append({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        assert_near(results[1][name], gradient, 1e-5)
 
 
 def test_a_memory_without_weights_trains_its_host():

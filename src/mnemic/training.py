@@ -3,10 +3,10 @@
 Two ways through the same segments give the same numbers:
 
 - *one after another*: each segment is a call of the model, as in use;
-- *all at once*, where it is exact: the base keeps no keys between segments (window = segment)
-  and the memory writes below or where it reads. Then what is written does not depend on what was read, so the base's
-  lower blocks run over all segments as one batch, the writes follow as a short recurrence, and only segments with
-  labels run through the upper blocks, again as one batch.
+- *all at once*, where it is exact: the base keeps no keys between segments (window = segment) and the memory writes
+  below or where it reads. Then what is written does not depend on what was read, so the base's lower blocks run over
+  all segments as one batch, the writes follow as a short recurrence, and only segments with labels run through the
+  upper blocks, again as one batch. With the memory disabled the latter is all.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def unroll(
     if not bool((targets != IGNORED).any()):
         raise ValueError("no token has a label (the first token of a stream cannot have one); nothing to learn")
     window = router.config.window or length if window is None else window
-    obstacle = obstacle_to_parallel(model, window)
+    # a base without a memory and without earlier keys needs the labelled segments alone
+    alone = router.causal and not router.enabled and window == length
+    obstacle = None if alone else obstacle_to_parallel(model, window)
     if parallel and obstacle is not None:
         raise ValueError(f"segments cannot run all at once: {obstacle}; leave parallel out")
     parallel = obstacle is None if parallel is None else parallel
@@ -138,12 +140,12 @@ def obstacle_to_parallel(model: nn.Module, window: int) -> str | None:
         return "the model is an encoder"
     if window != router.segment_length:
         return f"the window of {window} keeps keys of earlier segments (segment_length {router.segment_length})"
+    if not router.enabled:
+        return "the memory is disabled"
     if router.memory.beside:
         return "memory tokens stand beside every segment"
     if router.memory.writes_see_reads:
         return "a layer reads below the one that writes"
-    if not router.enabled:
-        return "the memory is disabled"
     return None
 
 
@@ -221,7 +223,7 @@ def _all_at_once(
     losses: list[Tensor] | None,
 ) -> tuple[Tensor, Stream]:
     memory, (_, batch, length) = router.memory, ids.shape
-    count = len(ids) if advance else labelled[-1]
+    count = (len(ids) if advance else labelled[-1]) if router.enabled else 0
     stream = router.new_stream(batch) if stream is None else stream.detach()
     if any(stream.counts):
         raise ValueError(f"the stream has {stream.counts} tokens waiting; begin at a segment's end (flush it)")
@@ -233,7 +235,9 @@ def _all_at_once(
             note_auxiliary(memory, hidden[s], state)
             state = memory.write(hidden[s], state)
             states.append(state)
-    if reach is not None and torch.is_grad_enabled():
+    if not router.enabled:
+        recent = [stream.state for _ in labelled]
+    elif reach is not None and torch.is_grad_enabled():
         # every labelled segment's state again, with the gradient of its last `reach` writes
         begin = [max(0, s - reach) for s in labelled]
         recent = []
