@@ -69,8 +69,8 @@ def test_identity_at_initialisation(config, name):
     if attachment.memory.beside:
         # memory tokens are seen, and segments do not see each other's words: the base's own logits only as long as
         # there is neither a token nor a second segment
-        first = model(ids).logits
-        assert not attachment.memory.starts_empty or torch.equal(first, expected)
+        if attachment.memory.starts_empty:
+            assert_near(model(ids).logits, expected, 1e-5)
         assert_differ(model(longer).logits, expected_longer)
         return
     assert torch.equal(model(ids).logits, expected)
@@ -508,7 +508,8 @@ def test_fast_equals_naive(config, padded):
         if path == "fast":
             output, traces = hidden, {}
             if memory.read_layers:
-                output, traces = memory.read_and_trace(memory.read_layers[0], hidden, leaves)
+                # a read has one block's hidden states: here the first of those that are written
+                output, traces = memory.read_and_trace(memory.read_layers[0], hidden[..., :64], leaves)
             kept = hidden.new_ones(3, SEGMENT) if keep is None else keep.double()
             left = {k: torch.einsum("bt,bt...->b...", kept, trace) for k, trace in traces.items()}
             after = memory.write(hidden, {k: t + left.get(k, 0) for k, t in leaves.items()}, keep)
