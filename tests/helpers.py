@@ -41,8 +41,8 @@ KINDS_OF_FAMILIES = ("gpt2", "gemma3", "bert")
 def matrix(families: Iterable[str]) -> pytest.MarkDecorator:
     """Every mechanism over these families, with ids like `emt-0-llama`; skipped where it says that it cannot serve.
 
-    Its first form meets all of them, its other forms one of each kind: a form differs in what it computes, not in how it
-    is joined to a host.
+    Its first form meets all of them, its other forms one of each kind: a form differs in what it computes, not in how
+    it is joined to a host.
     """
     cases = [
         pytest.param(config, name, id=f"{label}-{name}", marks=_marks(config, name))

@@ -189,8 +189,8 @@ class Memory(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """`read` at the first read layer, then `write`, as plain loops over the equations: the tests' oracle.
 
-        Where nothing is read after a block, the first result is the hidden states as they came; where several blocks are
-        written, it is the read of the first one's.
+        Where nothing is read after a block, the first result is the hidden states as they came; where several blocks
+        are written, it is the read of the first one's.
         """
 
     def auxiliary(
