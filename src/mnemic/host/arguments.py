@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from mnemic.host.anatomy import COUNTS_FROM_PADDING
 from mnemic.host.cache import MemoryLayer
 from mnemic.stream import Piece
 
@@ -111,47 +109,3 @@ def joined(outputs: list[Any]) -> Any:
         layers = zip(*(output["hidden_states"] for output in outputs), strict=True)
         last["hidden_states"] = tuple(torch.cat(layer, 1) for layer in layers)
     return last
-
-
-def encoder_positions(trunk: Any, arguments: dict[str, Any], time: int, count: int) -> Tensor:
-    """The positions `[b, t + count]` of an encoder's words, and of memory tokens at the end of its table."""
-    ids, given, config = arguments.get("input_ids"), arguments.get("position_ids"), trunk.config
-    words = ids if ids is not None else arguments["inputs_embeds"][..., 0]
-    if given is not None:
-        positions = given.expand(len(words), -1)
-    elif config.model_type in COUNTS_FROM_PADDING:
-        real = torch.ones_like(words, dtype=torch.long) if ids is None else (ids != config.pad_token_id).long()
-        positions = real.cumsum(1) * real + config.pad_token_id
-    else:
-        positions = torch.arange(time, device=words.device).expand(len(words), -1)
-    last = torch.arange(config.max_position_embeddings - count, config.max_position_embeddings, device=words.device)
-    return torch.cat([positions, last.expand(len(words), -1)], 1)
-
-
-def for_queries(arguments: dict[str, Any], queries: slice, held: int, hidden_btd: Tensor) -> dict[str, Any]:
-    """The arguments of a block for some of a call's columns, whose keys come after `held` ones and all before them."""
-    chosen = dict(arguments)
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor):
-        chosen["attention_mask"] = mask[:, :, queries, : held + queries.stop] if mask.ndim == 4 else mask
-    elif queries.start:
-        # none was needed for the whole call, as it was causal; these columns begin in the middle of it
-        place = torch.arange(held + queries.stop, device=hidden_btd.device)
-        seen = place <= held + torch.arange(queries.start, queries.stop, device=hidden_btd.device)[:, None]
-        lowest = torch.finfo(hidden_btd.dtype).min
-        chosen["attention_mask"] = torch.zeros_like(seen, dtype=hidden_btd.dtype).masked_fill(~seen, lowest)[None, None]
-    if (positions := arguments.get("position_ids")) is not None:
-        chosen["position_ids"] = positions[..., queries]
-    if (rotations := arguments.get("position_embeddings")) is not None:
-        chosen["position_embeddings"] = tuple(rotation[..., queries, :] for rotation in rotations)
-    return chosen
-
-
-def words_of(output: Any, words: Callable[[Tensor], slice]) -> Any:
-    """The output of a call without the columns of memory tokens."""
-    if not isinstance(output, ModelOutput):
-        return (output[0][:, words(output[0])], *output[1:])
-    output["last_hidden_state"] = output["last_hidden_state"][:, words(output["last_hidden_state"])]
-    if output.get("hidden_states") is not None:
-        output["hidden_states"] = tuple(hidden[:, words(hidden)] for hidden in output["hidden_states"])
-    return output

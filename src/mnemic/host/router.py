@@ -27,66 +27,17 @@ from mnemic.host.arguments import (
     bound,
     check_batch,
     document_starts,
-    encoder_positions,
     flat_mask,
-    for_queries,
     joined,
     kept_tokens,
     part_of,
     refined,
-    words_of,
 )
+from mnemic.host.beside import Beside, Wordless, encoder_positions, for_queries, words_of
 from mnemic.host.cache import KeysTakenError, MemoryCache, MemoryLayer, memory_layer, snapshot
-from mnemic.memories.base import Memory, MemoryConfig, MemoryTokens
+from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.state import State
 from mnemic.stream import Piece, Stream, check_finite, cut, waiting_width
-
-
-@dataclass
-class Beside:
-    """The memory tokens of one pass: `before` and `behind` its words, in columns of their own.
-
-    `keep [b, n + t + m]` marks what is there, for the rows whose segment begins and ends in this pass; None for all.
-    """
-
-    before: MemoryTokens | None
-    behind: MemoryTokens | None
-    time: int
-    keep: Tensor | None = None
-    apart: bool = False
-    """Whether the blocks make keys of the tokens before on their own, and from the first block on see words alone."""
-
-    @property
-    def first(self) -> int:
-        """How many stand before the words."""
-        return 0 if self.before is None else self.before.embeddings.shape[1]
-
-    @property
-    def words(self) -> slice:
-        """The columns of the words."""
-        return slice(self.first, self.first + self.time)
-
-    @property
-    def width(self) -> int:
-        """All columns."""
-        return self.words.stop + (0 if self.behind is None else self.behind.embeddings.shape[1])
-
-    def words_in(self, hidden_btd: Tensor) -> slice:
-        """The columns of the words in hidden states of some block."""
-        return slice(0, self.time) if self.apart and hidden_btd.shape[1] == self.time else self.words
-
-    def enter(self, layer: int, hidden_btd: Tensor) -> Tensor:
-        """What enters a block, with the memory's own hidden states in the places it gives them for."""
-        own = None if self.before is None else self.before.inputs.get(layer)
-        return hidden_btd if own is None else torch.cat([own.to(hidden_btd), hidden_btd[:, self.first :]], 1)
-
-
-@dataclass(frozen=True)
-class Wordless:
-    """A pass of memory tokens alone, for the rows that begin a segment and for those that end one."""
-
-    beginning: tuple[int, ...] = ()
-    ending: tuple[int, ...] = ()
 
 
 @dataclass
@@ -453,19 +404,7 @@ class Router(nn.Module):
             return
         if arguments.get("token_type_ids") is not None:
             raise ValueError("memory tokens have no token_type_ids; call without them")
-        if before is not None and before.keep is not None and not bool(before.keep.all()):
-            before = flush_right(before, before.keep)
-        call.beside = beside = Beside(before, behind, call.time)
-        words = self._embedded(trunk, arguments)
-        parts, kept = [words], [keep]
-        for tokens, rows in ((before, begins), (behind, ends)):
-            if tokens is not None:
-                there = rows[:, None].expand(-1, tokens.embeddings.shape[1])
-                place = 0 if tokens is before else len(parts)
-                parts.insert(place, tokens.embeddings.to(words))
-                kept.insert(place, there if tokens.keep is None else there & tokens.keep)
-        arguments["inputs_embeds"] = torch.cat(parts, 1)
-        beside.keep = torch.cat(kept, 1)
+        beside, embeddings = Beside.join(self._embedded(trunk, arguments), keep, (before, begins), (behind, ends))
         beside.apart = (
             before is not None
             and behind is None
@@ -474,8 +413,7 @@ class Router(nn.Module):
             and not call.checkpointing
             and trunk.config._attn_implementation in ("sdpa", "eager")  # pyright: ignore
         )
-        if bool(beside.keep.all()):
-            beside.keep = None
+        call.beside, arguments["inputs_embeds"] = beside, embeddings
 
     def _arrange(self, call: Call, trunk: nn.Module, arguments: dict[str, Any]) -> None:
         """Gives the base its window: mask and positions of what is physically there."""
@@ -699,17 +637,6 @@ class Router(nn.Module):
             stream = stream.append(hidden_btd[:, part], None if keep is None else keep[:, part])
             stream = stream.commit(self.memory, piece.ended)
         return stream, states
-
-
-def flush_right(tokens: MemoryTokens, keep_bn: Tensor) -> MemoryTokens:
-    """The same tokens, each row's own next to the words: layers that count keys as they lie bear no gap."""
-    order = torch.argsort(keep_bn.long(), dim=1, stable=True)
-
-    def moved(hidden_bnd: Tensor) -> Tensor:
-        return hidden_bnd.gather(1, order[..., None].expand(-1, -1, hidden_bnd.shape[-1]))
-
-    inputs = {layer: moved(hidden_bnd) for layer, hidden_bnd in tokens.inputs.items()}
-    return MemoryTokens(moved(tokens.embeddings), keep_bn.gather(1, order), inputs)
 
 
 class Tap(nn.Module):
