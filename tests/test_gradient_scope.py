@@ -7,7 +7,7 @@ import torch
 
 import mnemic
 from families import make
-from helpers import SEGMENT, assert_near, host, over_decoders, tokens, trains
+from helpers import SEGMENT, assert_near, host, matrix, over_decoders, tokens, trains
 from mnemic.training import unroll
 
 # `unroll` is for causal models; an encoder's segments have no next token to predict.
@@ -42,7 +42,8 @@ def test_every_parameter_gets_a_gradient_at_step_two(config, name):
     assert all(p.grad is None for key, p in model.named_parameters() if ".mnemic." not in key)
 
 
-@over_decoders
+# what a gradient passes is the memory's and the core's affair: one family of each kind
+@matrix(["gpt2", "llama", "gemma3", "bloom"])
 @pytest.mark.parametrize("parallel", [None, False])
 @pytest.mark.parametrize("bptt_segments", [0, 1, 2, None])
 def test_gradient_reaches_bptt_segments_back_and_no_further(config, name, parallel, bptt_segments, monkeypatch):
