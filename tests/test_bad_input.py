@@ -242,7 +242,7 @@ def test_a_stream_of_another_model():
     model = host("llama", CONFIG)
     mine = mnemic.memory_cache(model, SEGMENT)
     mine.memory.stream = cache.memory.stream
-    with pytest.raises(ValueError, match="the cache.s stream keeps 32 values of a token, this model.s memory 64"):
+    with pytest.raises(ValueError, match=r"the cache.s stream keeps 32 values of a token, this model.s memory 64"):
         feed(model, tokens(1, 5), carried=mine)
     # nothing of the failed call stays
     mine.memory.stream = None
