@@ -75,7 +75,8 @@ def test_equal_terms():
             with pytest.raises(Stop):
                 replace(REVERSE, mechanism=mechanism).run()
     for other in seen[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(seen[0][0], other[0], strict=True))
+        # a table of positions may go on for memory tokens
+        assert all(torch.equal(a, b[: len(a)]) for a, b in zip(seen[0][0], other[0], strict=True))
         assert torch.equal(seen[0][1], other[1])
         assert torch.equal(seen[0][2], other[2])
         assert seen[0][3] == other[3]
@@ -181,9 +182,12 @@ def test_matching_bytes_of_a_whole_suite():
         assert [replace(run, size=None) for run in found] == runs
         for task in ("reverse", "copy"):
             sizes = {run.mechanism: most_bytes(run) for run in found if run.task == task and run.mechanism != NONE}
-            plain = [most_bytes(run) for run in runs if run.task == task and run.mechanism != NONE]
-            assert all(size <= (most or min(plain)) for size in sizes.values()), sizes
-            assert max(sizes.values()) > 0.4 * (most or min(plain))
+            mine = [run for run in runs if run.task == task and run.mechanism != NONE]
+            # all can be as small as the smallest is, but those that hold more at their smallest
+            least = max(most_bytes(replace(run, size=1)) for run in mine)
+            limit = most or max(least, min(map(most_bytes, mine)))
+            assert all(size <= limit for size in sizes.values()), sizes
+            assert max(sizes.values()) > 0.4 * limit
 
 
 # --- suites ----------------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_a_memory_cache_takes_nothing_back():
 
 
 def test_window_is_immutable():
-    window = Window.new(2 * SEGMENT, SEGMENT, None, 2, torch.device("cpu"))
+    window = Window.new(2 * SEGMENT, SEGMENT, None, 0, 2, torch.device("cpu"))
     after = window.advance(None, SEGMENT)
     closed = after.advance(None, SEGMENT).close_segment([0])
     assert (window.context, after.context, closed.context) == ((0, 0), (8, 8), (8, 16))

@@ -244,7 +244,8 @@ def check_finite(hidden_btd: Tensor, keep_bt: Tensor | None, layer: int) -> None
         bad = bad & keep_bt
     if bad.any():
         row, time = bad.nonzero()[0].tolist()
+        where = f"after block {layer}" if layer >= 0 else "entering block 0"
         raise StateError(
-            f"hidden states after block {layer} are NaN or infinite (first at row {row}, token {time} of the call), "
+            f"hidden states {where} are NaN or infinite (first at row {row}, token {time} of the call), "
             "so nothing was written; check the input and the base's dtype (float16 overflows where bfloat16 does not)"
         )

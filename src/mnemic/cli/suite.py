@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,7 +81,11 @@ def matched(runs: list[Run], match: str, most_bytes: Any, match_bytes: Any) -> l
     result = list(runs)
     for key in {(run.task, str(run.settings), run.lengths) for run in runs}:
         places = [i for i, run in enumerate(runs) if (run.task, str(run.settings), run.lengths) == key]
-        most = int(number) if number else min(size for i in places if (size := most_bytes(runs[i])))
+        states = [runs[i] for i in places if most_bytes(runs[i])]
+        # as many as the smallest has, or as the one takes that cannot be made so small
+        one, two = ([most_bytes(replace(run, size=size)) for run in states] for size in (1, 2))
+        least = max((a for a, b in zip(one, two, strict=True) if a != b), default=0)
+        most = int(number) if number else max(least, min(map(most_bytes, states)))
         for place, run in zip(places, match_bytes([runs[i] for i in places], most), strict=True):
             result[place] = run
     return result
