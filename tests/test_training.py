@@ -545,3 +545,17 @@ def test_calibration_writes_nothing_and_leaves_the_memory_on():
     with torch.no_grad():
         call(model, tokens(1, SEGMENT), cache)
     assert cache.memory.stream.written == (1,)
+
+
+def test_where_every_segment_has_a_loss_a_training_base_runs_them_one_after_another(monkeypatch):
+    model, (ids, labels) = make("gpt2"), labelled()
+    mnemic.attach(model, CONFIG, freeze=False)
+    seen = []
+    monkeypatch.setattr(training, "_one_after_another", lambda *a: seen.append("one"))
+    monkeypatch.setattr(training, "_all_at_once", lambda *a: seen.append("all"))
+    for given in (ids, labels):
+        with pytest.raises(TypeError):  # the stand-ins return nothing
+            unroll(model, ids, given)
+    with torch.no_grad(), pytest.raises(TypeError):
+        unroll(model, ids, ids)
+    assert seen == ["one", "all", "all"]

@@ -78,7 +78,7 @@ def unroll(
         bptt_segments: how many segments back a loss sends its gradient: into the writes of segments s-1 .. s-k and no
             further, for the loss of segment s. None for all.
         stream: where the streams stand; new ones by default. Its values are constants to the gradient.
-        parallel: True or False to insist on one of the two ways; by default the faster where it is exact.
+        parallel: True or False to insist on one of the two ways; by default what is less work, where it is exact.
         memo: keeps what the base makes of segments that come again, when they run all at once.
         advance: False leaves the stream somewhere in the last labelled segment, which saves time when only the loss is
             wanted.
@@ -101,9 +101,10 @@ def unroll(
     obstacle = None if alone else obstacle_to_parallel(model, window)
     if parallel and obstacle is not None:
         raise ValueError(f"segments cannot run all at once: {obstacle}; leave parallel out")
-    parallel = obstacle is None if parallel is None else parallel
     ids, wanted = (tensor.unflatten(1, (-1, length)).transpose(0, 1) for tensor in (input_ids, targets))
     labelled = [s for s in range(len(ids)) if bool((wanted[s] != IGNORED).any())]
+    if parallel is None:
+        parallel = obstacle is None and (alone or _worth_it(model, router, len(ids), len(labelled)))
     losses: list[Tensor] | None = [] if torch.is_grad_enabled() else None
     if parallel:
         # nothing after the last labelled token of a segment has a part in the loss
@@ -124,6 +125,15 @@ def unroll(
     loss = F.cross_entropy(logits_nv.float(), targets_n)
     auxiliary = torch.cat(losses).mean() if losses else torch.zeros_like(loss)
     return Unrolled(loss, logits_nv, targets_n, rows, stream, auxiliary)
+
+
+def _worth_it(model: nn.Module, router: Router, segments: int, labelled: int) -> bool:
+    """Whether all at once is less work where the base trains: labelled segments pass the lower blocks twice there, once
+    for what they write and once for their loss. With a frozen base the first time costs no gradient.
+    """
+    if not (torch.is_grad_enabled() and base_trains(model)):
+        return True
+    return labelled + segments * (router.memory.write_layer + 1) / router.depth <= segments
 
 
 def _by_row(chosen_sbt: Tensor) -> tuple[Tensor, Tensor]:
