@@ -41,8 +41,6 @@ def table(records: Sequence[Record]) -> str:
         return missing("the packages")
     record = records[0]
     sentences = [
-        "",
-        "",
         "A pair of numbers is the package's / ours. Times faster: the median of the ratios of "
         f"{record.config['runs']} alternating steps, with the least and the most.",
         *(f"{_shape(label, shape)}." for label, shape in record.config["shapes"].items()),
@@ -50,7 +48,7 @@ def table(records: Sequence[Record]) -> str:
         f"Made by `{record.command}` on {record.machine['cores']} {record.machine['processor']} cores with torch "
         f"{record.versions['torch']} and transformers {record.versions['transformers']}.",
     ]
-    return markdown(*cells(record)) + "\n".join(sentences[:2]) + " ".join(sentences[2:])
+    return markdown(*cells(record)) + "\n\n" + " ".join(sentences)
 
 
 def table_of_pairs(records: Sequence[Record]) -> str:
