@@ -30,9 +30,12 @@ def told_apart(found: Sequence[Record]) -> list[Record]:
     for record in found:
         groups.setdefault((record.task, settings_of(record), record.mechanism), []).append(record)
     named = []
-    for runs in groups.values():
+    for (_, _, mechanism), runs in groups.items():
         said = [""] * len(runs)
+        settings = [json.dumps([record.config.get(part) for part in ("memory", "recipe")]) for record in runs]
         for part in ("memory", "recipe"):
+            if mechanism == NONE or len(set(zip(said, settings, strict=True))) == len(set(said)):
+                break  # told apart already
             variants = [record.config.get(part) or {} for record in runs]
             names = sorted({name for variant in variants for name in variant})
             told = [{json.dumps(variant.get(name), sort_keys=True) for variant in variants} for name in names]
