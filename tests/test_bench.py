@@ -17,7 +17,8 @@ from mnemic.bench.experiments import Curriculum, Experiment, LanguageCurriculum,
 from mnemic.bench.results import Record, Score, digest, problems, records
 from mnemic.cli import app
 from mnemic.tasks.facts import SymbolRecall
-from mnemic.training import IGNORED, Step
+from mnemic.training import Step
+from mnemic.unrolling import IGNORED
 from test_recall_task import language
 
 CONTROLS = {"zeroed", "other stream", "fresh", "no memory"}

@@ -20,7 +20,7 @@ from mnemic.bench.results import Record
 from mnemic.cli import app
 from mnemic.cli.tasks import made, parsed
 from mnemic.tasks import TASKS, Examples, Task, TaskCard
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 
 @dataclass(frozen=True)

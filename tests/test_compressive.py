@@ -14,7 +14,7 @@ from helpers import SEGMENT, assert_differ, assert_near, feed, shake, tokens
 from mnemic.memories.compressive import CompressiveConfig
 from mnemic.memories.transformer_xl import TransformerXLConfig
 from mnemic.state import nbytes
-from mnemic.training import unroll
+from mnemic.unrolling import unroll
 
 DEPTH, WIDTH = 2, 16
 COMPRESSIONS = ["mean", "max", "convolution", "most used"]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mnemic.tasks import documents
 from mnemic.tasks.documents import DocumentStream, Tokens, hyperpartisan, macro_f1, novels, split, tokenize
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 from task_checks import real
 
 TEXT = "The café was naïve.\n\nA ☕ and two\n  more lines 🙂🙂,\nthe end\n\n" * 6

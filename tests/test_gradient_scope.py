@@ -8,7 +8,7 @@ import torch
 import mnemic
 from families import make
 from helpers import SEGMENT, assert_near, host, matrix, over_decoders, tokens, trains
-from mnemic.training import unroll
+from mnemic.unrolling import unroll
 
 # `unroll` is for causal models; an encoder's segments have no next token to predict.
 COUNT = 4

@@ -21,7 +21,7 @@ from mnemic.memories.infinity_former import (
     regression,
 )
 from mnemic.state import concatenate, nbytes, select
-from mnemic.training import unroll
+from mnemic.unrolling import unroll
 
 FORMS = [{}, {"sticky": True, "bins": 10}, {"gate": True, "detach": False, "widths": [1.0], "tau": 0.75}]
 every_form = pytest.mark.parametrize("form", FORMS, ids=["default", "sticky", "gate"])

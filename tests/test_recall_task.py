@@ -18,7 +18,7 @@ from mnemic.bench import recall as bench
 from mnemic.tasks.base import TEST_SEEDS, generator
 from mnemic.tasks.facts import NAMES, THINGS, LanguageRecall, Question, SymbolRecall
 from mnemic.tasks.recall import SentenceStreams, SymbolStreams, small_world
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 from task_checks import real
 
 PROSE = "once there was a big red house and it stood near the old sea . "

@@ -13,7 +13,8 @@ from families import make
 from mnemic.tasks import sorting
 from mnemic.tasks.base import Task, generator, seed_of
 from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, SortingTask
-from mnemic.training import IGNORED, Batch, unroll
+from mnemic.training import Batch
+from mnemic.unrolling import IGNORED, unroll
 
 SHARE = 0.01
 

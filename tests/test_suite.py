@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from mnemic.attachment import attach
-from mnemic.bench import compare
-from mnemic.bench.compare import CONDITIONS, NONE, Recipe, Run, match_bytes, most_bytes, predict
+from mnemic.bench import asking, compare
+from mnemic.bench.asking import CONDITIONS, predict
+from mnemic.bench.compare import NONE, Recipe, Run, match_bytes, most_bytes
 from mnemic.bench.hosts import Host, tiny_gpt2
 from mnemic.bench.results import Record, records
 from mnemic.bench.suite import file_name, finished, limited, load, names, parse
@@ -19,7 +20,8 @@ from mnemic.bench.workers import perform
 from mnemic.cli import app
 from mnemic.cli.suite import matched
 from mnemic.memories import CONFIGS
-from mnemic.training import train, unroll
+from mnemic.training import train
+from mnemic.unrolling import unroll
 
 QUICK = Recipe(steps=12, rows=8, warm=4)
 REVERSE = Run("reverse", "emt", settings={"count": 12, "segment_length": 12}, recipe=QUICK, test_rows=16)
@@ -140,11 +142,11 @@ def test_by_depth_and_age():
     test = task.examples(64, "test")
     right = torch.where((test.extra["depth"] >= 40) & (test.extra["depth"] < 60), 1, 0)
     predicted = torch.where(right[:, :1] == 1, test.labels, -1)
-    found = compare.profile(task, predicted, test)
+    found = asking.profile(task, predicted, test)
     assert found == {f"depth from {start}": float(start == 40) for start in compare.DEPTHS}
     task = Run("rewrites", NONE, settings={"pairs": 5}).make_task()
     test = task.examples(200, "test")
-    found = compare.profile(task, task.solve(test, task.last(test, 1)), test)
+    found = asking.profile(task, task.solve(test, task.last(test, 1)), test)
     assert list(found) == ["age from 1", "age from 2", "age from 4"]
     assert found["age from 1"] == 1
     assert found["age from 4"] < 0.1

@@ -22,7 +22,7 @@ from mnemic.tasks.classification import (
     kind_of,
     reviews,
 )
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 from task_checks import chi_square, real
 
 # --- generated documents ---------------------------------------------------------------------------------------------

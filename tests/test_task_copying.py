@@ -7,7 +7,7 @@ import torch
 
 from mnemic.tasks.base import TASKS, generator
 from mnemic.tasks.copying import FIRST, SYMBOLS, Copy, Reverse
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 TASKS_HERE = [Reverse(), Reverse(12, 12), Reverse(24, 4), Copy(), Copy(24, 6), Copy(5, 1), Reverse(1, 1)]
 GOLDEN = [[9, 6, 3, 8, 5, 5, 9, 9, 6, 3, 8, 9, 9, 8, 3, 6, 9, 9, 5, 5, 8, 3, 6, 9]]

@@ -20,7 +20,7 @@ from mnemic.tasks.documents import DocumentStream, Tokens, tokenize
 from mnemic.tasks.language import Language
 from mnemic.tasks.ngrams import Learned, Ngram
 from mnemic.tasks.tales import FORMS, NAMES, PLACES, TRAITS, facts_told, parse, reader_bits
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 from task_checks import chi_square, real
 
 

@@ -21,7 +21,7 @@ import torch
 
 from mnemic.tasks import TASKS, Examples, Task
 from mnemic.tasks.base import generator, seed_of
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 ODD: dict[str, list[dict]] = {
     "babilong": [

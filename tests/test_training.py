@@ -23,11 +23,12 @@ from helpers import (
     shake,
     tokens,
 )
-from mnemic import training
+from mnemic import training, unrolling
 from mnemic.memories.emt import Whitening
 from mnemic.tasks.base import generator
 from mnemic.tasks.facts import SymbolRecall
-from mnemic.training import IGNORED, Batch, FeatureMemo, calibrate, features, hold_then_fall, train, unroll
+from mnemic.training import Batch, calibrate, hold_then_fall, train
+from mnemic.unrolling import IGNORED, FeatureMemo, features, unroll
 
 CONFIG = CONFIGS["emt-0"]
 TASK = SymbolRecall(segment_length=SEGMENT, pairs=2)
@@ -92,7 +93,7 @@ def test_a_memo_computes_what_came_twice_no_third_time(monkeypatch):
         computed.append(ids_sbt.flatten(0, 1).shape[0])
         return features(model, ids_sbt)
 
-    monkeypatch.setattr(training, "features", counted)
+    monkeypatch.setattr(unrolling, "features", counted)
     second = [memo(ids), memo(ids)][1]
     third = memo(ids)
     assert torch.equal(third, second), "what was kept is not what was computed"
@@ -152,7 +153,7 @@ def test_read_segments_refuses_where_segments_depend_on_each_other():
 def test_a_session_reads_whole_segments_and_the_rest_as_token_by_token(monkeypatch):
     model, ids, question = host("llama", CONFIG), tokens(1, 5 * SEGMENT + 3), tokens(1, 4, 7)
     ahead = []
-    read = training.read_segments
+    read = unrolling.read_segments
     monkeypatch.setattr("mnemic.session.read_segments", lambda *given: ahead.append(given[1].shape[1]) or read(*given))
     one, two = mnemic.Session(model, window=SEGMENT), mnemic.Session(model, window=SEGMENT)
     assert one.read(ids) == 43
@@ -551,8 +552,8 @@ def test_where_every_segment_has_a_loss_a_training_base_runs_them_one_after_anot
     model, (ids, labels) = make("gpt2"), labelled()
     mnemic.attach(model, CONFIG, freeze=False)
     seen = []
-    monkeypatch.setattr(training, "_one_after_another", lambda *a: seen.append("one"))
-    monkeypatch.setattr(training, "_all_at_once", lambda *a: seen.append("all"))
+    monkeypatch.setattr(unrolling, "_one_after_another", lambda *a: seen.append("one"))
+    monkeypatch.setattr(unrolling, "_all_at_once", lambda *a: seen.append("all"))
     for given in (ids, labels):
         with pytest.raises(TypeError):  # the stand-ins return nothing
             unroll(model, ids, given)

@@ -9,7 +9,7 @@ import mnemic
 from families import DECODERS, make
 from helpers import SEGMENT, assert_differ, assert_near, feed, tokens
 from mnemic import TransformerXLConfig
-from mnemic.training import unroll
+from mnemic.unrolling import unroll
 
 
 def attach(name, size, **settings):

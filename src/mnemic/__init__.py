@@ -21,7 +21,8 @@ from mnemic.memories import (
 )
 from mnemic.session import Session
 from mnemic.state import State, StateError
-from mnemic.training import Batch, calibrate, read_segments, train, unroll
+from mnemic.training import Batch, calibrate, train
+from mnemic.unrolling import read_segments, unroll
 
 __version__ = "0.1.0"
 

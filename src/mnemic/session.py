@@ -16,7 +16,7 @@ from mnemic.host.cache import MemoryCache, MemoryLayer, Window
 from mnemic.host.router import Router, carrying
 from mnemic.state import StateError, read_file, write_file
 from mnemic.stream import Stream
-from mnemic.training import obstacle_to_parallel, read_segments
+from mnemic.unrolling import obstacle_to_parallel, read_segments
 
 
 class Session:

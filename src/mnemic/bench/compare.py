@@ -1,13 +1,7 @@
 """One run of a comparison: a mechanism on a task with one seed, trained and asked under every control.
 
 Every mechanism gets the same host with the same first weights, the same streams in the same order, the same steps of
-the same optimiser, and the same gradient scope. Every test stream is asked under five conditions:
-
-    memory          the stream's own memory
-    other stream    the memory of another stream of the batch, which has read as much
-    zeroed          the memory with every value zero
-    fresh           a memory that begins with the segment that asks
-    no memory       the memory switched off, with the same weights
+the same optimiser, and the same gradient scope. Every test stream is asked under every control (`asking`).
 
 The mechanism "none" is the host trained without a memory for as many steps: what the task gives without one.
 """
@@ -18,30 +12,28 @@ import contextlib
 import hashlib
 import json
 import math
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
-from mnemic.attachment import Attachment, attach, memory_cache
+from mnemic.attachment import Attachment, attach
+from mnemic.bench.asking import cost, evaluate
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.hosts import Host, make_room
-from mnemic.bench.results import Record, Score
+from mnemic.bench.results import Record
 from mnemic.memories import CONFIGS, EMTConfig
 from mnemic.memories.base import MemoryConfig
-from mnemic.state import State, map_state, read_file, write_file
-from mnemic.tasks.base import TASKS, Examples, Task
-from mnemic.tasks.language import Language
-from mnemic.training import IGNORED, Batch, obstacle_to_parallel, read_segments, train
+from mnemic.state import read_file, write_file
+from mnemic.tasks.base import TASKS, Task
+from mnemic.training import Batch, train
+from mnemic.unrolling import IGNORED
 
-CONDITIONS = ("memory", "other stream", "zeroed", "fresh", "no memory")
 NONE = "none"
 """The mechanism that is none."""
 
@@ -312,199 +304,6 @@ def reach_of(attachment: Attachment, asked: int | None) -> int | None:
     """How far back gradients go: as far as asked for, but no farther than the mechanism lets them pass."""
     own = attachment.memory.gradient_reach
     return own if asked is None else asked if own is None else min(asked, own)
-
-
-# --- asking ----------------------------------------------------------------------------------------------------------
-
-
-def conditions(attachment: Attachment, state: State) -> dict[str, State | None]:
-    """The state under which each control asks; None for no memory."""
-
-    def zeroed(tensor: Tensor) -> Tensor:
-        return torch.zeros_like(tensor) if tensor.is_floating_point() else tensor
-
-    return {
-        "other stream": map_state(state, lambda tensor: tensor.roll(1, 0)),
-        "zeroed": map_state(state, zeroed),
-        "fresh": attachment.router.new_stream(len(next(iter(state.values())))).state,
-        "no memory": None,
-    }
-
-
-@dataclass
-class Predicted:
-    """For each condition the most probable token and the negative log-likelihood (nats) of the right one, both
-    `[b, t]` and meant where labels stand; bytes of the largest state of a row, in use.
-    """
-
-    tokens: dict[str, Int[Tensor, "b t"]]
-    nats: dict[str, Float[Tensor, "b t"]]
-    state_bytes: int
-
-
-@torch.no_grad()
-def predict(attachment: Attachment, ids: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]) -> Predicted:
-    """Reads whole streams and asks every segment with labels under every condition, from the state at its start."""
-    model, router = attachment.model, attachment.router
-    length, (rows, total) = router.segment_length, ids.shape
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    names = CONDITIONS if router.enabled else ("memory",)
-    tokens = {name: torch.zeros(rows, total, dtype=torch.long) for name in names}
-    nats = {name: torch.zeros(rows, total) for name in names}
-    ids, cache, state_bytes = ids.to(router.device), memory_cache(model, length), 0
-    segments = total // length
-    wanted = [bool((targets[:, s * length : (s + 1) * length] != IGNORED).any()) for s in range(segments)]
-
-    def note(name: str, logits: Tensor, here: slice) -> None:
-        tokens[name][:, here] = logits.argmax(-1).cpu()
-        target = targets[:, here].to(logits.device)
-        lost = F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
-        nats[name][:, here] = lost.cpu()
-
-    s = 0
-    while s < segments:
-        here = slice(s * length, (s + 1) * length)
-        if not wanted[s] and router.enabled and obstacle_to_parallel(model, length) is None:
-            # segments without a question can be read at once
-            stop = next((later for later in range(s, segments) if wanted[later]), segments)
-            cache.memory.stream = read_segments(model, ids[:, s * length : stop * length], cache.memory.stream)
-            s = stop
-            continue
-        if wanted[s] and router.enabled:
-            stream = cache.memory.stream or router.new_stream(rows)
-            state_bytes = max(state_bytes, sum(t[0].numel() * t.element_size() for t in stream.state.values()))
-            for name, state in conditions(attachment, stream.state).items():
-                with attachment.disabled() if state is None else contextlib.nullcontext():
-                    branch = memory_cache(model, length)
-                    if state is not None:
-                        branch.memory.stream = router.new_stream(rows, state)
-                    note(name, model(input_ids=ids[:, here], past_key_values=branch, use_cache=True).logits, here)
-        output = model(input_ids=ids[:, here], past_key_values=cache, use_cache=True)
-        if wanted[s]:
-            note("memory", output.logits, here)
-        s += 1
-    # the token at t was predicted one place before
-    tokens = {name: F.pad(each[:, :-1], (1, 0)) for name, each in tokens.items()}
-    nats = {name: F.pad(each[:, :-1], (1, 0)) for name, each in nats.items()}
-    return Predicted(tokens, nats, state_bytes)
-
-
-def evaluate(
-    attachment: Attachment,
-    task: Task,
-    rows: int,
-    *,
-    seed: int = 0,
-    batch: int = 64,
-    reporter: Reporter | None = None,
-) -> Score:
-    """Scores `rows` test streams under every condition, beside the task's floors."""
-    reporter = reporter or Silent()
-    test = task.examples(rows, "test", seed)
-    parts: list[Predicted] = []
-    for start in range(0, rows, batch):
-        some = test.take(slice(start, start + batch))
-        parts.append(predict(attachment, some.input_ids, some.labels))
-        reporter.advance(len(some.input_ids))
-    names = list(parts[0].tokens)
-    tokens = {name: torch.cat([part.tokens[name] for part in parts]) for name in names}
-    nats = {name: torch.cat([part.nats[name] for part in parts]) for name in names}
-    scores = {name: task.result(tokens[name], nats[name], test) for name in names}
-    details: dict[str, float] = {"state_bytes": max(part.state_bytes for part in parts)}
-    for name in names:
-        measured = task.measures(tokens[name], test)
-        measured |= task.bits(nats[name], test) if isinstance(task, Language) else {}
-        details |= {each if name == "memory" else f"{name}: {each}": value for each, value in measured.items()}
-    details |= profile(task, tokens["memory"], test)
-    details["nats a labelled token"] = nats["memory"][test.asked].mean().item()
-    if isinstance(task, Language):
-        details["bytes a labelled token"] = float(test.extra["bytes"].sum() / test.asked.sum())
-    return Score(
-        length=0,
-        tokens=int(test.input_ids.shape[1]),
-        examples=rows if task.lower_is_better else int(task.right(test.labels, test).numel()),
-        score=scores.pop("memory"),
-        controls=scores,
-        floors=floors(task, rows, seed),
-        ceiling=1.0 if task.solvable else None,
-        details=details,
-        outcomes={name: _outcomes(task, tokens[name], nats[name], test) for name in names},
-    )
-
-
-DEPTHS = (0, 20, 40, 60, 80)
-"""Where the fifths of a context begin, in per cent."""
-
-AGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-"""Where the ranges of ages begin, in segments."""
-
-
-def profile(task: Task, predicted: Tensor, test: Examples) -> dict[str, float]:
-    """Scores by how deep in the context the evidence stands, or by its age, where the task notes either."""
-    found: dict[str, float] = {}
-    for name, starts in (("depth", DEPTHS), ("age", AGES)):
-        if name not in test.extra or not task.by_answer:
-            continue
-        by_value = task.right_by(predicted, test, name)
-        for start, stop in zip(starts, (*starts[1:], None), strict=True):
-            inside = [each for value, each in by_value.items() if value >= start and (stop is None or value < stop)]
-            if inside:
-                right = sum(share * count for share, count in inside) / sum(count for _, count in inside)
-                found[f"{name} from {start}"] = right
-    return found
-
-
-def _outcomes(task: Task, tokens: Tensor, nats: Tensor, test: Examples) -> str:
-    """What the score is computed from: whether each answer is right, or the mean nats of each stream."""
-    if task.lower_is_better:
-        means = nats.masked_fill(~test.asked, 0).sum(1) / test.asked.sum(1)
-        return " ".join(f"{mean:.6f}" for mean in means.tolist())
-    return "".join("1" if each else "0" for each in task.right(tokens, test).tolist())
-
-
-_FLOORS: dict[str, dict[str, float]] = {}
-
-
-def floors(task: Task, rows: int, seed: int) -> dict[str, float]:
-    """The task's floors, computed once in a process: every mechanism is held against the same ones."""
-    key = json.dumps([task.name, task.settings(), rows, seed])
-    if key not in _FLOORS:
-        _FLOORS[key] = task.floors(rows, seed)
-    return _FLOORS[key]
-
-
-# --- cost ------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def cost(attachment: Attachment, task: Task, rows: int = 8, segments: int = 4, runs: int = 5) -> dict[str, float]:
-    """Microseconds a token when `rows` streams are read in step, with the memory and without it, medians of `runs`
-    interleaved ones; and their ratio.
-    """
-    router = attachment.router
-    length = router.segment_length
-    source = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, task.vocabulary, (rows, segments * length), generator=source).to(router.device)
-
-    def once() -> float:
-        cache, begun = memory_cache(attachment.model, length), time.perf_counter()
-        for segment in ids.split(length, 1):
-            attachment.model(input_ids=segment, past_key_values=cache, use_cache=True)
-        return 1e6 * (time.perf_counter() - begun) / ids.numel()
-
-    def timed() -> Iterator[tuple[float, float]]:
-        once()
-        for _ in range(runs):
-            with attachment.disabled():
-                without = once()
-            yield once(), without
-
-    pairs = list(timed())
-    return {
-        "microseconds a token": statistics.median(with_it for with_it, _ in pairs),
-        "microseconds a token without": statistics.median(without for _, without in pairs),
-        "with memory / base": statistics.median(with_it / without for with_it, without in pairs),
-    }
 
 
 # --- equal bytes -----------------------------------------------------------------------------------------------------

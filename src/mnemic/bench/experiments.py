@@ -20,7 +20,8 @@ from mnemic.bench.results import Record, Score
 from mnemic.memories.base import MemoryConfig
 from mnemic.tasks.base import generator
 from mnemic.tasks.facts import Episode, LanguageRecall, RecallTask, SymbolRecall
-from mnemic.training import IGNORED, Batch, Step, calibrate, hold_then_fall, train
+from mnemic.training import Batch, Step, calibrate, hold_then_fall, train
+from mnemic.unrolling import IGNORED
 
 
 class Reporter(Protocol):

@@ -42,7 +42,8 @@ from mnemic.state import StateError, read_file, write_file
 from mnemic.stream import Stream
 from mnemic.tasks.base import generator
 from mnemic.tasks.documents import DocumentBatch, DocumentStream, Tokens, novels, tokenize
-from mnemic.training import IGNORED, hold_then_fall, unroll
+from mnemic.training import hold_then_fall
+from mnemic.unrolling import IGNORED, unroll
 
 CONDITIONS = ("memory", "other document", "last segment", "empty", "no memory")
 TRAINED_WITHOUT = "trained without"

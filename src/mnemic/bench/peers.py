@@ -38,7 +38,7 @@ from mnemic.bench.results import Record
 from mnemic.memories import CONFIGS, EMTConfig, FastWeightsConfig, MemoryConfig, TitansConfig
 from mnemic.memories.fast_weights import read_pairs, write_pairs
 from mnemic.memories.rules import elu_plus_one
-from mnemic.training import unroll
+from mnemic.unrolling import unroll
 
 # Shapes: b batch, t time, d width, h heads, k keys' width.
 

@@ -25,7 +25,7 @@ from mnemic.state import State, map_state
 from mnemic.stream import Stream
 from mnemic.tasks.base import TEST_SEEDS, generator
 from mnemic.tasks.facts import Episode, Question, RecallTask
-from mnemic.training import read_segments
+from mnemic.unrolling import read_segments
 
 CONDITIONS = ("memory", "zeroed", "other stream", "fresh", "no memory")
 

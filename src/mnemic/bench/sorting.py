@@ -47,7 +47,8 @@ from mnemic.memories.memoria.config import RULES
 from mnemic.state import State
 from mnemic.tasks.base import generator, seed_of
 from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, VOCABULARY, SortingTask, exact_order, kendall_tau
-from mnemic.training import IGNORED, Batch, train
+from mnemic.training import Batch, train
+from mnemic.unrolling import IGNORED
 
 CONDITIONS = ("memory", "other stream", "zeroed", "fresh", "no memory")
 

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from mnemic.training import IGNORED, Batch
+from mnemic.training import Batch
+from mnemic.unrolling import IGNORED
 
 TASKS: dict[str, type[Task]] = {}
 """Every task by its name; a subclass of `Task` that has a `name` enters by being defined."""

@@ -42,7 +42,7 @@ from torch import Generator, Tensor
 from mnemic.tasks.base import Examples, Task, TaskCard, below, shuffled
 from mnemic.tasks.documents import Split, files, hyperpartisan, macro_f1, split
 from mnemic.tasks.text import WORD, Encoder, Words, encoder
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 # --- real documents --------------------------------------------------------------------------------------------------
 

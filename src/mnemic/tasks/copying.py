@@ -31,7 +31,7 @@ from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
 from mnemic.tasks.base import Examples, Task, TaskCard
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 SYMBOLS = 8
 

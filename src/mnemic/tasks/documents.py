@@ -28,7 +28,7 @@ from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
 from mnemic.tasks.base import generator
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 Item = TypeVar("Item")
 

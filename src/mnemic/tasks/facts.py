@@ -24,7 +24,7 @@ from jaxtyping import Int
 from torch import Generator, Tensor
 
 from mnemic.tasks.base import shuffled
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 
 @dataclass

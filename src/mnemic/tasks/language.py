@@ -44,7 +44,7 @@ from mnemic.tasks.documents import Tokens, bits_per_byte, novels, split, tokeniz
 from mnemic.tasks.ngrams import Learned
 from mnemic.tasks.tales import FORMS, NAMES, OPENING, PLACES, TRAITS, facts_told, parse, reader_bits, tale
 from mnemic.tasks.text import Encoder, encoder
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 # --- the task --------------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
 from mnemic.tasks.base import Examples, Task, TaskCard
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 PUBLISHED: dict[str, tuple[tuple[int, int], ...]] = {
     "train": ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64)),

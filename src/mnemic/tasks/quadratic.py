@@ -41,7 +41,7 @@ from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
 from mnemic.tasks.base import Examples, Task, TaskCard
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 SIGNS = "0123456789+-*/^=()xD;,"
 """What fields are written in: the tokens 2 .. 23, in this order."""

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from mnemic.tasks.base import Examples, Task, TaskCard, generator
 from mnemic.tasks.facts import NAMES, THINGS, Episode, LanguageRecall, RecallTask, SymbolRecall
 from mnemic.tasks.text import Encoder, encoder
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
 

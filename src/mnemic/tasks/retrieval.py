@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
 from mnemic.tasks.base import Examples, Task, TaskCard
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 DIGITS = 10
 """The digits are the tokens 0 .. 9."""

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
 from mnemic.tasks.base import Examples, Task, TaskCard
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 CURRICULUM = (1, 2, 3, 5, 10, 20, 30, 40, 50)
 """Numbers of pairs that ARMT is trained on, one after another."""

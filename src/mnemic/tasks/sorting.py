@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Generator, Tensor
 
 from mnemic.tasks.base import Examples, Task, TaskCard, generator, seed_of
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 SYMBOLS = 20
 """The symbols are the tokens 0 .. 19."""

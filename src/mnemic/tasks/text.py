@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mnemic.tasks.base import Examples
-from mnemic.training import IGNORED
+from mnemic.unrolling import IGNORED
 
 WORD = re.compile(r"\w+|[^\w\s]|\n")
 
