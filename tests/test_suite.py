@@ -143,7 +143,7 @@ def test_by_depth_and_age():
     right = torch.where((test.extra["depth"] >= 40) & (test.extra["depth"] < 60), 1, 0)
     predicted = torch.where(right[:, :1] == 1, test.labels, -1)
     found = asking.profile(task, predicted, test)
-    assert found == {f"depth from {start}": float(start == 40) for start in compare.DEPTHS}
+    assert found == {f"depth from {start}": float(start == 40) for start in asking.DEPTHS}
     task = Run("rewrites", NONE, settings={"pairs": 5}).make_task()
     test = task.examples(200, "test")
     found = asking.profile(task, task.solve(test, task.last(test, 1)), test)
