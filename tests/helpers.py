@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 import mnemic
 from families import DECODERS, DEPTH, ENCODERS, FAMILIES, VOCABULARY, WIDTH, make
 from mnemic.host.cache import MemoryLayer, memory_layer
-from mnemic.host.router import carrying
+from mnemic.host.call import carrying
 from mnemic.state import level
 from mnemic.stream import Stream
 

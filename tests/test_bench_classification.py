@@ -25,7 +25,7 @@ from mnemic.bench.classification import (
 from mnemic.bench.results import records
 from mnemic.cli import app
 from mnemic.host.cache import MemoryLayer
-from mnemic.host.router import carrying
+from mnemic.host.call import carrying
 from mnemic.memories.memoria import MemoriaConfig
 
 LENGTH = 12

@@ -355,7 +355,7 @@ def test_padding_invariance(config, name, side, window):
 
 @torch.no_grad()
 def _feed_encoder(model, ids, mask, lengths, carried):
-    from mnemic.host.router import carrying
+    from mnemic.host.call import carrying
 
     logits, start = [], 0
     for length in lengths:

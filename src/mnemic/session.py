@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicLayer
 from mnemic.attachment import check_fingerprint, memory_cache, router_of
 from mnemic.host.anatomy import examine, fingerprint
 from mnemic.host.cache import MemoryCache, MemoryLayer, Window
-from mnemic.host.router import Router, carrying
+from mnemic.host.call import carrying
+from mnemic.host.router import Router
 from mnemic.state import StateError, read_file, write_file
 from mnemic.stream import Stream
 from mnemic.unrolling import obstacle_to_parallel, read_segments
