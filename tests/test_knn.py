@@ -15,7 +15,7 @@ import mnemic
 from families import make
 from helpers import CONFIGS, SEGMENT, assert_differ, host, shake, tokens
 from mnemic.memories import knn
-from mnemic.memories.knn import Indexes, KNNConfig, nearest, nearest_by_faiss, push
+from mnemic.memories.knn import Indexes, KNNConfig, nearest, nearest_by_faiss
 from mnemic.state import concatenate, nbytes
 
 FORMS = [{}, {"shift": False}, {"heads": 1, "top_k": 3}]
@@ -185,25 +185,6 @@ def test_recall_by_size():
         oldest = max(0, 8 - fits) * SEGMENT
         right = found + oldest == torch.arange(8 * SEGMENT)
         assert right.tolist() == [token >= oldest for token in range(8 * SEGMENT)]
-
-
-@torch.no_grad()
-def test_the_oldest_leave_first_whatever_comes():
-    generator = torch.Generator().manual_seed(0)
-    for most in (1, 3, 8, 20):
-        entries, counts, expected = torch.zeros(3, 0, 2), [0, 0, 0], [[], [], []]
-        for step in range(12):
-            time = int(torch.randint(1, 10, (1,), generator=generator))
-            new = torch.randn(3, time, 2, generator=generator)
-            keep = torch.rand(3, time, generator=generator) < 0.6 if step % 3 else None
-            entries, counts = push(entries, counts, new, keep, most)
-            for row, kept in enumerate(expected):
-                kept += [each for t, each in enumerate(new[row].tolist()) if keep is None or keep[row, t]]
-                assert entries[row, : counts[row]].tolist() == kept[-most:]
-                assert not entries[row, counts[row] :].any()
-            assert entries.shape[1] == max(counts) <= most
-            # what left is not kept behind a view
-            assert entries.untyped_storage().nbytes() == entries.numel() * 4
 
 
 @every_form

@@ -17,6 +17,7 @@ from mnemic.state import (
     level,
     map_state,
     nbytes,
+    push_rows,
     put,
     read_file,
     repeat,
@@ -240,3 +241,22 @@ def test_foreign_files_are_refused(path):
     path.write_text("hello")
     with pytest.raises(StateError, match="not a whole safetensors file"):
         read_file(path)
+
+
+@torch.no_grad()
+def test_a_queue_keeps_each_rows_own_latest():
+    generator = torch.Generator().manual_seed(0)
+    for most in (1, 3, 8, 20):
+        entries, counts, expected = torch.zeros(3, 0, 2), [0, 0, 0], [[], [], []]
+        for step in range(12):
+            time = int(torch.randint(1, 10, (1,), generator=generator))
+            new = torch.randn(3, time, 2, generator=generator)
+            keep = torch.rand(3, time, generator=generator) < 0.6 if step % 3 else None
+            entries, counts = push_rows(entries, counts, new, keep, most)
+            for row, kept in enumerate(expected):
+                kept += [each for t, each in enumerate(new[row].tolist()) if keep is None or keep[row, t]]
+                assert entries[row, : counts[row]].tolist() == kept[-most:]
+                assert not entries[row, counts[row] :].any()
+            assert entries.shape[1] == max(counts) <= most
+            # what left is not kept behind a view
+            assert entries.untyped_storage().nbytes() == entries.numel() * 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -24,6 +26,26 @@ State = dict[str, Tensor]
 """Named tensors, batch first: `{"slots": [B, ...], ...}`."""
 
 FORMAT = "1"
+META_LIMIT = 8 * 2**20
+"""Most bytes of a file's description, as JSON."""
+HEADER_LIMIT = 4 * META_LIMIT
+"""Most bytes of a file's header: the description again, quoted, and the tensors' names."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What a file's tensors may be."""
+DIMENSIONS = 16
+LARGEST = 2**48
+"""Most elements of a tensor, empty dimensions counted as 1: beyond it sizes overflow."""
 
 
 class StateError(ValueError):
@@ -73,6 +95,29 @@ def grow(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     if not any(missing):
         return tensor
     return torch.nn.functional.pad(tensor, [amount for gap in reversed(missing) for amount in (0, gap)])
+
+
+def shrink(state: State, least: State) -> State:
+    """The same rows without the zeros behind what the fullest of them needs: the inverse of `level`.
+
+    `least` is the state of a new stream. Dimensions of its size did not grow and stay; those that grew alike, from one
+    size to one other, are cut alike, as they count the same things.
+    """
+    needed: dict[tuple[int, int], int] = {}
+    grown = {
+        (name, dim): (least[name].shape[dim], size)
+        for name, tensor in state.items()
+        for dim, size in enumerate(tensor.shape)
+        if dim and size > least[name].shape[dim]
+    }
+    for (name, dim), kind in grown.items():
+        there = (state[name] != 0).transpose(0, dim).flatten(1).any(1).nonzero()
+        needed[kind] = max(needed.get(kind, kind[0]), int(there.max()) + 1 if len(there) else 0)
+    result = dict(state)
+    for (name, dim), kind in grown.items():
+        if needed[kind] < kind[1]:
+            result[name] = result[name].narrow(dim, 0, needed[kind]).clone()
+    return result
 
 
 def put(state: State, rows: Int[Tensor, " n"], chosen: State) -> State:
@@ -127,30 +172,104 @@ def append_rows(
     return longer.index_put((row, position[row, column]), piece[row, column]), total
 
 
+def drop_rows(
+    buffer: Float[Tensor, "batch held width"], counts: Sequence[int], gone: Sequence[int]
+) -> tuple[Float[Tensor, "batch shorter width"], list[int]]:
+    """Each row without its own first `gone[b]` of `counts[b]`, packed to the left, and the new counts.
+
+    A copy, no view: what has left is in neither memory nor files.
+    """
+    counts = [count - less for count, less in zip(counts, gone, strict=True)]
+    longest = max(counts)
+    if len(set(gone)) == 1:
+        return buffer[:, gone[0] : gone[0] + longest].clone(), counts
+    place = torch.arange(longest, device=buffer.device) + torch.tensor(gone, device=buffer.device)[:, None]
+    chosen = buffer.gather(1, place.clamp_max(buffer.shape[1] - 1)[..., None].expand(-1, -1, buffer.shape[2]))
+    there = torch.arange(longest, device=buffer.device) < torch.tensor(counts, device=buffer.device)[:, None]
+    return chosen.masked_fill(~there[..., None], 0), counts
+
+
+def push_rows(
+    buffer: Float[Tensor, "batch held width"],
+    counts: list[int],
+    piece: Float[Tensor, "batch time width"],
+    keep: Bool[Tensor, "batch time"] | None,
+    most: int,
+) -> tuple[Float[Tensor, "batch longer width"], list[int]]:
+    """A queue for each row: its own `counts[b]` first ones, then its kept new tokens, and of all these the last `most`.
+
+    A copy, no view: what has left is in neither memory nor files.
+    """
+    if keep is None and len(set(counts)) == 1:
+        # rows in step: no more is copied than stays
+        kept = buffer[:, max(0, counts[0] + piece.shape[1] - most) : counts[0]]
+        queue = torch.cat([kept, piece[:, max(0, piece.shape[1] - most) :]], 1)
+        return queue, [queue.shape[1]] * len(counts)
+    longer, total = append_rows(buffer, counts, piece, keep)
+    return drop_rows(longer, total, [max(0, count - most) for count in total])
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _digest(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
+    """Tensors and metadata as the bytes of one safetensors file, with a checksum over both.
+
+    Raises:
+        StateError: a dtype that files do not hold, or a description beyond `META_LIMIT`.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise StateError(f"{name} is {tensor.dtype}, which files do not hold; they hold {', '.join(DTYPES)}")
+    text = json.dumps(meta, sort_keys=True)
+    if len(text) > META_LIMIT:
+        raise StateError(f"the description has {len(text):,} bytes, a file may have {META_LIMIT:,}; shorten its history")
+    return serialize(tensors, metadata={"mnemic": FORMAT, "meta": text, "sha256": _digest(tensors, text)})
 
 
-def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-    """Writes tensors and metadata as one safetensors file with a checksum over both.
+def from_bytes(data: bytes, source: object = "these bytes") -> tuple[State, dict[str, Any]]:
+    """What `to_bytes` made; `source` is how errors name the bytes.
+
+    Raises:
+        StateError: truncated, edited or foreign bytes, and any that `to_bytes` would not make. Nothing is loaded.
+    """
+    header = _header(data, source)
+    try:
+        tensors = deserialize(data)
+    except SafetensorError as error:
+        raise StateError(f"{source} is not a whole safetensors file ({error}); restore it from a copy") from error
+    if header.get("mnemic") != FORMAT:
+        raise StateError(f"{source} has format {header.get('mnemic')!r}, this version of mnemic reads {FORMAT!r}")
+    try:
+        meta = _json(header["meta"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise StateError(f"{source} has no readable description ({error!r}); restore it from a copy") from error
+    if not isinstance(meta, dict) or len(header["meta"]) > META_LIMIT:
+        raise StateError(f"{source} has a description that is no dictionary of at most {META_LIMIT:,} bytes")
+    if _digest(tensors, json.dumps(meta, sort_keys=True)) != header.get("sha256"):
+        raise StateError(f"{source} was changed after it was written: its checksum differs; restore it from a copy")
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+            raise StateError(f"{source} has bytes in {name} that are neither True nor False")
+    return tensors, meta
+
+
+def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Writes what `to_bytes` makes as one file.
 
     The file appears whole or not at all: it is written beside its place, flushed to the disk, then renamed.
     """
+    write_bytes(path, to_bytes(tensors, meta))
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file that appears whole or not at all, readable by its owner alone."""
     path = Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"mnemic": FORMAT, "meta": json.dumps(meta, sort_keys=True), "sha256": _digest(tensors, meta)}
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(serialize(tensors, metadata=header))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -160,22 +279,63 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]]:
-    """Reads what `write_file` wrote; raises `StateError` for a truncated, edited or foreign file, loading nothing."""
+    """Reads what `write_file` wrote; raises `FileNotFoundError`, and `StateError` as `from_bytes` does."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no memory file at {path}")
+    return from_bytes(Path(path).read_bytes(), path)
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _header(data: bytes, source: object) -> dict[str, str]:
+    """The header's own words, once its tensors are such as may be made; where they lie is safetensors' to check."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, HEADER_LIMIT):
+        raise StateError(
+            f"{source} is not a whole safetensors file ({len(data):,} bytes, of which its header would be {length:,}); "
+            "restore it from a copy"
+        )
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            # clones: the mapped file may be replaced while the tensors live
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise StateError(f"{path} is not a whole safetensors file ({error}); restore it from a copy") from error
-    if header.get("mnemic") != FORMAT:
-        raise StateError(f"{path} has format {header.get('mnemic')!r}, this version of mnemic reads {FORMAT!r}")
-    try:
-        meta = json.loads(header["meta"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise StateError(f"{path} has no readable description ({error!r}); restore it from a copy") from error
-    if _digest(tensors, meta) != header.get("sha256"):
-        raise StateError(f"{path} was changed after it was written: its checksum differs; restore it from a copy")
-    return tensors, meta
+        entries = _json(data[8 : 8 + length].decode())
+        words = entries.pop("__metadata__", None) or {}
+        for name, entry in entries.items():
+            if not _possible(**entry):
+                raise ValueError(f"tensor {name!r} is {entry}")
+        if not all(isinstance(word, str) for word in words.values()):
+            raise ValueError("metadata that is not text")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise StateError(
+            f"{source} is not a whole safetensors file (its header: {str(error)[:200]}); restore it from a copy"
+        ) from error
+    return words
+
+
+def _possible(dtype: Any, shape: Any, data_offsets: Any) -> bool:
+    """Whether an entry of a header tells of a tensor that can be made; raises `TypeError` for what has no such keys."""
+    whole = all(type(size) is int and 0 <= size <= LARGEST for size in [*shape, *data_offsets])
+    fits = len(shape) <= DIMENSIONS and math.prod(max(1, size) for size in shape) <= LARGEST
+    return whole and fits and dtype in DTYPES and len(data_offsets) == 2
+
+
+def _json(text: str) -> Any:
+    """Strict JSON: no name twice in one object, no numbers that are not finite; raises `ValueError`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name stands twice")
+        return found
+
+    def number(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits[:20]} is not a finite number")
+        return value
+
+    return json.loads(text, object_pairs_hook=unique, parse_float=number, parse_constant=number)

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens
 from mnemic.memories.compressive_naive import compressive_naive
-from mnemic.state import State, append_rows
+from mnemic.state import State, append_rows, drop_rows
 
 # Shapes: b batch, t time, l blocks, d host width, D = l * d, m and n tokens, g groups, c tokens of a group.
 
@@ -204,8 +204,8 @@ class Compressive(Memory):
         compressed, total = append_rows(
             self._held(state), state["compressed_count"].tolist(), new_bgD, filled(new_bgD, groups)
         )
-        compressed, total = without_first(compressed, total, [max(0, n - self.config.compressed) for n in total])
-        memory, counts = without_first(queue, counts, [each * self.config.rate for each in groups])
+        compressed, total = drop_rows(compressed, total, [max(0, n - self.config.compressed) for n in total])
+        memory, counts = drop_rows(queue, counts, [each * self.config.rate for each in groups])
         return {
             "memory": memory,
             "memory_count": state["memory_count"].new_tensor(counts),
@@ -342,16 +342,3 @@ def filled(rows: Float[Tensor, "b n *_"], counts: list[int]) -> Bool[Tensor, "b 
 def taken(rows_bnd: Float[Tensor, "b n d"], place_bm: Tensor) -> Float[Tensor, "b m d"]:
     """Each row's own at these places."""
     return rows_bnd.gather(1, place_bm[..., None].expand(-1, -1, rows_bnd.shape[-1]))
-
-
-def without_first(
-    rows_bnd: Float[Tensor, "b n d"], counts: list[int], gone: list[int]
-) -> tuple[Float[Tensor, "b m d"], list[int]]:
-    """Each row without its own first `gone[b]`, and the new counts; a copy, so what has left is nowhere."""
-    counts = [count - less for count, less in zip(counts, gone, strict=True)]
-    if len(set(gone)) == 1:
-        return rows_bnd[:, gone[0] : gone[0] + max(counts)].clone(), counts
-    first = torch.tensor(gone, device=rows_bnd.device)[:, None]
-    place = torch.arange(max(counts), device=rows_bnd.device) + first
-    rows_bmd = taken(rows_bnd, place.clamp_max(rows_bnd.shape[1] - 1))
-    return rows_bmd * filled(rows_bmd, counts)[..., None], counts

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layer
 from mnemic.memories.fast_weights import shifted, unit, wide
-from mnemic.state import State, append_rows
+from mnemic.state import State, push_rows
 
 # Shapes: b batch, t time, d host width, h heads, s width of a head (dim / heads), n entries, m entries that are found.
 
@@ -189,8 +189,8 @@ class KNN(Memory):
             key_btd = key_btd + self.previous(shifted(hidden_btd, keep_bt))
         key_btd = unit(wide(key_btd).unflatten(-1, (self.config.heads, -1))).flatten(2)
         counts, most = state["count"].tolist(), self.config.segments * self.config.segment_length
-        keys, count = push(state["keys"], counts, key_btd.float(), keep_bt, most)
-        values, _ = push(state["values"], counts, self.value(hidden_btd).float(), keep_bt, most)
+        keys, count = push_rows(state["keys"], counts, key_btd.float(), keep_bt, most)
+        values, _ = push_rows(state["values"], counts, self.value(hidden_btd).float(), keep_bt, most)
         return {"keys": keys, "values": values, "count": state["count"].new_tensor(count)}
 
     def _by_head(self, flat_btd: Tensor) -> Tensor:
@@ -201,28 +201,6 @@ class KNN(Memory):
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """The equations above, one row, head and token at a time."""
         return _naive(self, hidden_btd, state, keep_bt)
-
-
-def push(
-    entries_bnd: Float[Tensor, "b n d"],
-    counts: list[int],
-    new_btd: Float[Tensor, "b t d"],
-    keep_bt: Bool[Tensor, "b t"] | None,
-    most: int,
-) -> tuple[Float[Tensor, "b n2 d"], list[int]]:
-    """The latest `most` of each row's own `counts[b]` entries and its new ones, and how many they are.
-
-    A copy, no view: what has left is in neither memory nor files.
-    """
-    if keep_bt is None and len(set(counts)) == 1:
-        time, total = new_btd.shape[1], min(counts[0] + new_btd.shape[1], most)
-        kept = entries_bnd[:, max(0, counts[0] + time - most) : counts[0]]
-        return torch.cat([kept, new_btd[:, max(0, time - most) :]], 1), [total] * len(counts)
-    longer_bnd, total = append_rows(entries_bnd, counts, new_btd, keep_bt)
-    over_b = torch.tensor([max(0, count - most) for count in total], device=longer_bnd.device)
-    place_bn = torch.arange(min(longer_bnd.shape[1], most), device=longer_bnd.device) + over_b[:, None]
-    latest_bnd = longer_bnd.gather(1, place_bn[..., None].expand(-1, -1, longer_bnd.shape[2]))
-    return latest_bnd, [min(count, most) for count in total]
 
 
 def attend(

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens
-from mnemic.state import State
+from mnemic.state import State, push_rows
 
 
 @dataclass
@@ -118,7 +118,9 @@ class TransformerXL(Memory):
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:
         """m <- SG(the last M of [m ; h])."""
-        return last(state, hidden_btd, self.config.size, keep_bt)
+        hidden_btd, held_bmd = hidden_btd.detach().to(state["memory"].dtype), state["memory"].detach()
+        memory, count = push_rows(held_bmd, state["count"].tolist(), hidden_btd, keep_bt, self.config.size)
+        return {"memory": memory, "count": state["count"].new_tensor(count)}
 
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
@@ -139,25 +141,3 @@ class TransformerXL(Memory):
     def most_bytes(self, written: int) -> int:
         """M tokens of every block at most, and the count."""
         return min(self.config.size, written * self.config.segment_length) * self.depth * self.width * 4 + 8
-
-
-def last(
-    state: State, hidden_btd: Float[Tensor, "b t d"], size: int, keep_bt: Bool[Tensor, "b t"] | None = None
-) -> State:
-    """The last `size` of each row's `count` hidden states and new ones, packed to the left, outside any gradient."""
-    hidden_btd, held = hidden_btd.detach().to(state["memory"].dtype), state["memory"].detach()
-    count, time = state["count"], hidden_btd.shape[1]
-    there = torch.arange(held.shape[1], device=held.device) < count[:, None]
-    keep = keep_bt if keep_bt is not None else torch.ones_like(hidden_btd[..., 0], dtype=torch.bool)
-    both, there = torch.cat([held, hidden_btd], 1), torch.cat([there, keep], 1)
-    total = there.sum(1).clamp_max(size)
-    longest = int(total.max())
-    if keep_bt is None and bool((count == held.shape[1]).all()):
-        return {"memory": both[:, max(0, held.shape[1] + time - size) :], "count": total}
-    # each row's last ones, in their order, and behind them zeros
-    order = torch.argsort(there.long(), dim=1, stable=True)[:, both.shape[1] - longest :]
-    shift = longest - total
-    index = (torch.arange(longest, device=held.device) + shift[:, None]).clamp_max(longest - 1)
-    chosen = both.gather(1, order.gather(1, index)[..., None].expand(-1, -1, both.shape[-1]))
-    filled = torch.arange(longest, device=held.device) < total[:, None]
-    return {"memory": chosen * filled[..., None], "count": total}
