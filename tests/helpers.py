@@ -201,3 +201,34 @@ def assert_same_stream(actual: Stream, expected: Stream, tolerance: float = 2e-4
 def assert_equal_stream(actual: Stream, expected: Stream) -> None:
     """Bit-equal."""
     assert_same_stream(actual, expected, 0.0)
+
+
+def assert_equals_naive(
+    memory: mnemic.Memory, layer: int, hidden: Tensor, state: dict[str, Tensor], keep: Tensor | None, width: int
+) -> list[Tensor | None]:
+    """In double precision `read` and `write` equal `naive`, as do their gradients, which are returned.
+
+    `width` values of the leaf `hidden [b, t, d]` are read: what is written may be the outputs of several blocks.
+    """
+    results = []
+    for output, after in (
+        (memory.read(layer, hidden[..., :width], state), memory.write(hidden, state, keep)),
+        memory.naive(hidden, state, keep),
+    ):
+        weights = torch.Generator().manual_seed(1)
+        parts = [output, *(after[name] for name in sorted(after))]
+        loss = sum((part.double() * torch.randn(part.shape, generator=weights)).sum() for part in parts)
+        found = torch.autograd.grad(loss, [hidden, *memory.parameters()], allow_unused=True)
+        results.append((output, after, found))
+    (output, after, found), (expected, expected_after, wanted) = results
+    torch.testing.assert_close(output, expected, atol=1e-10, rtol=1e-10)
+    for name, tensor in expected_after.items():
+        # the state is float32 whatever the memory computes in, and so is what its gradient passes
+        torch.testing.assert_close(after[name].double(), tensor.double(), atol=1e-5, rtol=1e-5)
+    for gradient, its in zip(found, wanted, strict=True):
+        # with one token there is none before it
+        if gradient is None or its is None:
+            assert all(each is None or not each.any() for each in (gradient, its))
+        else:
+            torch.testing.assert_close(gradient, its, atol=1e-4, rtol=1e-4)
+    return list(found)

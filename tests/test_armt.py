@@ -9,7 +9,7 @@ import torch
 
 import mnemic
 from families import make
-from helpers import SEGMENT, assert_differ, assert_near, feed, shake, tokens
+from helpers import SEGMENT, assert_differ, assert_equals_naive, assert_near, feed, shake, tokens
 from mnemic.memories.armt import ARMTConfig, look_up, new_share
 from mnemic.memories.rules import RULES, dpfp3
 from mnemic.state import nbytes
@@ -194,24 +194,7 @@ def test_the_module_is_its_equations(form, padded):
     keep = torch.rand(2, count, generator=torch.Generator().manual_seed(2)) < 0.6 if padded else None
     state = written(memory, behind(memory, seed=1).double(), behind(memory, seed=2).double())
     state = {name: tensor.detach().double() for name, tensor in state.items()}
-    results = []
-    for output, after in (
-        (memory.read(-1, hidden[..., :16], state), memory.write(hidden, state, keep)),
-        memory.naive(hidden, state, keep),
-    ):
-        weights = torch.Generator().manual_seed(1)
-        parts = [output, *(after[name] for name in sorted(after))]
-        loss = sum((part.double() * torch.randn(part.shape, generator=weights)).sum() for part in parts)
-        results.append((output, after, torch.autograd.grad(loss, [hidden, *memory.parameters()], allow_unused=True)))
-    (output, after, found), (expected, expected_after, wanted) = results
-    torch.testing.assert_close(output, expected, atol=1e-10, rtol=1e-10)
-    for name, tensor in expected_after.items():
-        # the state is float32 whatever the memory computes in
-        torch.testing.assert_close(after[name].double(), tensor, atol=1e-5, rtol=1e-5)
-    for gradient, its in zip(found, wanted, strict=True):
-        assert (gradient is None) == (its is None)
-        if gradient is not None:
-            torch.testing.assert_close(gradient, its, atol=1e-4, rtol=1e-4)
+    assert_equals_naive(memory, -1, hidden, state, keep, 16)
 
 
 # --- the seam --------------------------------------------------------------------------------------------------------

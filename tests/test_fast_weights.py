@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import mnemic
-from helpers import CONFIGS, SEGMENT, assert_differ, host, shake, tokens
+from helpers import CONFIGS, SEGMENT, assert_differ, assert_equals_naive, host, shake, tokens
 from mnemic.bench.capacity import answers
 from mnemic.memories.fast_weights import (
     EPSILON,
@@ -163,26 +163,7 @@ def test_the_module_is_its_equations(form, time):
     hidden, keep = torch.randn(2, time, 32, dtype=torch.float64, requires_grad=True), torch.rand(2, time) < 0.7
     state = written(memory, torch.randn(2, 9, 32, dtype=torch.float64))
     state = {name: tensor.detach().double() for name, tensor in state.items()}
-    results = []
-    for output, after in (
-        (memory.read(0, hidden, state), memory.write(hidden, state, keep)),
-        memory.naive(hidden, state, keep),
-    ):
-        weights = torch.Generator().manual_seed(1)
-        parts = [output, *(after[name] for name in sorted(after))]
-        loss = sum((part.double() * torch.randn(part.shape, generator=weights)).sum() for part in parts)
-        results.append((output, after, torch.autograd.grad(loss, [hidden, *memory.parameters()], allow_unused=True)))
-    (output, after, gradients), (expected, expected_after, expected_gradients) = results
-    torch.testing.assert_close(output, expected, atol=1e-10, rtol=1e-10)
-    for name, tensor in expected_after.items():
-        # the state is float32 whatever the memory computes in
-        torch.testing.assert_close(after[name].double(), tensor, atol=1e-5, rtol=1e-6)
-    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        # with one token there is none before it
-        if gradient is None or wanted is None:
-            assert all(each is None or not each.any() for each in (gradient, wanted))
-        else:
-            torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
+    assert_equals_naive(memory, 0, hidden, state, keep, 32)
 
 
 # --- what the rules do -----------------------------------------------------------------------------------------------
