@@ -38,17 +38,19 @@ KINDS_OF_FAMILIES = ("gpt2", "gemma3", "bert")
 """One with a table of positions, one with rotary ones and sliding layers, and an encoder."""
 
 
-def matrix(families: Iterable[str]) -> pytest.MarkDecorator:
+def matrix(families: Iterable[str], sparse: bool = False) -> pytest.MarkDecorator:
     """Every mechanism over these families, with ids like `emt-0-llama`; skipped where it says that it cannot serve.
 
     Its first form meets all of them, its other forms one of each kind: a form differs in what it computes, not in how
-    it is joined to a host.
+    it is joined to a host. A `sparse` matrix is for what the core does alike whatever the mechanism: there, only the
+    first mechanism meets all families.
     """
+    everywhere = [f"{kind}-0" for kind in mnemic.CONFIGS][: 1 if sparse else None]
     cases = [
         pytest.param(config, name, id=f"{label}-{name}", marks=_marks(config, name))
         for label, config in CONFIGS.items()
         for name in families
-        if label.endswith("-0") or name in KINDS_OF_FAMILIES
+        if label in everywhere or name in KINDS_OF_FAMILIES
     ]
     return pytest.mark.parametrize(("config", "name"), cases)
 
@@ -74,6 +76,7 @@ def trains(model: nn.Module) -> bool:
 
 over_all = matrix(FAMILIES)
 over_decoders = matrix(DECODERS)
+sparsely_over_decoders = matrix(DECODERS, sparse=True)
 over_encoders = matrix(ENCODERS)
 
 

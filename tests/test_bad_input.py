@@ -20,8 +20,8 @@ from helpers import (
     feed,
     host,
     matrix,
-    over_decoders,
     positions_of,
+    sparsely_over_decoders,
     stream,
     tokens,
     trained,
@@ -146,7 +146,7 @@ def refuse_call(model, message, *, window, error=ValueError, rows=2, **inputs):
     assert torch.equal(feed(model, more, carried=carried), feed(model, more, carried=control))
 
 
-@over_decoders
+@sparsely_over_decoders
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_empty_input(config, name, window):
     model = host(name, config)
@@ -162,14 +162,14 @@ def test_empty_input(config, name, window):
             session.read(empty)
 
 
-@over_decoders
+@sparsely_over_decoders
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_a_batch_that_changes_size(config, name, window):
     message = r"the cache carries 2 stream\(s\) and the call brings 3 row\(s\); use one cache a batch"
     refuse_call(host(name, config), message, window=window, input_ids=tokens(3, 11))
 
 
-@over_decoders
+@sparsely_over_decoders
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_a_token_that_does_not_exist(config, name, window):
     # fails in the third segment of the call, when two are already written

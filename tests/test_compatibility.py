@@ -22,6 +22,7 @@ from helpers import (
     other,
     over_all,
     over_decoders,
+    sparsely_over_decoders,
     stream,
     tokens,
     trained,
@@ -71,7 +72,7 @@ def test_generate_greedy(config, name):
         assert_differ(generate(model, ids)[1][:, 0], logits[:, 0])
 
 
-@matrix([name for name, family in DECODERS.items() if family.static])
+@matrix([name for name, family in DECODERS.items() if family.static], sparse=True)
 def test_generate_with_a_static_cache(config, name):
     model, ids = host(name, config), tokens(2, 11)
     sequences, logits = generate(model, ids)
@@ -86,7 +87,7 @@ def test_generate_with_a_static_cache(config, name):
         logits_near(again_logits, logits)
 
 
-@over_decoders
+@sparsely_over_decoders
 def test_generate_sampled_under_a_seed(config, name):
     model, ids = host(name, config), tokens(2, 11)
 
@@ -127,7 +128,7 @@ def test_generate_over_left_padding(config, name):
         logits_near(padded[0], logits[0])
 
 
-@over_decoders
+@sparsely_over_decoders
 def test_generate_with_prompt_lookup(config, name):
     model = host(name, config)
     ids = tokens(1, 7).repeat(1, 3)
@@ -141,7 +142,7 @@ def test_generate_with_prompt_lookup(config, name):
     logits_near(looked_up, logits)
 
 
-@over_decoders
+@sparsely_over_decoders
 @torch.no_grad()
 def test_generate_past_the_window_and_the_positions(config, name):
     # 16 positions where a table bounds them; the answer alone is longer than that
@@ -288,39 +289,6 @@ def test_gradient_checkpointing(config, name):
     for plain_gradient, checkpointed in zip(*gradients, strict=True):
         assert_near(checkpointed, plain_gradient, 1e-5, size=float(plain_gradient.abs().max()))
         assert plain_gradient.abs().sum() > 0 or plain_gradient.numel() <= 64
-
-
-LORA = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
-
-
-@matrix(LORA)
-def test_peft(config, name, tmp_path):
-    peft = pytest.importorskip("peft")
-    ids = tokens(2, 3 * SEGMENT)
-    settings = peft.LoraConfig(r=2, target_modules=LORA[name], task_type="CAUSAL_LM")
-    expected = feed(host(name, config), ids)
-    model = peft.get_peft_model(make(name), settings)
-    attachment = trained(model, config)
-    assert_near(feed(model, ids), expected, 0)  # LoRA starts as the identity
-    mnemic.Session(model).read(ids[:1])
-    sequences, _ = generate(model, ids[:, :11])
-    assert sequences.shape == (2, 11 + NEW)
-    # a memory saved over the adapter fits the bare base, and the other way round
-    attachment.save_pretrained(tmp_path)
-    bare = make(name)
-    mnemic.from_pretrained(bare, tmp_path)
-    assert torch.equal(feed(bare, ids), expected)
-    wrapped = peft.get_peft_model(make(name), settings)
-    mnemic.from_pretrained(wrapped, tmp_path)
-    assert torch.equal(feed(wrapped, ids), expected)
-    # attaching with freeze=False leaves the adapter to train beside the memory
-    both = peft.get_peft_model(make(name), settings)
-    mnemic.attach(both, config, freeze=False)
-    both(ids, labels=ids).loss.backward()
-    trained_names = {key for key, parameter in both.named_parameters() if parameter.grad is not None}
-    assert any("lora_" in key for key in trained_names)
-    assert any(".mnemic." in key for key in trained_names) or not trains(model)
-    assert all("lora_" in key or ".mnemic." in key for key in trained_names)
 
 
 # --- compiled, in half precision -------------------------------------------------------------------------------------
