@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import mnemic
+from families import make
 from helpers import CONFIGS, SEGMENT, assert_differ, assert_equals_naive, host, shake, tokens
 from mnemic.bench.capacity import answers
 from mnemic.memories.fast_weights import (
@@ -376,6 +377,18 @@ def test_embeddings_are_written_as_they_are_and_blocks_with_what_stands_before()
             states.append(session.stream.state["matrix"])
         assert states[0].abs().max() > 0
         assert torch.allclose(*states, atol=1e-5) != mixed
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_what_enters_the_first_block_can_be_watched(name):
+    model, ids = make(name), tokens(2, SEGMENT)
+    anatomy = mnemic.attach(model, CONFIGS["fast-weights-0"]).anatomy
+    wanted = {}
+    with anatomy.blocks[0].register_forward_pre_hook(lambda block, args: wanted.update(entered=args[0])):
+        model(ids)
+    seen = mnemic.attached(model).router.watch(anatomy, ids, [-1, 0])
+    assert torch.equal(seen[-1], wanted["entered"])
+    assert_differ(seen[0], seen[-1])
 
 
 def test_bytes_law():
