@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -38,6 +38,16 @@ KINDS_OF_FAMILIES = ("gpt2", "gemma3", "bert")
 """One with a table of positions, one with rotary ones and sliding layers, and an encoder."""
 
 
+def _cases(chosen: Callable[[str, str], bool], families: Iterable[str]) -> pytest.MarkDecorator:
+    cases = [
+        pytest.param(config, name, id=f"{label}-{name}", marks=_marks(config, name))
+        for label, config in CONFIGS.items()
+        for name in families
+        if chosen(label, name)
+    ]
+    return pytest.mark.parametrize(("config", "name"), cases)
+
+
 def matrix(families: Iterable[str], sparse: bool = False) -> pytest.MarkDecorator:
     """Every mechanism over these families, with ids like `emt-0-llama`; skipped where it says that it cannot serve.
 
@@ -46,13 +56,12 @@ def matrix(families: Iterable[str], sparse: bool = False) -> pytest.MarkDecorato
     first mechanism meets all families.
     """
     everywhere = [f"{kind}-0" for kind in mnemic.CONFIGS][: 1 if sparse else None]
-    cases = [
-        pytest.param(config, name, id=f"{label}-{name}", marks=_marks(config, name))
-        for label, config in CONFIGS.items()
-        for name in families
-        if label in everywhere or name in KINDS_OF_FAMILIES
-    ]
-    return pytest.mark.parametrize(("config", "name"), cases)
+    return _cases(lambda label, name: label in everywhere or name in KINDS_OF_FAMILIES, families)
+
+
+def first_forms(families: Iterable[str]) -> pytest.MarkDecorator:
+    """Every mechanism in its first form over these families: where its forms differ in nothing that is asked."""
+    return _cases(lambda label, name: label.endswith("-0"), families)
 
 
 def refusal(config: mnemic.MemoryConfig, name: str) -> str | None:

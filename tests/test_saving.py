@@ -14,7 +14,18 @@ from safetensors.torch import load_file, save_file
 
 import mnemic
 from families import ENCODERS, make
-from helpers import CONFIGS, SEGMENT, assert_equal_stream, host, matrix, refusal, tokens, trained, trains
+from helpers import (
+    CONFIGS,
+    SEGMENT,
+    assert_equal_stream,
+    first_forms,
+    host,
+    matrix,
+    refusal,
+    tokens,
+    trained,
+    trains,
+)
 
 FAMILIES = ["gpt2", "llama", "bert"]
 
@@ -85,7 +96,7 @@ SPOILS = {
 
 
 @pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)
-@matrix(FAMILIES)
+@first_forms(FAMILIES)
 def test_a_spoilt_adapter_is_refused(config, name, spoil, tmp_path):
     model = host(name, config)
     if spoil is edit and not trains(model):
@@ -108,7 +119,7 @@ def assert_refused(model, folder, match, error=mnemic.StateError):
         assert torch.equal(model(tokens(2, SEGMENT)).logits, expected)
 
 
-@matrix(FAMILIES)
+@first_forms(FAMILIES)
 def test_an_adapter_of_another_base_is_refused(config, name, tmp_path):
     attachment = mnemic.attached(host(name, config))
     attachment.save_pretrained(tmp_path)
@@ -143,7 +154,7 @@ def test_a_session_is_no_adapter_and_an_adapter_no_session(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)
-@matrix(FAMILIES)
+@first_forms(FAMILIES)
 def test_a_spoilt_session_is_refused(config, name, spoil, tmp_path):
     model = host(name, config)
     session = session_of(model, name)
@@ -154,7 +165,7 @@ def test_a_spoilt_session_is_refused(config, name, spoil, tmp_path):
     assert_equal_stream(session.stream, session_of(model, name).stream)
 
 
-@matrix(FAMILIES)
+@first_forms(FAMILIES)
 def test_a_session_of_another_model_or_memory_is_refused(config, name, tmp_path):
     path = tmp_path / "one.memory"
     session_of(host(name, config), name).save(path)

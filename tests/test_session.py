@@ -16,6 +16,7 @@ from helpers import (
     assert_same_stream,
     every_config,
     feed,
+    first_forms,
     host,
     matrix,
     other,
@@ -195,7 +196,7 @@ def test_flush_writes_what_waits(config):
     assert session.nbytes == nbytes(session.stream.state)
 
 
-@matrix(["gpt2", "llama", "bert"])
+@first_forms(["gpt2", "llama", "bert"])
 @torch.no_grad()
 def test_a_failing_read_leaves_the_session_unchanged(config, name):
     model, question = host(name, config), tokens(1, 5, 3)
