@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from mnemic.analysis import peers as tables
-from mnemic.bench import peers
+from mnemic.bench import pairs, peers
 from mnemic.bench.results import Record
 
-SHAPE = peers.TINY
+SHAPE = pairs.TINY
 
 
-def pair_of(name: str) -> peers.Pair:
-    pair = peers.PAIRS[name]
+def pair_of(name: str) -> pairs.Pair:
+    pair = pairs.PAIRS[name]
     if obstacle := pair.obstacle():
         pytest.skip(obstacle)
     return pair
 
 
 @pytest.mark.parametrize("side", ["theirs", "ours"])
-@pytest.mark.parametrize("name", peers.PAIRS)
+@pytest.mark.parametrize("name", pairs.PAIRS)
 def test_every_step_has_a_loss_and_gradients_and_repeats(name: str, side: str):
     torch.manual_seed(0)
     made = getattr(pair_of(name), side)(SHAPE)
@@ -40,22 +40,22 @@ def test_every_step_has_a_loss_and_gradients_and_repeats(name: str, side: str):
 @pytest.mark.parametrize("delta", [False, True])
 def test_infini_attention_computes_what_the_package_does(delta: bool):
     pair_of("infini-delta-alone" if delta else "infini-alone")
-    theirs, ours = peers.their_fastweight_memory(SHAPE, delta), peers.our_infini(SHAPE, delta)
+    theirs, ours = pairs.their_fastweight_memory(SHAPE, delta), pairs.our_infini(SHAPE, delta)
     torch.testing.assert_close(ours.step(), theirs.step(), rtol=1e-4, atol=0)
 
 
 def test_hosts_have_the_size_of_the_package_without_its_memory():
     pair = pair_of("infini")
     theirs = pair.theirs(SHAPE).size
-    host = sum(parameter.numel() for parameter in peers.llama(SHAPE).parameters())
+    host = sum(parameter.numel() for parameter in pairs.llama(SHAPE).parameters())
     assert abs(host - theirs) < 0.02 * theirs
 
 
 def test_a_pair_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
-    monkeypatch.setitem(peers.PAIRS, "gone", replace(peers.PAIRS["titans-alone"], module="no_such_module"))
+    monkeypatch.setitem(pairs.PAIRS, "gone", replace(pairs.PAIRS["titans-alone"], module="no_such_module"))
     monkeypatch.setitem(
-        peers.PAIRS, "unknown", replace(peers.PAIRS["titans-alone"], module="torch", kind="no-such-kind")
+        pairs.PAIRS, "unknown", replace(pairs.PAIRS["titans-alone"], module="torch", kind="no-such-kind")
     )
     record = peers.peers(said.append, ["gone", "unknown"], ["small"])
     assert record.measures["pairs"] == {}
@@ -71,17 +71,17 @@ def test_unknown_names_are_refused():
         peers.peers(print, [], ["huge"])
 
 
-def fake(steps: list[str], name: str) -> peers.Side:
+def fake(steps: list[str], name: str) -> pairs.Side:
     def step() -> Tensor:
         steps.append(name)
         return torch.zeros(())
 
-    return peers.Side(step, [torch.nn.Parameter(torch.zeros(3))])
+    return pairs.Side(step, [torch.nn.Parameter(torch.zeros(3))])
 
 
 def test_sides_alternate_and_the_first_step_is_not_counted():
     steps: list[str] = []
-    pair = replace(peers.PAIRS["titans-alone"], theirs=lambda _: fake(steps, "t"), ours=lambda _: fake(steps, "o"))
+    pair = replace(pairs.PAIRS["titans-alone"], theirs=lambda _: fake(steps, "t"), ours=lambda _: fake(steps, "o"))
     before = torch.get_num_threads()
     found = peers.compare(pair, SHAPE, threads=[1], runs=3)
     assert steps == ["t", "o"] * 4
@@ -92,11 +92,11 @@ def test_sides_alternate_and_the_first_step_is_not_counted():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a peak")
 def test_the_peak_of_memory_is_that_of_a_step(monkeypatch: pytest.MonkeyPatch):
-    def side(count: int) -> Callable[[peers.Shape], peers.Side]:
-        return lambda _: peers.Side(lambda: torch.ones(count).sum(), [])
+    def side(count: int) -> Callable[[pairs.Shape], pairs.Side]:
+        return lambda _: pairs.Side(lambda: torch.ones(count).sum(), [])
 
     for name, count in (("large", 2**26), ("little", 2**20)):
-        monkeypatch.setitem(peers.PAIRS, name, replace(peers.PAIRS["titans-alone"], ours=side(count)))
+        monkeypatch.setitem(pairs.PAIRS, name, replace(pairs.PAIRS["titans-alone"], ours=side(count)))
     assert 0.95 * 2**28 < peers.peak_bytes("large", "ours", SHAPE) < 1.05 * 2**28
     assert peers.peak_bytes("little", "ours", SHAPE) < 2**24
 
@@ -109,7 +109,7 @@ def test_the_record_becomes_two_tables():
         "threads": {"2": times, "1": times},
         "peak bytes": {"package": 2**21, "ours": 2**20, "ours / package": 0.5},
     }
-    pair = {"package": "some-package", "version": "1.2", "kind": "emt", "scope": peers.STEP, "mechanism": "EMT"}
+    pair = {"package": "some-package", "version": "1.2", "kind": "emt", "scope": pairs.STEP, "mechanism": "EMT"}
     config = {"shapes": {"small": vars(SHAPE)}, "threads": [2, 1], "runs": 9}
     record = Record("peers", "all", "host", 0, config, command="mnemic bench peers")
     record.measures = {
