@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 import mnemic
 from helpers import CONFIGS, SEGMENT, every_config, host, tokens
+from mnemic.analysis.inside import open_session
+from mnemic.analysis.terminal import bar
 from mnemic.cli import app
-from mnemic.cli.inspect import bar, changes
+from mnemic.cli.inspect import changes
 from mnemic.state import StateError, nbytes, read_file, write_file
 
 
@@ -193,9 +195,7 @@ def test_bars():
 
 
 def test_an_error_is_of_the_kind_that_sessions_raise(files):
-    from mnemic.cli.inspect import read_session
-
     path = files()
     path.write_bytes(b"")
     with pytest.raises(StateError):
-        read_session(path)
+        open_session(path)

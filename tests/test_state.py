@@ -22,6 +22,7 @@ from mnemic.state import (
     read_file,
     repeat,
     select,
+    shrink,
     where,
     write_file,
 )
@@ -260,3 +261,32 @@ def test_a_queue_keeps_each_rows_own_latest():
             assert entries.shape[1] == max(counts) <= most
             # what left is not kept behind a view
             assert entries.untyped_storage().nbytes() == entries.numel() * 4
+
+
+def test_shrink_is_the_inverse_of_level():
+    least = {
+        "slots": torch.zeros(1, 3, 2),
+        "keys": torch.zeros(1, 0, 4),
+        "age": torch.zeros(1, 0),
+        "ties": torch.zeros(1, 0, 0),
+    }
+    state = {
+        "slots": torch.zeros(1, 3, 2),  # zeros in what does not grow are values
+        "keys": torch.ones(1, 5, 4),
+        "age": torch.zeros(1, 5),  # counts what keys count: cut with them
+        "ties": torch.ones(1, 2, 2),
+    }
+    wide = {
+        name: grow(tensor, sizes)
+        for (name, tensor), sizes in zip(state.items(), ([3, 2], [9, 4], [9], [6, 6]), strict=True)
+    }
+    found = shrink(wide, least)
+    assert {name: list(tensor.shape) for name, tensor in found.items()} == {
+        name: list(tensor.shape) for name, tensor in state.items()
+    }
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert found["keys"].untyped_storage().nbytes() == 5 * 4 * 4  # a copy, not a view of the wide one
+    assert shrink({**wide, "keys": torch.zeros(1, 9, 4)}, least)["keys"].shape == (1, 0, 4)
+    assert {name: tensor.shape for name, tensor in shrink(least, least).items()} == {
+        name: tensor.shape for name, tensor in least.items()
+    }

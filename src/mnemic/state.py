@@ -65,6 +65,13 @@ def batch_size(state: State) -> int:
     return sizes.pop()
 
 
+def check_range(name: str, numbers: Tensor, least: int, most: int) -> None:
+    """Raises `StateError` for whole numbers that are not all in `least .. most`: places and counts in a state."""
+    low, high = (int(numbers.min()), int(numbers.max())) if numbers.numel() else (least, least)
+    if low < least or high > most:
+        raise StateError(f"{name} goes from {low} to {high}, and can be {least} to {most}")
+
+
 def select(state: State, rows: Int[Tensor, " n"]) -> State:
     """Rows by index, in that order, repeats allowed (beam search)."""
     return map_state(state, lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
@@ -219,13 +226,16 @@ def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
         StateError: a dtype that files do not hold, or a description beyond `META_LIMIT`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    places = [tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()]
+    if len(set(places)) < len(places):  # a file has no tensors that share values
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise StateError(f"{name} is {tensor.dtype}, which files do not hold; they hold {', '.join(DTYPES)}")
     text = json.dumps(meta, sort_keys=True)
     if len(text) > META_LIMIT:
-        raise StateError(f"the description has {len(text):,} bytes, a file may have {META_LIMIT:,}; shorten its history")
-    return serialize(tensors, metadata={"mnemic": FORMAT, "meta": text, "sha256": _digest(tensors, text)})
+        raise StateError(f"the description has {len(text):,} bytes, a file holds {META_LIMIT:,}; leave something out")
+    return serialize(tensors, metadata={"mnemic": FORMAT, "meta": text, "sha256": checksum(tensors, text)})
 
 
 def from_bytes(data: bytes, source: object = "these bytes") -> tuple[State, dict[str, Any]]:
@@ -242,12 +252,12 @@ def from_bytes(data: bytes, source: object = "these bytes") -> tuple[State, dict
     if header.get("mnemic") != FORMAT:
         raise StateError(f"{source} has format {header.get('mnemic')!r}, this version of mnemic reads {FORMAT!r}")
     try:
-        meta = _json(header["meta"])
+        meta = strict_json(header["meta"])
     except (KeyError, ValueError, RecursionError) as error:
         raise StateError(f"{source} has no readable description ({error!r}); restore it from a copy") from error
     if not isinstance(meta, dict) or len(header["meta"]) > META_LIMIT:
         raise StateError(f"{source} has a description that is no dictionary of at most {META_LIMIT:,} bytes")
-    if _digest(tensors, json.dumps(meta, sort_keys=True)) != header.get("sha256"):
+    if checksum(tensors, json.dumps(meta, sort_keys=True)) != header.get("sha256"):
         raise StateError(f"{source} was changed after it was written: its checksum differs; restore it from a copy")
     for name, tensor in tensors.items():
         if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
@@ -285,12 +295,13 @@ def read_file(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]]:
     return from_bytes(Path(path).read_bytes(), path)
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 over a file's description, as JSON, and its tensors."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -303,7 +314,7 @@ def _header(data: bytes, source: object) -> dict[str, str]:
             "restore it from a copy"
         )
     try:
-        entries = _json(data[8 : 8 + length].decode())
+        entries = strict_json(data[8 : 8 + length].decode())
         words = entries.pop("__metadata__", None) or {}
         for name, entry in entries.items():
             if not _possible(**entry):
@@ -324,7 +335,7 @@ def _possible(dtype: Any, shape: Any, data_offsets: Any) -> bool:
     return whole and fits and dtype in DTYPES and len(data_offsets) == 2
 
 
-def _json(text: str) -> Any:
+def strict_json(text: str) -> Any:
     """Strict JSON: no name twice in one object, no numbers that are not finite; raises `ValueError`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mnemic.history import Log, told_of
 from mnemic.memories.base import Memory
 from mnemic.state import State, StateError, append_rows, concatenate, detach, nbytes, put, repeat, select
 
@@ -80,6 +82,7 @@ class Stream:
 
     `state` is the memory's own; `waiting [b, p, d]` holds the hidden states of tokens that do not fill a segment yet
     (of several layers joined along d), `counts[b]` of them in row b. `written[b]` counts segments, `seen[b]` tokens.
+    `logs[b]` is the row's history, None where nobody keeps one; it has no part in what is computed.
     """
 
     state: State
@@ -87,6 +90,11 @@ class Stream:
     counts: tuple[int, ...]
     written: tuple[int, ...]
     seen: tuple[int, ...]
+    logs: tuple[Log | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.logs:
+            object.__setattr__(self, "logs", (None,) * len(self.counts))
 
     @staticmethod
     def new(memory: Memory, batch: int, like: Tensor) -> Stream:
@@ -149,12 +157,47 @@ class Stream:
         if behind_bmd is None and min(lengths) < max(lengths):
             keep = torch.arange(max(lengths), device=index.device) < torch.tensor(lengths, device=index.device)[:, None]
         note_auxiliary(memory, hidden, state, keep)
-        after = memory.write(hidden, state, keep)
+        after, logs = self._write(memory, rows, hidden, state, keep)
         if not everyone:
             after = put(self.state, index, after)
         counts = tuple(0 if row in rows else count for row, count in enumerate(self.counts))
         written = tuple(count + (row in rows) for row, count in enumerate(self.written))
-        return replace(self, state=after, waiting=self._waiting(index, counts), counts=counts, written=written)
+        waiting = self._waiting(index, counts)
+        return replace(self, state=after, waiting=waiting, counts=counts, written=written, logs=logs)
+
+    def whole(self, memory: Memory, hidden_btd: Float[Tensor, "b t d"], ids_bt: Int[Tensor, "b t"]) -> Stream:
+        """Writes one more segment to every row, which comes at once; no row may have tokens waiting."""
+        length = hidden_btd.shape[1]
+        came = replace(self, counts=(length,) * self.batch, seen=tuple(count + length for count in self.seen))
+        after, logs = came._write(memory, range(self.batch), hidden_btd, self.state, None)
+        return replace(self, logs=logs).after(after, 1, length).read(ids_bt, None)
+
+    def _write(
+        self, memory: Memory, rows: Sequence[int], hidden: Tensor, state: State, keep: Tensor | None
+    ) -> tuple[State, tuple[Log | None, ...]]:
+        """The state after the running segment of `rows`, which are those of the tensors, and the logs after it."""
+        logged = [(place, row) for place, row in enumerate(rows) if self.logs[row] is not None]
+        if not logged:
+            return memory.write(hidden, state, keep), self.logs
+        after, found = memory.write_and_tell(hidden, state, keep)
+        told = [None] * len(logged) if found is None else told_of(found, [place for place, _ in logged])
+        logs = list(self.logs)
+        for (_, row), each in zip(logged, told, strict=True):
+            log, seen = logs[row], self.seen[row]
+            assert log is not None
+            logs[row] = log.note(self.written[row] + 1, seen - self.counts[row], seen - 1, each)
+        return after, tuple(logs)
+
+    def read(self, ids_bt: Int[Tensor, "b t"] | None, keep_bt: Bool[Tensor, "b t"] | None) -> Stream:
+        """The ids of the tokens that joined last, for rows whose log keeps the text."""
+        if ids_bt is None or all(log is None or log.text is None for log in self.logs):
+            return self
+        logs = list(self.logs)
+        for row, log in enumerate(logs):
+            if log is not None and log.text is not None:
+                ids = ids_bt[row] if keep_bt is None else ids_bt[row][keep_bt[row].to(ids_bt.device)]
+                logs[row] = log.read(self.seen[row] - len(ids), ids.numpy(force=True))
+        return replace(self, logs=tuple(logs))
 
     def after(self, state: State, segments: int, segment_length: int) -> Stream:
         """The stream when `segments` whole segments were written to every row elsewhere, giving `state`."""
@@ -174,26 +217,27 @@ class Stream:
             tuple(0 if row in rows else value for row, value in enumerate(values))
             for values in (self.counts, self.written, self.seen)
         )
-        return Stream(state, self._waiting(index, counts), counts, written, seen)
+        logs = tuple(log.begun() if log is not None and row in rows else log for row, log in enumerate(self.logs))
+        return Stream(state, self._waiting(index, counts), counts, written, seen, logs)
 
     def _waiting(self, emptied: Tensor, counts: Sequence[int]) -> Tensor:
         # a copy filled with zeros, no view: what a row forgot stays neither in memory nor in a file
         return self.waiting[:, : max(counts)].index_fill(0, emptied, 0)
 
+    @property
+    def _ledgers(self) -> tuple[tuple[Any, ...], ...]:
+        return self.counts, self.written, self.seen, self.logs
+
     def select(self, rows: Sequence[int]) -> Stream:
         """Rows by index, repeats allowed."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self.waiting.device)
-        counts, written, seen = (
-            tuple(values[row] for row in rows) for values in (self.counts, self.written, self.seen)
-        )
+        counts, written, seen, logs = (tuple(values[row] for row in rows) for values in self._ledgers)
         waiting = self.waiting[:, : max(counts, default=0)][index]
-        return Stream(select(self.state, index), waiting, counts, written, seen)
+        return Stream(select(self.state, index), waiting, counts, written, seen, logs)
 
     def repeat(self, times: int) -> Stream:
         """Every row `times` times in place."""
-        ledgers = (
-            tuple(value for value in values for _ in range(times)) for values in (self.counts, self.written, self.seen)
-        )
+        ledgers = (tuple(value for value in values for _ in range(times)) for values in self._ledgers)
         return Stream(repeat(self.state, times), self.waiting.repeat_interleave(times, 0), *ledgers)
 
     def detach(self) -> Stream:
@@ -205,10 +249,7 @@ class Stream:
         """Several batches of streams as one."""
         widest = max(stream.waiting.shape[1] for stream in streams)
         waiting = [torch.nn.functional.pad(s.waiting, (0, 0, 0, widest - s.waiting.shape[1])) for s in streams]
-        ledgers = (
-            tuple(value for stream in streams for value in getattr(stream, name))
-            for name in ("counts", "written", "seen")
-        )
+        ledgers = (tuple(itertools.chain(*each)) for each in zip(*(stream._ledgers for stream in streams), strict=True))
         return Stream(concatenate([stream.state for stream in streams]), torch.cat(waiting), *ledgers)
 
 

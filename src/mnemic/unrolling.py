@@ -12,7 +12,7 @@ Two ways through the same segments give the same numbers:
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from mnemic.attachment import memory_cache, router_of
 from mnemic.host.anatomy import base_parameters, examine
 from mnemic.host.cache import MemoryCache
 from mnemic.host.router import Router
+from mnemic.host.wrappers import as_forward, inner_of
 from mnemic.state import concatenate
 from mnemic.stream import Stream, check_finite, collecting, note_auxiliary
 
@@ -68,7 +69,7 @@ def unroll(
     """Runs streams of whole segments through the model and returns the loss at the labelled tokens.
 
     Args:
-        model: a causal model with a memory.
+        model: a causal model with a memory, wrapped or not.
         input_ids: `[b, s * segment_length]`, no padding inside.
         labels: as in Hugging Face: the token at t is predicted from what comes before t; -100 where there is no loss.
         window: how many of the latest tokens the base itself sees; that of the memory's config by default.
@@ -80,9 +81,33 @@ def unroll(
         advance: False leaves the stream somewhere in the last labelled segment, which saves time when only the loss is
             wanted.
 
+    Under DDP or FSDP2 all of it is one forward pass of the wrapped model, so processes exchange what they must.
+
     Raises:
         ValueError: tokens that are not whole segments, no labels, or `parallel=True` where it would not be exact.
     """
+    done: list[Unrolled] = []
+
+    def forward(input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        done.append(_unroll(inner_of(model), input_ids, labels, window, bptt_segments, stream, parallel, memo, advance))
+        return done[0].loss, done[0].auxiliary
+
+    # losses alone are what a wrapper sees: DDP waits for gradients of all else that it is given
+    loss, auxiliary = as_forward(model, forward, input_ids, labels)
+    return replace(done[0], loss=loss, auxiliary=auxiliary)
+
+
+def _unroll(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    window: int | None,
+    bptt_segments: int | None,
+    stream: Stream | None,
+    parallel: bool | None,
+    memo: FeatureMemo | None,
+    advance: bool,
+) -> Unrolled:
     router = router_of(model)
     length = router.segment_length
     if input_ids.shape[1] % length or input_ids.shape[1] == 0:
@@ -339,8 +364,6 @@ def read_segments(
     stream = router.new_stream(ids_bt.shape[0]) if stream is None else stream
     with torch.no_grad():
         for piece in ids_bt.unflatten(1, (-1, router.segment_length)).transpose(0, 1).split(part):
-            state = stream.state
-            for hidden_btd in features(model, piece):
-                state = router.memory.write(hidden_btd, state)
-            stream = stream.after(state, len(piece), router.segment_length)
+            for ids, hidden_btd in zip(piece, features(model, piece), strict=True):
+                stream = stream.whole(router.memory, hidden_btd, ids)
     return stream

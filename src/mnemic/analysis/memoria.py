@@ -280,6 +280,26 @@ def edge_table(state: State, row: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return count / np.maximum(count.diagonal(), 1)[:, None], count
 
 
+def firings(state: State, row: int = 0) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Which engrams of one row fired when, in order of birth, of those alive and as far back as the state tells.
+
+    The numbers of the writes after which they fired, from 1, the latest 122 to 129; a table of them `[n, steps]`, of
+    which the last column are those that are working or reminded now; and how often each two fired together before the
+    first of them `[n, n]`.
+    """
+    check_memoria(state)
+    state = select(state, torch.tensor([row]))
+    taken, last = int(state["levels"][0].sum()), int(state["step"][0])
+    # a byte is cleared when its first step comes round again
+    first = max(0, (last - 2) // 8 * 8 - graph.COLUMNS + 8)
+    columns = [step % graph.COLUMNS for step in range(first, last - 1)]
+    bits = graph.unpack(state["fired"])[0, :taken, columns]
+    now = engrams.activated(state)[0, :taken, None].to(bits.dtype)
+    count = graph.counts(state)[0, :taken, :taken].numpy(force=True)
+    fired = torch.cat([bits, now], 1).numpy(force=True).astype(np.int64)
+    return list(range(first + 1, last + 1)), fired, count - fired[:, :-1] @ fired[:, :-1].T
+
+
 def engram_graph(
     state: State, row: int = 0, *, least: float = 0.0, strongest: int | None = None, within: bool = True
 ) -> nx.DiGraph:
@@ -320,6 +340,23 @@ def engram_graph(
         ends = int(moment.ids[i]), int(moment.ids[j])
         directed.add_edge(*ends, weight=float(weight[i, j]), count=int(count[i, j]))
     return directed
+
+
+RINGS = {"long": 1.0, "short": 0.84, "working": 0.72}
+"""The radius of each level's ring."""
+
+
+def ring(born: Sequence[int] | np.ndarray, levels: Sequence[str]) -> np.ndarray:
+    """Where engrams are drawn, `[n, 2]`, x to the right and y up: on their level's ring, clockwise from the oldest at
+    the top, segments set apart. They come in order of birth.
+    """
+    begins = np.diff(np.asarray(born), prepend=-1) != 0
+    # the gaps between segments take a seventh of the circle, the one between the newest and the oldest a tenth
+    each = 2 * np.pi * (1 - 1 / 7 - 1 / 10) / max(1, len(begins))
+    gap = 2 * np.pi / 7 / max(1, int(begins.sum()))
+    angle = each * np.arange(1, len(begins) + 1) + gap * begins.cumsum()
+    radius = np.array([RINGS[level] for level in levels])
+    return np.stack([radius * np.sin(angle), radius * np.cos(angle)], 1)
 
 
 # --- text seen twice -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnemic.analysis.memoria import PAPER, PUBLISHED, History, Level, SeenTwice, ages, autocorrelation, require
+from mnemic.analysis.memoria import PAPER, PUBLISHED, History, Level, SeenTwice, ages, autocorrelation, require, ring
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -126,24 +126,11 @@ def _points(shares: Mapping[int, float]) -> tuple[list[int], list[float]]:
 # --- the graph -------------------------------------------------------------------------------------------------------
 
 
-RINGS = {"long": 1.0, "short": 0.84, "working": 0.72}
-"""The radius of each level's ring."""
-
-
 def places(directed: nx.DiGraph) -> dict[int, tuple[float, float]]:
-    """Where each engram is drawn: on its level's ring, clockwise from the oldest at the top, segments set apart."""
-    place, angle, before = {}, 0.0, None
-    order = sorted(directed.nodes(data="born"))
-    segments = len({born for _, born in order})
-    # the gaps between segments take a seventh of the circle, the one between the newest and the oldest a tenth
-    each = 2 * np.pi * (1 - 1 / 7 - 1 / 10) / max(1, len(order))
-    gap = 2 * np.pi / 7 / max(1, segments)
-    for engram, born in order:
-        angle += each + gap * (born != before)
-        before = born
-        radius = RINGS[directed.nodes[engram]["level"]]
-        place[engram] = (float(radius * np.sin(angle)), float(radius * np.cos(angle)))
-    return place
+    """Where each engram is drawn: see `mnemic.analysis.memoria.ring`."""
+    order = sorted(directed.nodes(data=True))
+    spots = ring([about["born"] for _, about in order], [about["level"] for _, about in order])
+    return {engram: (float(x), float(y)) for (engram, _), (x, y) in zip(order, spots, strict=True)}
 
 
 def draw_graph(

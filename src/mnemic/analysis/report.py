@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnemic.analysis import capacity, memoria_tables, peers, suite_tables, tasks_tables
+from mnemic.analysis import capacity, drift, memoria_tables, peers, store_tables, suite_tables, tasks_tables
 from mnemic.analysis.markdown import markdown, missing, spread
 from mnemic.bench.results import Record, records
 from mnemic.memories import CONFIGS
@@ -43,6 +43,10 @@ def tables(results: Path) -> dict[str, str]:
     made["capacity-earlier"] = capacity.table_of_earlier(records(results, "capacity"))
     made["peers"] = peers.table(records(results, "peers"))
     made["peers-pairs"] = peers.table_of_pairs(records(results, "peers"))
+    made["drift"] = drift.table(records(results, "drift"))
+    made["store-cost"] = store_tables.cost(records(results, "store"))
+    made["store-crowds"] = store_tables.crowds(records(results, "store"))
+    made["mutated-files"] = store_tables.mutated(records(results, "mutated-files"))
     made["zero-shot"] = zero_shot(records(results, "zero-shot"))
     return made | memoria_tables.tables(results) | suite_tables.tables(results) | tasks_tables.tables(results)
 

@@ -15,6 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mnemic.attachment import attach, memory_cache
+from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record
 from mnemic.memories.emt import EMTConfig
 from mnemic.session import Session
@@ -39,14 +40,20 @@ def seconds_of(function: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def alternate(functions: dict[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
-    """Times of each function, called in turn `runs` times after one call that is not counted."""
+def alternate(
+    functions: dict[str, Callable[[], Any]], runs: int, advance: Callable[[int], object] = lambda runs: None
+) -> dict[str, list[float]]:
+    """Times of each function, called in turn `runs` times after one call that is not counted; `advance` is told of
+    every turn, that one too.
+    """
     for function in functions.values():
         function()
+    advance(1)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():
             times[name].append(seconds_of(function))
+        advance(1)
     return times
 
 
@@ -58,7 +65,15 @@ def ratio(times: dict[str, list[float]], name: str, base: str) -> dict[str, floa
 
 @torch.no_grad()
 def overhead(
-    config: EMTConfig, name: str, *, batch: int, tokens: int, runs: int = 9, device: str = "cpu", seed: int = 0
+    config: EMTConfig,
+    name: str,
+    *,
+    batch: int,
+    tokens: int,
+    runs: int = 9,
+    device: str = "cpu",
+    seed: int = 0,
+    reporter: Reporter | None = None,
 ) -> Record:
     """Forward of a GPT-2-small shape with a memory, against the same model without: one segment of `tokens` tokens.
 
@@ -81,7 +96,10 @@ def overhead(
             memory.read(layer, hidden, state)
         memory.write(hidden, state)
 
-    times = alternate({"base": base, "with memory": lambda: model(ids, use_cache=True), "alone": alone}, runs)
+    reporter = reporter or Silent()
+    reporter.phase(f"{name} write", runs + 1)
+    functions = {"base": base, "with memory": lambda: model(ids, use_cache=True), "alone": alone}
+    times = alternate(functions, runs, reporter.advance)
     session = Session(model, window=tokens)
     session.read(ids[:1])
     return Record(

@@ -9,15 +9,24 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.hosts import tiny_gpt2
 from mnemic.bench.results import Record
 from mnemic.tasks.base import TASKS, Task
 
 
-def throughput(report: Callable[[str, float], None], rows: int = 64, runs: int = 5, threads: int = 2) -> Record:
+def throughput(
+    report: Callable[[str, float], None],
+    rows: int = 64,
+    runs: int = 5,
+    threads: int = 2,
+    reporter: Reporter | None = None,
+) -> Record:
     """Tokens a second of every task by default, on one thread, medians of `runs` batches of `rows` streams; of a
     GPT-2 of 4 blocks and width 128 in training, on `threads` threads; and their ratio.
     """
+    reporter = reporter or Silent()
+    reporter.phase("model and tasks", 1 + len(TASKS))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -25,9 +34,13 @@ def throughput(report: Callable[[str, float], None], rows: int = 64, runs: int =
     finally:
         torch.set_num_threads(before)
     report("a model in training", model)
+    reporter.advance(1)
+    made: dict[str, float] = {}
     torch.set_num_threads(1)
     try:
-        made = {name: generated(kind(), rows, runs) for name, kind in sorted(TASKS.items())}
+        for name, kind in sorted(TASKS.items()):
+            made[name] = generated(kind(), rows, runs)
+            reporter.advance(1)
     finally:
         torch.set_num_threads(before)
     for name, speed in made.items():

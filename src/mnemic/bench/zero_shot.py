@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mnemic.attachment import Attachment, attach, memory_cache
+from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record
 from mnemic.memories.emt import EMTConfig
 from mnemic.state import map_state
 
 
 @torch.no_grad()
-def bits(attachment: Attachment, ids: Tensor, condition: str) -> float:
+def bits(
+    attachment: Attachment, ids: Tensor, condition: str, advance: Callable[[int], object] = lambda windows: None
+) -> float:
     """Bits a token of one stream read window by window. Conditions: `written`, `never written`, `zeroed`, `none`."""
     model, router = attachment.model, attachment.router
     length, total = router.segment_length, 0.0
@@ -30,10 +34,13 @@ def bits(attachment: Attachment, ids: Tensor, condition: str) -> float:
             cache.memory.stream = router.new_stream(1, map_state(stream.state, torch.zeros_like))
         logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0, :-1]
         total += F.cross_entropy(logits.float(), part[0, 1:], reduction="sum").item()
+        advance(1)
     return total / (ids.shape[1] - len(ids.split(length, 1))) / math.log(2)
 
 
-def measure(name: str, text: Path, tokens: int, seeds: int = 3, length: int = 256) -> Record:
+def measure(
+    name: str, text: Path, tokens: int, seeds: int = 3, length: int = 256, reporter: Reporter | None = None
+) -> Record:
     """The whitepaper's setting after the last block, over several random initialisations, beside its controls."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
@@ -41,14 +48,16 @@ def measure(name: str, text: Path, tokens: int, seeds: int = 3, length: int = 25
     ids = ids[:, : ids.shape[1] - ids.shape[1] % length]
     config = EMTConfig.whitepaper(segment_length=length)
     results: dict[str, float] = {}
+    reporter = reporter or Silent()
+    reporter.phase("windows read", (1 + 3 * seeds) * (ids.shape[1] // length))
     for seed in range(seeds):
         torch.manual_seed(seed)
         attachment = attach(model, config)
         if not results:
             with attachment.disabled():
-                results["no memory"] = bits(attachment, ids, "none")
+                results["no memory"] = bits(attachment, ids, "none", reporter.advance)
         for condition in ("written", "never written", "zeroed"):
-            results[f"zero-shot, {condition}, seed {seed}"] = bits(attachment, ids, condition)
+            results[f"zero-shot, {condition}, seed {seed}"] = bits(attachment, ids, condition, reporter.advance)
         attachment.detach()
     results["what writing moves, at most"] = max(
         abs(results[f"zero-shot, written, seed {s}"] - results[f"zero-shot, never written, seed {s}"])

@@ -89,7 +89,8 @@ def overhead(
     suffix = "" if device == "cpu" else f"-{device}"
     settings = {"segment": (EMTConfig(), 512), "token": (EMTConfig.whitepaper(), 256)}
     for name, (config, tokens) in settings.items():
-        record = measure(config, name, batch=4, tokens=tokens, runs=runs, device=device)
+        with Show("") as show:
+            record = measure(config, name, batch=4, tokens=tokens, runs=runs, device=device, reporter=show)
         for key in ("with memory / base", "memory alone / base"):
             console.print(f"{name} write, {key}: {record.measures[key]['median']:.3f}")
         console.print(f"results {record.save(out, f'overhead-{name}{suffix}.json')}")
@@ -123,7 +124,8 @@ def zero_shot(
     """Does the whitepaper's untrained memory help? Bits a token with it, without it, and with controls."""
     from mnemic.bench.zero_shot import measure
 
-    record = measure(model, text, tokens)
+    with Show("") as show:
+        record = measure(model, text, tokens, reporter=show)
     for name, value in record.measures["bits per token"].items():
         console.print(f"{name:<40} {value:.4f} bits per token")
     console.print(f"results {record.save(out, 'zero-shot.json')}")
@@ -225,5 +227,6 @@ def generators(out: Out = Path("results")) -> None:
     def report(name: str, value: float) -> None:
         console.print(f"{name:<24} {value:>10,.1f}")
 
-    record = throughput(report, threads=os.cpu_count() or 1)
+    with Show("") as show:
+        record = throughput(report, threads=os.cpu_count() or 1, reporter=show)
     console.print(f"results {record.save(out, 'generators.json')}")

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from rich.progress import track
 from rich.table import Table
 
 import mnemic.cli.memoria  # noqa: F401, its commands join `bench`
 from mnemic.cli.analyse import analyse
 from mnemic.cli.bench import bench
 from mnemic.cli.capacity import capacity
-from mnemic.cli.inspect import inspect
+from mnemic.cli.chat import chat
+from mnemic.cli.inspect import inspect, look_inside
 from mnemic.cli.peers import peers
 from mnemic.cli.show import Show, console
+from mnemic.cli.store import bench_mutated_files, bench_store, store_app
 from mnemic.cli.tasks import tasks_app
+from mnemic.cli.train import train
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Persistent memory for any Hugging Face transformer."
 )
 bench.command("capacity")(capacity)
 bench.command("peers")(peers)
+bench.command("store")(bench_store)
+bench.command("mutated-files")(bench_mutated_files)
 app.add_typer(bench, name="bench")
 app.add_typer(analyse, name="analyse")
 app.add_typer(tasks_app, name="tasks")
+app.add_typer(store_app, name="store")
+app.command()(chat)
 app.command()(inspect)
+app.command()(train)
 
 
 @app.callback()
@@ -62,6 +73,7 @@ def demo(
     path = record.save(out)
     picture = recall_curve([record], out / "recall.png", "EMT on a frozen GPT-2 with a window of 32 tokens")
     attachment.save_pretrained(out / "memory")
+    page = look_inside(model, out, seed)
     chance = record.scores[0].floors["chance"]
     controls = {
         name: sum(score.controls[name] for score in record.scores) / len(record.scores)
@@ -74,7 +86,10 @@ def demo(
         else "\nEvery control lies at chance: what is answered right came through the memory, "
         f"{record.state_bytes:,} bytes a stream."
     )
-    console.print(f"picture {picture}\nresults {path}\nmemory  {out / 'memory'}\n{record.seconds['all']:.0f} seconds")
+    console.print(
+        f"picture {picture}\nresults {path}\nmemory  {out / 'memory'}\n"
+        f"inside  {page}\n{record.seconds['all']:.0f} seconds"
+    )
 
 
 @app.command("list")
@@ -113,17 +128,20 @@ def report(
     made = tables(results)
     pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     changed = [page for page in pages if page.is_file() and fill(page, made, write=not check)]
+    pictures: list[Callable[[], object]] = []
     for task, picture, title in (
         ("recall-symbols", "recall.png", "EMT on a frozen GPT-2 with a window of 32 tokens"),
         ("recall-language", "recall-language.png", "EMT on a frozen Llama of 260K parameters, window of 64 tokens"),
     ):
         if not check and (found := records(results, task)):
-            recall_curve(found, root / "docs" / "images" / picture, title)
+            pictures.append(partial(recall_curve, found, root / "docs" / "images" / picture, title))
     if not check and (found := records(results, "capacity")):
-        capacity_picture(found, root / "docs" / "images" / "capacity.png")
+        pictures.append(partial(capacity_picture, found, root / "docs" / "images" / "capacity.png"))
     if not check:
         for name, found in suites(results).items():
-            draw_suite(found, root / "docs" / "images", name)
+            pictures.append(partial(draw_suite, found, root / "docs" / "images", name))
+    for draw in track(pictures, "pictures", console=console, transient=True, disable=not console.is_terminal):
+        draw()
     for page in changed:
         console.print(("stale: " if check else "wrote: ") + str(page))
     if check and changed:

@@ -72,7 +72,7 @@ class Show:
             # nobody sees a bar in a log file: a line from time to time
             self.printed = time.monotonic()
             task = self.progress.tasks[self.task]
-            console.print(f"{task.description}: {task.completed:,.0f} of {task.total:,.0f}  {note}")
+            console.print(f"{task.description}: {task.completed:,.0f} of {task.total:,.0f}  {task.fields['note']}")
 
     def score(self, score: Score) -> None:
         """A new row."""

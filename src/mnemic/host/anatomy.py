@@ -15,6 +15,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from mnemic.host.remembered import remembered
+from mnemic.host.wrappers import MEMORY_NAME, own_class, unwrapped, weights
+
 COMPUTED_ROTARY_LIMIT = 2**17
 """Rotary angles are computed in float32: past this position neighbours are no longer told apart to 0.01 rad."""
 
@@ -43,13 +46,12 @@ class Anatomy:
 
 def examine(model: nn.Module) -> Anatomy:
     """Finds the trunk (the stack without its head) and its blocks; raises `ValueError` for a family not served."""
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
+    base, name = unwrapped(model), type(model).__name__
+    if not isinstance(base, PreTrainedModel):
         raise ValueError(f"{name} is not a Hugging Face transformer; attach to a PreTrainedModel")
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder, which mnemic does not serve yet; use a decoder or an encoder")
-    base = unwrapped(model)
-    trunk = base.get_decoder() if isinstance(base, PreTrainedModel) else None
+    trunk = base.get_decoder()
     if not isinstance(trunk, PreTrainedModel):
         trunk = base.base_model  # some encoders name their head a decoder
     assert isinstance(trunk, PreTrainedModel)
@@ -61,7 +63,7 @@ def examine(model: nn.Module) -> Anatomy:
         for module in trunk.modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == text.num_hidden_layers
-        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
+        and all(isinstance(getattr(block, "_orig_mod", block), GradientCheckpointingLayer) for block in module)
     ]
     if len(lists) != 1:
         raise ValueError(f"{name} has {len(lists)} stacks of {text.num_hidden_layers} blocks where mnemic expects one")
@@ -90,7 +92,7 @@ def _is_causal(trunk: PreTrainedModel, model_type: str) -> bool:
 
 def trained_positions(model: nn.Module) -> int | None:
     """The length the base was trained for, from its config; None when the config names none."""
-    text = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    text = unwrapped(model).config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     positions = getattr(text, "max_position_embeddings", None)
     if text.model_type in COUNTS_FROM_PADDING and positions is not None:
         positions -= text.pad_token_id + 1
@@ -101,31 +103,28 @@ def fingerprint(model: nn.Module) -> str:
     """A short hash that tells one base model from another: its class, parameter names, shapes and a sample of values.
 
     Values enter in bfloat16, 32 from each parameter, so a model loaded in float32 and in bfloat16 is the same base,
-    and a memory or an adapter attached to it changes nothing. Parameters offloaded to `meta` enter by name and shape.
+    and a memory or an adapter attached to it changes nothing. Offloaded weights are read from where they are; sharded
+    ones are gathered one by one, so all processes must ask at once.
+
+    Raises:
+        ValueError: weights on the meta device that were never loaded.
     """
-    digest = hashlib.sha256(type(unwrapped(model)).__name__.encode())
-    for name, parameter in sorted(base_parameters(model).items()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        if parameter.device.type != "meta":
-            flat = parameter.detach().flatten()
+    base = unwrapped(model)
+    return remembered(base, lambda: _fingerprint(base), without=MEMORY_NAME)
+
+
+def _fingerprint(base: nn.Module) -> str:
+    digest = hashlib.sha256(own_class(base).__name__.encode())
+    tied = getattr(base, "all_tied_weights_keys", {})  # offloading unties them
+    for name, weight in sorted(weights(base, MEMORY_NAME).items()):
+        if name not in tied:
+            digest.update(f"{name}{tuple(weight.parameter.shape)}".encode())
+            flat = weight.value().flatten()
             sample = flat[:: max(1, flat.numel() // 32)][:32].to(torch.bfloat16).view(torch.uint8)
             digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model under a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue, reportReturnType]
-
-
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base's own parameters under their own names: without the memory's, without adapters'."""
-    return {
-        name.replace(".base_layer", ""): parameter
-        for name, parameter in unwrapped(model).named_parameters()
-        if f"{MEMORY_NAME}." not in name and "lora_" not in name
-    }
-
-
-MEMORY_NAME = "mnemic"
-"""The attribute of the trunk under which an attached memory lives."""
+    return {name: weight.parameter for name, weight in weights(unwrapped(model), MEMORY_NAME).items()}

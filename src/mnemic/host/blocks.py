@@ -60,10 +60,11 @@ def _keys_apart(
     del arguments[name]
     cache.taking = True
     try:
-        block(
-            beside.before.inputs[layer].to(hidden_btd),
-            **for_queries(arguments, slice(0, beside.first), cache.window.kept, hidden_btd),
-        )
+        with torch.compiler.set_stance("force_eager"):  # what was compiled cannot be left on the way
+            block(
+                beside.before.inputs[layer].to(hidden_btd),
+                **for_queries(arguments, slice(0, beside.first), cache.window.kept, hidden_btd),
+            )
     except KeysTakenError:
         pass
     finally:

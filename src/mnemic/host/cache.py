@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer
 
+from mnemic.history import Log
 from mnemic.stream import Stream
 
 
@@ -27,6 +28,12 @@ class MemoryLayer(DummyLayer):
         super().__init__()
         self.stream: Stream | None = None
         self.replay: Callable[[int], Stream] | None = None
+        self.log: Log | None = None
+        """What the history of a new stream begins with; None for streams without one."""
+
+    def begin(self, stream: Stream) -> Stream:
+        """A new stream with its history."""
+        return replace(stream, logs=(self.log,) * stream.batch)
 
     def _map(self, function: Callable[[Stream], Stream]) -> None:
         if self.stream is not None:
@@ -193,6 +200,17 @@ class Window:
             self, valid=self.valid[index], **dict(zip(("context", "running", "position"), ledgers, strict=True))
         )
 
+    @staticmethod
+    def concatenate(windows: Sequence[Window]) -> Window:
+        """Rows of several windows of one size, one after another; those that hold less have theirs on the right."""
+        kept = max(window.kept for window in windows)
+        valid = [torch.nn.functional.pad(window.valid, (kept - window.kept, 0)) for window in windows]
+        ledgers = {
+            name: tuple(value for window in windows for value in getattr(window, name))
+            for name in ("context", "running", "position")
+        }
+        return replace(windows[0], valid=torch.cat(valid), **ledgers)
+
 
 class KeysTakenError(Exception):
     """Leaves a block as soon as its keys are in the cache."""
@@ -306,11 +324,42 @@ class MemoryCache(DynamicCache):
 
         return restore
 
+    @staticmethod
+    def concatenate(caches: Sequence[MemoryCache], device: torch.device) -> MemoryCache:
+        """Windows and keys of several caches with one row each as one batch. Their streams are for the caller to join:
+        a cache without one says nothing of how a new one begins.
+        """
+        first = caches[0]
+        joined = MemoryCache(*first.settings[:3], first.depth, first.settings[3])
+        if all(cache.window is None for cache in caches):
+            return joined
+        windows = [cache.window or Window.new(*first.settings, 1, device) for cache in caches]
+        joined.window = Window.concatenate(windows)
+        for index, layer in enumerate(joined.layers):
+            there = [own for cache in caches if isinstance(own := cache.layers[index], DynamicLayer)]
+            some = next((own for own in there if own.is_initialized), None)
+            if isinstance(layer, DynamicLayer) and some is not None:
+                for name in ("keys", "values"):
+                    empty = getattr(some, name)[:, :, :0]
+                    parts = [getattr(own, name) if own.is_initialized else empty for own in there]
+                    padded = [torch.nn.functional.pad(t, (0, 0, joined.window.kept - t.shape[2], 0)) for t in parts]
+                    setattr(layer, name, torch.cat(padded))
+                layer.dtype, layer.device, layer.is_initialized = some.dtype, some.device, True
+        return joined
+
+    def row(self, row: int) -> MemoryCache:
+        """One row with its own keys alone, in copies that keep nothing of the others alive."""
+        lone = self.fork()
+        lone.batch_select_indices(torch.tensor([row], device=self.window.valid.device if self.window else None))
+        if lone.window is not None and lone.window.context[0] < lone.window.kept:
+            lone.pack()
+        return lone
+
     def fork(self) -> MemoryCache:
         """An independent copy: what one reads from here on, the other does not."""
         size, segment_length, limit, beside = self.settings
         copy = MemoryCache(size, segment_length, limit, self.depth, beside)
-        copy.window, copy.memory.stream = self.window, self.memory.stream
+        copy.window, copy.memory.stream, copy.memory.log = self.window, self.memory.stream, self.memory.log
         for mine, theirs in zip(self.layers, copy.layers, strict=True):
             if isinstance(mine, DynamicLayer) and mine.is_initialized:
                 theirs.lazy_initialization(mine.keys, mine.values)  # pyright: ignore

@@ -28,6 +28,7 @@ class Call:
     before: Stream | None = None
     stream: Stream | None = None
     pieces: list[Piece] = field(default_factory=list)
+    ids: Tensor | None = None
     keep: Tensor | None = None
     states: list[State] = field(default_factory=list)
     traces: State = field(default_factory=dict)

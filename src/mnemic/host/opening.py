@@ -15,6 +15,7 @@ from mnemic.host.arguments import check_batch, document_starts, kept_tokens, ref
 from mnemic.host.beside import Beside, Wordless, encoder_positions
 from mnemic.host.cache import MemoryCache, memory_layer, snapshot
 from mnemic.host.call import Call, thread
+from mnemic.memories.base import MemoryTokens
 from mnemic.stream import Piece, cut, waiting_width
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def open_call(router: Router, call: Call, trunk: nn.Module, arguments: dict[str,
         raise ValueError(f"the input is empty (shape {shape}); pass at least one row and one token")
     batch, call.time = inputs.shape[:2]
     call.keep = call.stream = call.before = None
+    call.ids = arguments.get("input_ids")
     call.pieces, call.states, call.traces, call.written, call.beside = [], [], {}, {}, None
     cache = arguments.get("past_key_values")
     if not router.causal:
@@ -150,6 +152,7 @@ def _bring_stream(router: Router, call: Call, batch: int) -> None:
     stream = call.layer.stream if call.layer is not None else None
     if stream is None:
         stream = router.new_stream(batch)
+        stream = stream if call.layer is None else call.layer.begin(stream)
     check_batch(stream.batch, batch)
     if stream.waiting.device != router.device:
         raise ValueError(
@@ -195,7 +198,7 @@ def _add_tokens(router: Router, call: Call, trunk: nn.Module, arguments: dict[st
         begins = torch.tensor([row in call.wordless.beginning for row in range(batch)], device=device)
     else:
         begins = ~torch.tensor(begun, device=device) & keep.any(1)
-        if router.slides and any(begun) and bool(begins.any()) and memory.tokens_before(stream.state) is not None:
+        if router.slides and bool(begins.any()) and _leaves_gap(memory.tokens_before(stream.state), begins, any(begun)):
             # layers that count keys as they lie bear no gap between a row's keys: these tokens go ahead, and are
             # packed against the words
             router.run_wordless(trunk, cache, Wordless(beginning=tuple(begins.nonzero().flatten().tolist())))
@@ -219,6 +222,15 @@ def _add_tokens(router: Router, call: Call, trunk: nn.Module, arguments: dict[st
         and trunk.config._attn_implementation in ("sdpa", "eager")  # pyright: ignore
     )
     call.beside, arguments["inputs_embeds"] = beside, embeddings
+
+
+def _leaves_gap(tokens: MemoryTokens | None, begins: Tensor, begun: bool) -> bool:
+    """Whether rows would have columns of these tokens without one of their own: rows that are in the middle of a
+    segment, or begin one with fewer than others.
+    """
+    if tokens is None:
+        return False
+    return begun or (tokens.keep is not None and not bool(tokens.keep[begins].all()))
 
 
 def _embedded(router: Router, trunk: nn.Module, arguments: dict[str, Any]) -> Tensor:

@@ -27,6 +27,7 @@ from mnemic.host.blocks import at_block, before_block
 from mnemic.host.cache import MemoryCache
 from mnemic.host.call import Call, RecordedError, eager, thread
 from mnemic.host.opening import arrange, goes_by_segment, open_call
+from mnemic.host.wrappers import check_present, check_whole, gather_for_gradient, misplaced, warn_frozen
 from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.state import State
 from mnemic.stream import Stream, cut
@@ -102,6 +103,11 @@ class Router(nn.Module):
         arguments = bound(trunk, args, kwargs)
         if thread.recording is self:
             return (), arguments
+        if (found := trunk._modules.get(MEMORY_NAME)) is not self:
+            raise misplaced(found)
+        if torch.is_grad_enabled():
+            check_whole(self.memory)
+            warn_frozen(self.memory, trunk)
         open_call(self, call, trunk, arguments)
         if len(call.pieces) > 1 and goes_by_segment(self, call):
             if call.cache is None:
@@ -133,7 +139,7 @@ class Router(nn.Module):
             call.restore()
             return None
         if call.layer is not None and call.stream is not None:
-            call.layer.stream = call.stream.leave(call.traces, call.keep)
+            call.layer.stream = call.stream.leave(call.traces, call.keep).read(call.ids, call.keep)
         if isinstance(call.cache, MemoryCache):
             call.cache.inside = False
             window = call.cache.window
@@ -180,21 +186,32 @@ class Router(nn.Module):
 
     def new_stream(self, batch: int, state: State | None = None) -> Stream:
         """`batch` streams at their beginning, or at a segment's end with `state`."""
+        check_present(self.memory)
         like = torch.empty(0, self.width, dtype=self.dtype, device=self.device)
         stream = Stream.new(self.memory, batch, like)
         return stream if state is None else replace(stream, state=state)
 
     def watch(self, anatomy: Anatomy, input_ids: Tensor, layers: list[int]) -> dict[int, Tensor]:
-        """What the base alone puts out at some blocks `[b, t, d]`, for rows that it sees on their own."""
+        """What the base alone puts out at some blocks `[b, t, d]`, for rows that it sees on their own; -1 is what
+        enters the first.
+        """
         seen: dict[int, Tensor] = {}
 
-        def hook(layer: int) -> Callable[..., None]:
+        def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[-1] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+        def leave(layer: int) -> Callable[..., None]:
             def keep(block: nn.Module, args: Any, output: Any) -> None:
                 seen[layer] = (output[0] if isinstance(output, tuple) else output).detach()
 
             return keep
 
-        handles = [anatomy.blocks[layer].register_forward_hook(hook(layer)) for layer in layers]
+        handles = [
+            anatomy.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+            if layer == -1
+            else anatomy.blocks[layer].register_forward_hook(leave(layer))
+            for layer in layers
+        ]
         enabled, self.enabled = self.enabled, False
         try:
             anatomy.trunk(input_ids=input_ids, use_cache=False)
@@ -237,6 +254,7 @@ class Tap(nn.Module):
 
     def after(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The block's hook; blocks return a tensor or a tuple that begins with one."""
-        if isinstance(output, tuple):
-            return (at_block(self.router, self.layer, output[0]), *output[1:])
-        return at_block(self.router, self.layer, output)
+        hidden_btd, *rest = output if isinstance(output, tuple) else (output,)
+        gather_for_gradient(block, hidden_btd)
+        hidden_btd = at_block(self.router, self.layer, hidden_btd)
+        return (hidden_btd, *rest) if isinstance(output, tuple) else hidden_btd

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 Result = TypeVar("Result")
+
+MEMORY_NAME = "mnemic"
+"""The attribute of the trunk under which an attached memory lives."""
+
+ADAPTED = ("base_layer", "original_module", "token_adapter")
+"""Under these names PEFT keeps the module that it wraps."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -28,35 +37,183 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def synchronises(model: nn.Module) -> bool:
-    """Whether processes exchange weights or gradients when this module is called, and only then."""
-    while isinstance(model, OptimizedModule):
-        model = model._orig_mod
-    return isinstance(model, DistributedDataParallel | FSDPModule)
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before FSDP2 made it one of its own."""
+    return next(each for each in type(module).__mro__ if not issubclass(each, FSDPModule))
 
 
-def called(model: nn.Module, function: Callable[[nn.Module, Tensor, Tensor], Result], *inputs: Tensor) -> Result:
-    """`function(inner, *inputs)` as if it were the forward pass of `model`, so that what wraps it sees one call.
+def refuse_late(model: nn.Module) -> None:
+    """Raises `ValueError` where a memory that is attached now would be left out of what was prepared before."""
+    wrapper = None
+    if isinstance(model, DistributedDataParallel):
+        wrapper = "DistributedDataParallel"
+    elif isinstance(model, OptimizedModule) or any(module._compiled_call_impl for module in model.modules()):
+        wrapper = "torch.compile"
+    elif any(isinstance(module, FSDPModule) for module in model.modules()):
+        wrapper = "fully_shard"
+    if wrapper is not None:
+        raise ValueError(f"{wrapper} has prepared the model without a memory; attach it before")
 
-    DDP and FSDP2 prepare the exchange of weights and gradients around the forward of the module that they wrap. What
-    calls it more than once, or calls parts of it, has to stand inside.
+
+# --- as one forward pass ---------------------------------------------------------------------------------------------
+
+
+def inner_of(model: nn.Module) -> nn.Module:
+    """What calls inside of `as_forward` go to: the module that DDP wraps, or the model itself."""
+    eager = model._orig_mod if isinstance(model, OptimizedModule) else model
+    return eager.module if isinstance(eager, DistributedDataParallel) else model
+
+
+def as_forward(model: nn.Module, function: Callable[..., Result], *given: Any) -> Result:
+    """`function(*given)`, which calls the model many times or in parts, as one forward pass of what wraps it.
+
+    DDP and FSDP2 prepare the exchange of weights and gradients around the forward of the module that they wrap.
     """
-    while isinstance(model, OptimizedModule):  # what is run inside is no longer what was compiled
+    if isinstance(model, OptimizedModule):  # what runs instead is not what was compiled
         model = model._orig_mod
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    if not isinstance(model, DistributedDataParallel | FSDPModule):
+        return function(*given)
+    inner = inner_of(model)
     own = vars(inner).get("forward")  # accelerate's, where it casts outputs or loads offloaded weights
 
     def restore() -> None:
         vars(inner).pop("forward", None)
         if own is not None:
-            inner.forward = own
+            vars(inner)["forward"] = own
 
-    def forward(*inputs: Tensor) -> Result:
+    def forward(*given: Any) -> Result:
         restore()
-        return function(inner, *inputs)
+        return function(*given)
 
-    inner.forward = forward
+    vars(inner)["forward"] = forward
     try:
-        return model(*inputs)
+        return model(*given)
     finally:
         restore()
+
+
+def gather_for_gradient(block: nn.Module, hidden_btd: Tensor) -> None:
+    """Lets FSDP2 gather a block's weights when a gradient reaches what the block itself put out.
+
+    FSDP2 does so when one reaches what left the block after all hooks. A gradient through the memory alone comes from
+    what was written, which left before.
+    """
+    if isinstance(block, FSDPModule) and hidden_btd.requires_grad:
+
+        def gather(gradient: Tensor) -> None:
+            block.unshard()
+
+        hidden_btd.register_hook(gather)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of the base, and where accelerate keeps its values where it offloaded them."""
+
+    parameter: nn.Parameter
+    read: Callable[[], Tensor] | None
+
+    def value(self) -> Tensor:
+        """The whole of it: read from where it was offloaded, gathered where it is sharded (on every process at once).
+
+        Raises:
+            ValueError: it is on the meta device, and nothing knows its values.
+        """
+        if not self.parameter.is_meta:
+            return whole(self.parameter)
+        if self.read is None:
+            raise ValueError("the model's weights are on the meta device and nowhere else; load the model first")
+        return self.read()
+
+
+def weights(module: nn.Module, without: str) -> dict[str, Weight]:
+    """A module's parameters by the names they have without adapters and compiling; not those of children `without`."""
+    found: dict[str, Weight] = {}
+    seen: set[nn.Parameter] = set()
+
+    def visit(module: nn.Module, path: str, stored: list[tuple[str, Mapping[str, Tensor]]]) -> None:
+        for name in (*ADAPTED, "_orig_mod"):  # the last is torch.compile's
+            if (inner := module._modules.get(name)) is not None:
+                visit(inner, path, stored)
+                return
+        stored = stored + [(path, hook.weights_map) for hook in _hooks(module) if getattr(hook, "weights_map", None)]
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                full = path + name
+                places = [(map_, full[len(start) :]) for start, map_ in stored]
+                known = next((functools.partial(map_.__getitem__, key) for map_, key in places if key in map_), None)
+                found[full] = Weight(parameter, known)
+        for name, child in module._modules.items():
+            if child is not None and name != without:
+                visit(child, f"{path}{name}.", stored)
+
+    visit(module, "", [])
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor without a gradient, gathered from all processes where it is sharded."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: accelerate reports offloaded weights on `meta` and names their device in a hook."""
+    for part in module.modules():
+        for hook in _hooks(part):
+            if (device := getattr(hook, "execution_device", None)) is not None:
+                return torch.device(device)
+    return next(module.parameters()).device
+
+
+def _hooks(module: nn.Module) -> Sequence[Any]:
+    """What accelerate hangs on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else getattr(hook, "hooks", (hook,))
+
+
+# --- what they did to a memory ---------------------------------------------------------------------------------------
+
+
+def check_whole(memory: nn.Module) -> None:
+    """Raises `ValueError` where PEFT put adapters into a memory, or accelerate offloaded its weights."""
+    check_present(memory)
+    for name, module in memory.named_modules():
+        if any(inner in module._modules for inner in ADAPTED):
+            raise ValueError(
+                f"PEFT put {type(module).__name__} around the memory's {name}, as it takes all it finds in a model; "
+                rf'wrap the model first and attach then, or set exclude_modules=r".*\b{MEMORY_NAME}\b.*"'
+            )
+
+
+def misplaced(found: nn.Module | None) -> RuntimeError:
+    """The error where something else stands in a memory's place."""
+    return RuntimeError(
+        f"a {type(found).__name__} stands in the memory's place, as PEFT puts one there with modules_to_save; leave "
+        f'"{MEMORY_NAME}" out of them and save the memory with its own save_pretrained'
+    )
+
+
+def check_present(memory: nn.Module) -> None:
+    """Raises `ValueError` where accelerate offloaded a memory's weights."""
+    first = next(memory.parameters(), None)
+    if first is not None and first.is_meta:
+        raise ValueError(
+            "the memory's weights were offloaded, but a memory is used in every call; attach after the model is "
+            f'dispatched, or give "{MEMORY_NAME}" a device in the device_map'
+        )
+
+
+def warn_frozen(memory: nn.Module, trunk: nn.Module) -> None:
+    """Warns where others train and nothing of the memory does: what PEFT wraps, it freezes."""
+    own = list(memory.parameters())
+    if own and not any(p.requires_grad for p in own) and any(p.requires_grad for p in trunk.parameters()):
+        warnings.warn(
+            "the memory is frozen while other weights train, as PEFT leaves it when it wraps a model that has one; "
+            "mnemic.attached(model).memory.requires_grad_(True) lets it train, or attach after wrapping",
+            stacklevel=2,
+        )

@@ -1,7 +1,7 @@
 """The mechanisms, one file each; importing this package registers them all."""
 
 from mnemic.memories.armt import ARMT, ARMTConfig
-from mnemic.memories.base import CONFIGS, Card, Memory, MemoryConfig, MemoryTokens
+from mnemic.memories.base import CONFIGS, Attribution, Card, Memory, MemoryConfig, MemoryTokens
 from mnemic.memories.compressive import Compressive, CompressiveConfig
 from mnemic.memories.emt import EMT, EMTConfig
 from mnemic.memories.fast_weights import FastWeights, FastWeightsConfig
@@ -21,6 +21,7 @@ __all__ = [
     "KNN",
     "RMT",
     "ARMTConfig",
+    "Attribution",
     "Card",
     "Compressive",
     "CompressiveConfig",

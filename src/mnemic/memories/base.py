@@ -7,13 +7,15 @@ the state in the cache, and places the hooks. A mechanism knows nothing of Huggi
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mnemic.state import State, nbytes
@@ -45,6 +47,22 @@ class MemoryTokens:
     embeddings: Float[Tensor, "b n d"]
     keep: Bool[Tensor, "b n"] | None = None
     inputs: dict[int, Float[Tensor, "b n d"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Where a write went, and from which tokens, for whoever looks inside.
+
+    `place [b, n]` numbers the slots, engrams or heads that were written, -1 for none; `share [b, n]` says how much of
+    each came with this write, from 0 (nothing) to 1 (all of it); `weight [b, n, t]` how much each token of the segment
+    weighed in that, at least 0 and 0 for padding, adding up to 1. `alive [b, m]` are all places that are there after
+    the write, -1 for none; None where places never go.
+    """
+
+    place: Int[Tensor, "b n"]
+    share: Float[Tensor, "b n"]
+    weight: Float[Tensor, "b n t"]
+    alive: Int[Tensor, "b m"] | None = None
 
 
 @dataclass
@@ -102,11 +120,15 @@ class MemoryConfig(ABC):
         """The inverse of `to_dict`; raises `ValueError` naming unknown kinds and settings."""
         values = dict(values)
         kind = values.pop("kind", None)
-        if kind not in CONFIGS:
+        if not isinstance(kind, str) or kind not in CONFIGS:
             raise ValueError(f"unknown memory kind {kind!r}; known: {', '.join(sorted(CONFIGS))}")
         known = {field.name for field in dataclasses.fields(CONFIGS[kind])}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"{CONFIGS[kind].__name__} has no setting {', '.join(unknown)}; known: {sorted(known)}")
+        hints = get_type_hints(CONFIGS[kind])
+        for name, value in values.items():
+            if not is_a(value, hints[name]):
+                raise ValueError(f"{name} is {value!r}, and should be {_readable(hints[name])}")
         return CONFIGS[kind](**values)
 
     def replace(self, **changes: Any) -> Self:
@@ -151,7 +173,8 @@ class Memory(nn.Module, ABC):
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """The state of `batch` new streams: values in float32, bookkeeping in integers, first dimension `batch`.
 
-        Other dimensions may grow with what is written; zeros in what they grow by must mean "nothing there".
+        Other dimensions may grow with what is written, if they are 0 here; zeros in what they grow by must mean
+        "nothing there".
         """
 
     @abstractmethod
@@ -203,6 +226,15 @@ class Memory(nn.Module, ABC):
         """
         return None
 
+    def write_and_tell(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> tuple[State, Attribution | None]:
+        """`write`, and where it went; None for the latter where a mechanism cannot tell.
+
+        Sessions ask so, without a gradient, in place of `write`. It should cost little more.
+        """
+        return self.write(hidden_btd, state, keep_bt), None
+
     def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[int, Float[Tensor, "n d"]]) -> None:
         """Fits what does not train to the host's hidden states, at the write layer and at each read layer by index.
 
@@ -216,6 +248,11 @@ class Memory(nn.Module, ABC):
     def rate_scale(self, name: str) -> float:
         """How much faster than the learning rate the parameter `name` learns in `mnemic.train`."""
         return 1.0
+
+    def check_state(self, state: State, written: int) -> None:
+        """Raises `StateError` for numbers that `written` writes do not make, in one row of a state of the right shapes:
+        counts beyond a table, places that are not there. For files from elsewhere; by default nothing is checked.
+        """
 
     @property
     def written_layers(self) -> tuple[int, ...]:
@@ -231,7 +268,26 @@ class Memory(nn.Module, ABC):
 
     def parameter_dtype(self) -> torch.dtype:
         """The dtype the memory computes in; its state is float32 whatever this is."""
-        return self.place.dtype
+        return next(self.parameters(), self.place).dtype  # parameters': FSDP2 lowers theirs and leaves buffers be
+
+
+def is_a(value: object, hint: Any) -> bool:
+    """Whether a plain value is of a setting's type."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(is_a(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(each) and value == each for each in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(is_a(each, get_args(hint)[0]) for each in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)  # pyright: ignore[reportArgumentType]
+    return type(value) is hint
+
+
+def _readable(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType, Literal):
+        return " or ".join("None" if each is NoneType else _readable(each) for each in get_args(hint))
+    return hint.__name__ if isinstance(hint, type) else repr(hint)
 
 
 def resolve_layer(index: int, depth: int, name: str) -> int:

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens
 from mnemic.memories.compressive_naive import compressive_naive
-from mnemic.state import State, append_rows, drop_rows
+from mnemic.state import State, append_rows, check_range, drop_rows
 
 # Shapes: b batch, t time, l blocks, d host width, D = l * d, m and n tokens, g groups, c tokens of a group.
 
@@ -284,6 +284,11 @@ class Compressive(Memory):
     ) -> tuple[Float[Tensor, "b t D"], State]:
         """The equations above, one row, token and group at a time."""
         return hidden_btd, compressive_naive(self, hidden_btd, state, keep_bt)
+
+    def check_state(self, state: State, written: int) -> None:
+        """Both counts are among what is there."""
+        for name in ("memory", "compressed"):
+            check_range(f"{name}_count", state[f"{name}_count"], 0, state[name].shape[1])
 
     def most_bytes(self, written: int) -> int:
         """`size` tokens and those that wait for a group, the compressed states, and two counts."""

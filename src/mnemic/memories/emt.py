@@ -45,13 +45,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layers
+from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, resolve_layers
 from mnemic.memories.emt_naive import emt_naive
 from mnemic.state import State
 
 # Shapes: b batch, t time, s slots, d host width, m memory width (`dim`), k stacked memories.
 
 AGE_WEIGHT, USAGE_WEIGHT, AGE_DECAY, USAGE_DECAY = 0.1, 0.2, 0.98, 0.99
+
+
+MOST_STACKED = 64
+"""Memories on each other: a file that asks for millions would be refused too late."""
 
 
 @dataclass
@@ -97,6 +101,8 @@ class EMTConfig(MemoryConfig):
         for name in ("slots", "dim", "heads", "stack"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.stack > MOST_STACKED:
+            raise ValueError(f"stack is {self.stack}; at most {MOST_STACKED} memories stand on each other")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
         if self.write not in ("segment", "token"):
@@ -177,15 +183,32 @@ class EMT(Memory):
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:
         """The slots after one segment."""
-        dtype = self.parameter_dtype()
-        hidden_btd = hidden_btd.to(dtype)
         if self.config.write == "token":
+            dtype = self.parameter_dtype()
             state = {name: tensor.to(dtype) for name, tensor in state.items()}
-            after = write_tokens(list(self.writers), hidden_btd, state, keep_bt)  # pyright: ignore[reportArgumentType]
+            after = write_tokens(list(self.writers), hidden_btd.to(dtype), state, keep_bt)  # pyright: ignore
             return {name: tensor.float() for name, tensor in after.items()}
-        rows = [{name: tensor[:, k].to(dtype) for name, tensor in state.items()} for k in range(self.config.stack)]
-        written = [writer(hidden_btd, row, keep_bt) for writer, row in zip(self.writers, rows, strict=True)]
-        return {name: torch.stack([row[name] for row in written], 1).float() for name in state}
+        return {"slots": torch.stack([slots for slots, *_ in self._blend(hidden_btd, state, keep_bt)], 1).float()}
+
+    def _blend(self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of every stacked memory the slots after the segment write, a_st and g_s."""
+        dtype = self.parameter_dtype()
+        rows = state["slots"].to(dtype).unbind(1)
+        hidden_btd = hidden_btd.to(dtype)
+        return [writer(hidden_btd, slots, keep_bt) for writer, slots in zip(self.writers, rows, strict=True)]
+
+    def write_and_tell(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> tuple[State, Attribution | None]:
+        """Slots are counted through all stacked memories. The token write cannot tell without doing its steps again."""
+        if self.config.write == "token":
+            return self.write(hidden_btd, state, keep_bt), None
+        slots, weight, gate = (
+            torch.stack(each, 1) for each in zip(*self._blend(hidden_btd, state, keep_bt), strict=True)
+        )
+        weight_bst, gate_bs = weight.flatten(1, 2), gate.flatten(1)
+        place_s = torch.arange(gate_bs.shape[1], device=gate_bs.device)
+        return {"slots": slots.float()}, Attribution(place_s.expand(len(gate_bs), -1), gate_bs, weight_bst)
 
     def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[int, Float[Tensor, "n d"]]) -> None:
         """Fits the whitening to hidden states as the write layer meets them, and as each read layer does where it is
@@ -301,22 +324,24 @@ class SegmentWriter(nn.Module):
         """What keys and values are made from."""
         return self.whiten(self.norm_hidden(hidden))
 
-    def forward(self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> State:
-        """The slots after the segment.
+    def forward(self, hidden_btd: Tensor, slots_bsm: Tensor, keep_bt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots `[b, s, m]` after the segment, a `[b, s, t]` and g `[b, s, 1]` of the equations above.
 
         Keys and values are linear in the tokens, so they are applied where there are fewer rows, at the slots:
         q . (W_k h) = (W_k' q) . h, and the sum of a_t v(h_t) is v of the sum of a_t h_t, as the a_t sum to 1.
         """
-        slots_bsm = state["slots"]
         hidden_btd = self.prepare(hidden_btd)
         asked_bsd = self.query(slots_bsm) @ self.key.weight / math.sqrt(slots_bsm.shape[-1])
         score_bst = asked_bsd @ hidden_btd.transpose(1, 2)
         if keep_bt is not None:
             score_bst = score_bst.masked_fill(~keep_bt[:, None], torch.finfo(score_bst.dtype).min)
-        content_bsm = self.value(score_bst.softmax(-1) @ hidden_btd)
+        weight_bst = score_bst.softmax(-1)
+        content_bsm = self.value(weight_bst @ hidden_btd)
         gate_bs1 = torch.sigmoid(self.gate(torch.cat([content_bsm, slots_bsm], -1)))
         candidate_bsm = self.gru(content_bsm.flatten(0, 1), slots_bsm.flatten(0, 1)).view_as(slots_bsm)
-        return {"slots": torch.lerp(slots_bsm, candidate_bsm, gate_bs1)}
+        # under autocast the layers' results are narrower than the slots, which lerp does not mix
+        after_bsm = torch.lerp(slots_bsm, candidate_bsm.to(slots_bsm), gate_bs1.to(slots_bsm))
+        return after_bsm, weight_bst, gate_bs1
 
 
 class TokenWriter(nn.Module):

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layers
+from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, resolve_layers
 from mnemic.memories.rules import elu_plus_one
 from mnemic.state import State
 
@@ -200,15 +200,42 @@ class FastWeights(Memory):
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:
         """The matrix after one segment."""
-        pairs = self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt)
+        return self._written(self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt), state)
+
+    def _written(self, pairs: tuple[Tensor, Tensor, Tensor | None, Tensor | None], state: State) -> State:
         after = write_pairs(state, *pairs, delta=self.config.delta, correct=self.config.correct)
         return {name: tensor.float() for name, tensor in after.items()}
+
+    def write_and_tell(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> tuple[State, Attribution]:
+        """A place for each head: by how much its matrix changed, and β_t ‖k_t‖ ‖v_t - v̄_t‖ of every token, v̄ of the
+        matrix that the segment found.
+        """
+        pairs = self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt)
+        after, (key, value, rate, _) = self._written(pairs, state), pairs
+        if self.config.delta:
+            value = wide(value) - read_pairs(state, key)
+        weight_bht = key.norm(dim=-1) * value.norm(dim=-1)
+        weight_bht = weight_bht if rate is None else weight_bht * rate
+        return after, by_head(state["matrix"], after["matrix"], weight_bht)
 
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """The equations above, one row, head and token at a time."""
         return _naive(self, hidden_btd, state, keep_bt)
+
+
+def by_head(
+    before: Float[Tensor, "b h *n"], after: Float[Tensor, "b h *n"], weight_bht: Float[Tensor, "b h t"]
+) -> Attribution:
+    """The attribution of a write to one place for each head, of which |Δ| / (|Δ| + |before|) is new."""
+    change_bh, held_bh = (each.flatten(2).norm(dim=-1) for each in (after - before, before))
+    tiny = torch.finfo(change_bh.dtype).tiny
+    weight_bht = weight_bht / weight_bht.sum(-1, keepdim=True).clamp_min(torch.finfo(weight_bht.dtype).tiny)
+    place_h = torch.arange(change_bh.shape[1], device=change_bh.device)
+    return Attribution(place_h.expand(len(before), -1), change_bh / (change_bh + held_bh).clamp_min(tiny), weight_bht)
 
 
 def unit(keys: Float[Tensor, "*n k"]) -> Float[Tensor, "*n k"]:

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layers
 from mnemic.memories.fast_weights import wide
 from mnemic.memories.infinity_former_naive import infinity_former_naive
-from mnemic.state import State
+from mnemic.state import State, check_range
 
 # Shapes: b batch, t time, d host width, h heads, e a head's width, n basis functions, m samples, p places of a fit.
 
@@ -175,6 +175,10 @@ class InfinityFormer(Memory):
         if self.config.sticky:
             state["attention"] = torch.zeros(batch, self.config.bins, device=device)
         return state
+
+    def check_state(self, state: State, written: int) -> None:
+        """The segments that it counts."""
+        check_range("written", state["written"], 0, written)
 
     def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """h' for one read layer; the signal is that of the segment's start."""

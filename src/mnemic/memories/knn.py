@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layer
 from mnemic.memories.fast_weights import shifted, unit, wide
-from mnemic.state import State, push_rows
+from mnemic.state import State, check_range, push_rows
 
 # Shapes: b batch, t time, d host width, h heads, s width of a head (dim / heads), n entries, m entries that are found.
 
@@ -166,6 +166,11 @@ class KNN(Memory):
     def most_bytes(self, written: int) -> int:
         """`size` entries, whatever was written, once something was."""
         return 8 + (8 * self.config.dim * self.config.size if written else 0)
+
+    def check_state(self, state: State, written: int) -> None:
+        """As many keys as values, and the count among them."""
+        check_range("values", torch.tensor(state["values"].shape[1]), *(2 * [state["keys"].shape[1]]))
+        check_range("count", state["count"], 0, state["keys"].shape[1])
 
     def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """h'; the entries are those of the segment's start."""

@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens
-from mnemic.state import State
+from mnemic.state import State, check_range
 
 # Shapes: b batch, t time, d host width, n prompts, u units of the LSTM.
 
@@ -111,6 +111,10 @@ class MemoryPrompt(Memory):
             return None
         prompts = self.output(state["hidden"].to(self.parameter_dtype())).unflatten(-1, (-1, self.width))
         return MemoryTokens(prompts, there[:, None].expand(-1, self.config.tokens))
+
+    def check_state(self, state: State, written: int) -> None:
+        """The segments that it counts."""
+        check_range("count", state["count"], 0, written)
 
     def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """Nothing is read after a block: the base attends to the prompts itself."""

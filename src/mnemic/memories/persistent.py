@@ -56,7 +56,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens
+from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, MemoryTokens
+from mnemic.memories.fast_weights import by_head
 from mnemic.state import State, detach
 
 # Shapes: b batch, t time, d host width, n rows, k rows and columns of the Hebbian matrix.
@@ -228,6 +229,18 @@ class Persistent(Memory):
             hidden_btd, state = hidden_btd.detach(), detach(state)
         keep = torch.ones_like(hidden_btd[..., 0]) if keep_bt is None else keep_bt.to(hidden_btd.dtype)
         return {self.name: self.writer(normed(hidden_btd), keep, state[self.name]).float()}
+
+    def write_and_tell(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> tuple[State, Attribution | None]:
+        """Of rows: by how much each changed, and A_ij of every token. A mean over all tokens tells nothing of them."""
+        after = self.write(hidden_btd, state, keep_bt)
+        if not isinstance(self.writer, RowWriter):
+            return after, None
+        shares_btn = self.writer.shares(normed(hidden_btd.to(self.parameter_dtype())), state[self.name])
+        if keep_bt is not None:
+            shares_btn = shares_btn * keep_bt[..., None]
+        return after, by_head(state[self.name][..., None], after[self.name][..., None], shares_btn.mT)
 
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None

@@ -66,8 +66,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens, resolve_layers
-from mnemic.memories.fast_weights import scaled, unit, wide
+from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, MemoryTokens, resolve_layers
+from mnemic.memories.fast_weights import by_head, scaled, unit, wide
 from mnemic.memories.titans_naive import titans_naive
 from mnemic.memories.titans_network import Pairs, learn, recall
 from mnemic.state import State
@@ -79,6 +79,10 @@ DEVIATION = 0.02
 
 TOKENS = ("persistent", "queries")
 """Settings of `context="tokens"` alone."""
+
+
+MOST_LAYERS = 64
+"""Layers of the network: a file that asks for millions would be refused too late."""
 
 
 @dataclass
@@ -129,6 +133,8 @@ class TitansConfig(MemoryConfig):
         for name in ("layers", "heads", "dim", "expansion", "chunk", "window_tokens", "queries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.layers > MOST_LAYERS:
+            raise ValueError(f"layers is {self.layers}; the network has at most {MOST_LAYERS}")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
         if self.clip is not None and not self.clip > 0:
@@ -257,9 +263,29 @@ class Titans(Memory):
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:
         """What one segment teaches the network."""
-        pairs, config = self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt), self.config
+        return self._learn(self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt), state)
+
+    def _learn(self, pairs: Pairs, state: State) -> State:
+        config = self.config
         after = learn(state, list(self.first), pairs, config.chunk, config.window_tokens, config.clip)
         return {name: tensor.float() for name, tensor in after.items()}
+
+    def write_and_tell(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> tuple[State, Attribution]:
+        """A place for each head: by how much its network changed, and θ_t ‖M(k_t) - v_t‖ of every token, M as the
+        segment found it.
+        """
+        pairs = self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt)
+        after = self._learn(pairs, state)
+        surprise_bht = (recall(state, list(self.first), pairs.key) - pairs.value).norm(dim=-1) * pairs.rate
+        if keep_bt is not None:
+            # the writer moves padding to the end
+            back_bt = (~keep_bt).long().argsort(dim=1, stable=True).argsort(1)
+            surprise_bht = surprise_bht.gather(2, back_bt[:, None].expand_as(surprise_bht))
+        learned = [name for name in state if name.startswith("learned")]
+        before, now = (torch.cat([each[name].flatten(2) for name in learned], -1) for each in (state, after))
+        return after, by_head(before, now, surprise_bht)
 
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None

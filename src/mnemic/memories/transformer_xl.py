@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens
-from mnemic.state import State, push_rows
+from mnemic.state import State, check_range, push_rows
 
 
 @dataclass
@@ -137,6 +137,10 @@ class TransformerXL(Memory):
         empty = hidden_btd.new_zeros(hidden_btd.shape[-1])
         hidden = torch.stack([torch.stack([*queue, *[empty] * (longest - len(queue))]) for queue in rows])
         return hidden_btd, {"memory": hidden, "count": state["count"].new_tensor([len(queue) for queue in rows])}
+
+    def check_state(self, state: State, written: int) -> None:
+        """The count is among what is there."""
+        check_range("count", state["count"], 0, state["memory"].shape[1])
 
     def most_bytes(self, written: int) -> int:
         """M tokens of every block at most, and the count."""

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,27 +90,73 @@ def enwik8(path: str | os.PathLike[str]) -> dict[str, list[Text]]:
     return {name: [(f"enwik8 {name}", data[start:stop].decode(errors="ignore"))] for name, (start, stop) in parts}
 
 
-def from_hub(name: str, split: str = "test", config: str | None = None, column: str = "text") -> list[Text]:
+def from_hub(
+    name: str, split: str = "test", config: str | None = None, column: str = "text", documents: int | None = None
+) -> list[Text]:
     """Documents of a dataset on the Hugging Face hub, one a row; of WikiText, whose rows are lines, the articles.
 
-    Needs the package `datasets`, and the network where the dataset is not in its cache; `name` may be a folder.
+    Needs the package `datasets`, and the network where the dataset is not in its cache. `name` may be a folder: of data
+    files, or what `save_to_disk` wrote. With `documents` no more than that are taken, nor, where a row is one, loaded.
 
     Raises:
         ModuleNotFoundError: the package is missing.
-        ValueError: the dataset has no such column.
+        ConnectionError: there is no network, or no such dataset.
+        ValueError: the dataset has no such column or split.
     """
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("texts from the hub need the package datasets: pip install datasets") from error
-    rows = datasets.load_dataset(name, config, split=split)
-    if column not in (rows.column_names or []):
-        raise ValueError(f"{name} has no column {column!r}; choose one of {', '.join(rows.column_names or [])}")
-    texts = [str(text) for text in rows[column]]
-    if "wikitext" in name.lower():
+    lines = "wikitext" in name.lower()
+    rows: Any
+    if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+        saved: Any = datasets.load_from_disk(name)
+        if isinstance(saved, datasets.DatasetDict) and split not in saved:
+            raise ValueError(f"{name} has no split {split!r}; choose one of {', '.join(map(str, saved))}")
+        rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    else:
+        some: dict[str, Any] = {"streaming": True} if documents is not None and not lines else {}
+        try:
+            rows = datasets.load_dataset(name, config, split=split, **some)
+        except OSError as error:  # also what says that there is no such dataset
+            raise ConnectionError(
+                f"cannot load {name} ({error}); it needs its right name and a network, or give local text files"
+            ) from error
+    if rows.column_names is not None and column not in rows.column_names:
+        raise ValueError(f"{name} has no column {column!r}; choose one of {', '.join(rows.column_names)}")
+    if lines:
         # some versions keep the line feed of each line
-        return articles("\n".join(text.removesuffix("\n") for text in texts))
-    return [(f"{name} {number}", text) for number, text in enumerate(texts)]
+        return articles("\n".join(str(text).removesuffix("\n") for text in rows[column]))[:documents]
+    found = rows[column] if documents is None else (row[column] for row in itertools.islice(rows, documents))
+    return [(f"{name} {number}", str(text)) for number, text in enumerate(found)]
+
+
+ENWIK8 = "http://mattmahoney.net/dc/enwik8.zip"
+HUB = {"wikitext": "Salesforce/wikitext:wikitext-2-raw-v1", "pg19": "emozilla/pg19"}
+"""Where on the hub the usual corpora are, with the configuration; enwik8 is read from where it is published."""
+
+
+def published(name: str, split: str = "train", documents: int | None = None) -> list[Text]:
+    """The documents of "wikitext", "pg19" or "enwik8", or of any other dataset (`from_hub`), a configuration behind a
+    colon. Of PG-19, which is large, give the number of `documents`.
+
+    Raises:
+        ModuleNotFoundError, ConnectionError, ValueError: as `from_hub`.
+    """
+    if name == "enwik8":
+        try:
+            import datasets
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("enwik8 is fetched with the package datasets: pip install datasets") from error
+        try:
+            path = datasets.DownloadManager().download(ENWIK8)
+        except OSError as error:
+            raise ConnectionError(
+                f"cannot fetch {ENWIK8} ({error}); get it by hand and give it as local text"
+            ) from error
+        return enwik8(str(path))[split]
+    place, _, config = HUB.get(name, name).partition(":")
+    return from_hub(place, split, config or None, documents=documents)
 
 
 class Stateful:

@@ -18,7 +18,7 @@ import os
 import posixpath
 import tarfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
@@ -114,11 +114,14 @@ class Tokens:
         return len(self.ids)
 
 
-def tokenize(text: str, tokenizer: Any = "bytes", chunk: int = CHUNK) -> Tokens:
+def tokenize(
+    text: str, tokenizer: Any = "bytes", chunk: int = CHUNK, advance: Callable[[int], object] = lambda characters: None
+) -> Tokens:
     """A whole text as tokens, without special ones.
 
     `tokenizer` is "bytes", for ids 0 .. 255, or a fast Hugging Face tokenizer. The text goes through it in parts of
-    about `chunk` characters that end at line ends, where the result is that of the whole text.
+    about `chunk` characters that end at line ends, where the result is that of the whole text; `advance` is told of
+    each.
 
     Raises:
         ValueError: another string, or a tokenizer that does not tell which characters a token stands for.
@@ -138,6 +141,7 @@ def tokenize(text: str, tokenizer: Any = "bytes", chunk: int = CHUNK) -> Tokens:
         some, their = _encoded(tokenizer, part, before)
         ids += some
         lengths += their
+        advance(len(part))
     return Tokens(torch.tensor(ids, dtype=torch.long), torch.tensor(lengths, dtype=torch.long))
 
 

@@ -29,11 +29,17 @@ class Abstractor(nn.Module):
     def forward(self, hidden_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | None) -> Tensor:
         """Keys and values are linear in the tokens, so they are applied where there are fewer rows, at the queries."""
         hidden_btd = self.norm(hidden_btd)
-        score_bwt = self.query @ self.key.weight @ hidden_btd.transpose(1, 2)
+        content_bwd = self.value(self.weights(hidden_btd, keep_bt) @ hidden_btd)
+        return self.contract(F.gelu(self.expand(content_bwd)))
+
+    def weights(
+        self, normed_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | None
+    ) -> Float[Tensor, "b w t"]:
+        """softmax(Q W_k X): how much each token weighs in each engram, of X behind the norm."""
+        score_bwt = self.query @ self.key.weight @ normed_btd.transpose(1, 2)
         if keep_bt is not None:
             score_bwt = score_bwt.masked_fill(~keep_bt[:, None], torch.finfo(score_bwt.dtype).min)
-        content_bwd = self.value(score_bwt.softmax(-1) @ hidden_btd)
-        return self.contract(F.gelu(self.expand(content_bwd)))
+        return score_bwt.softmax(-1)
 
 
 class Reader(nn.Module):

@@ -30,13 +30,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Memory, resolve_layer
+from mnemic.memories.base import Attribution, Memory, resolve_layer
 from mnemic.memories.memoria import engrams, graph, reservoir
 from mnemic.memories.memoria.attention import Abstractor, Reader
 from mnemic.memories.memoria.config import MemoriaConfig
 from mnemic.memories.memoria.naive import naive_read, naive_write
 from mnemic.memories.memoria.remind import advance
-from mnemic.state import State
+from mnemic.state import State, StateError, check_range
 
 
 class Memoria(Memory):
@@ -91,6 +91,23 @@ class Memoria(Memory):
         state = engrams.empty(batch, self.width, config.reminded_stm + config.reminded_ltm, device)
         return {**state, **reservoir.empty(batch, config.reservoir, self.width, device)} if config.reservoir else state
 
+    def check_state(self, state: State, written: int) -> None:
+        """Tables of one length, levels that fill no more of it, reminded slots among them, steps that were made."""
+        slots, working = state["id"].shape[1], self.config.working
+        sizes = {name: tuple(state[name].shape[1:]) for name in ("engram", "lifespan", "fired", "elders")}
+        if {sizes[name][0] for name in ("engram", "lifespan", "fired")} != {slots} or len({*sizes["elders"]}) != 1:
+            raise StateError(f"tables of engrams have sizes {sizes} and {slots} ids; each slot has a row in each")
+        check_range("elders", torch.tensor(sizes["elders"]), 0, slots)
+        check_range("levels", state["levels"], 0, slots)
+        check_range("the sum of levels", state["levels"].sum(1), 0, slots)
+        if int(state["levels"][0, 2]) not in (0, working):
+            raise StateError(f"working memory has {int(state['levels'][0, 2])} engrams; it has {working}, or none")
+        check_range("recalled", state["recalled"], -1, slots - 1)
+        check_range("id", state["id"], 0, 2**31 - 1)
+        check_range("step", state["step"], 0, min(written, 2**31 // working))
+        if "tokens" in state:
+            check_range("tokens", state["tokens"], 0, written * self.config.segment_length)
+
     def most_bytes(self, written: int) -> int:
         """At most N_wm engrams a segment were written; how many of them live depends on the stream."""
         slots = engrams.capacity(written * self.config.working, self.config.working)
@@ -141,6 +158,17 @@ class Memoria(Memory):
             state = reservoir.draw(state, hidden_btd, keep_bt, self.config.seed)
         working_bwd = self.abstractor(hidden_btd.to(self.parameter_dtype()), keep_bt)
         return advance(state, working_bwd, self.config, kept)
+
+    def write_and_tell(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> tuple[State, Attribution]:
+        """The new engrams by their ids, each all of this write, and the tokens that the abstractor attended to."""
+        after = self.write(hidden_btd, state, keep_bt)
+        normed_btd = self.abstractor.norm(hidden_btd.to(self.parameter_dtype()))
+        weight_bwt = self.abstractor.weights(normed_btd, keep_bt)
+        new_bw = after["id"].gather(1, engrams.working_slots(after, self.config.working)).long()
+        alive_bn = after["id"].long().where(after["id"] > 0, -1)
+        return after, Attribution(new_bw, torch.ones_like(weight_bwt[..., 0]), weight_bwt, alive_bn)
 
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None

@@ -1,0 +1,53 @@
+"""`Session.show`: what a session holds, in a notebook as the page, elsewhere as `mnemic inspect` prints it."""
+
+from __future__ import annotations
+
+import html
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, RenderResult
+
+from mnemic.analysis.inside import Contents, Words, contents
+from mnemic.analysis.page import render, values
+from mnemic.analysis.terminal import view
+
+if TYPE_CHECKING:
+    from mnemic.session import Session
+
+
+@dataclass
+class Shown:
+    """A view of a session as it was when it was asked for. Notebooks take the page, rich and `print` the terminal's."""
+
+    contents: Contents
+    words: Words | None = None
+
+    @classmethod
+    def of(cls, session: Session) -> Shown:
+        """The view of a session; in words where its text is kept and it has a tokenizer."""
+        found = contents(*session.contents(), "session")
+        ids = found.log.ids
+        return cls(found, Words(ids, session.tokenizer) if ids and session.tokenizer is not None else None)
+
+    @property
+    def html(self) -> str:
+        """The page, as `mnemic inspect --html` writes it."""
+        return render(values(self.contents, self.words))
+
+    def _repr_html_(self) -> str:
+        # apart from the notebook: in a frame that may run the page's script and do nothing else
+        style = "width: 100%; height: 720px; border: 0"
+        return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{html.escape(self.html)}"></iframe>'
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield view(self.contents, self.words)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=120).print(self)
+        return text.getvalue()
+
+    def __repr__(self) -> str:
+        return str(self)

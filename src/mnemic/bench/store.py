@@ -1,0 +1,273 @@
+"""Stores under kills and crowds, and what keeping a session costs.
+
+Children come from a server that has imported everything once and started nothing else, so they start fast, and what is
+killed is a process like any other.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnemic.attachment import attach
+from mnemic.bench.cost import gpt2_small
+from mnemic.bench.results import Record
+from mnemic.memories.emt import EMTConfig
+from mnemic.session import Session, Stored
+from mnemic.state import from_bytes, to_bytes
+from mnemic.store import Conflict, SessionStore
+
+SLOTS, DIM = 64, 256
+"""The shape of what is stored."""
+Progress = Callable[[int], None]
+
+
+def quiet(_: int) -> None:
+    """No progress shown."""
+
+
+def children() -> Any:
+    """Where processes come from that have mnemic imported and hold nothing of this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mnemic.bench.store"])
+    return context
+
+
+# --- sessions that can be told apart without a model ------------------------------------------------------------------
+
+
+def tally(counts: Sequence[int]) -> bytes:
+    """A session's bytes that carry some numbers, in every slot."""
+    meta = {"content": "session", "window": None, "memory": {"kind": "tally"}, "base_model": None}
+    meta |= {"memory_fingerprint": "", "base_fingerprint": ""}
+    return to_bytes({"state.counts": torch.tensor([list(counts)]), "state.slots": _slots(counts)}, meta)
+
+
+def _slots(counts: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(counts, dtype=torch.float32).repeat(SLOTS, DIM // len(counts) + 1)[None, :, :DIM].contiguous()
+
+
+def counts_of(data: bytes) -> list[int]:
+    """The numbers of `tally`; raises `StateError` or `ValueError` if they are not those in every slot."""
+    tensors, _ = from_bytes(data)
+    counts = tensors["state.counts"][0].tolist()
+    if not torch.equal(tensors["state.slots"], _slots(counts)):
+        raise ValueError("a session is half of one version and half of another")
+    return counts
+
+
+# --- killed while it writes -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Kills:
+    """What came of killing writers: versions acknowledged that were not there afterwards, sessions that were half one
+    version and half another, and kills after a write was done but before the writer could say so.
+    """
+
+    kills: int = 0
+    lost: int = 0
+    half_written: int = 0
+    unacknowledged: int = 0
+    versions: int = 0
+
+
+def kill_while_putting(url: str, kills: int, seed: int = 0, progress: Progress = quiet) -> Kills:
+    """Kills (SIGKILL) a process that puts versions of one session without pause, at a random moment, again and again.
+
+    The writer tells every version that `put` returned; after the kill that one, or the next, must be there, whole.
+    """
+    found, source, context = Kills(), random.Random(seed), children()
+    with SessionStore(url) as store:
+        store.put_bytes("killed", tally([1]), overwrite=True)
+    for _ in range(kills):
+        mine, theirs = context.Pipe(duplex=False)
+        writer = context.Process(target=_write_on, args=(url, theirs), daemon=True)
+        writer.start()
+        theirs.close()
+        told = mine.recv()
+        time.sleep(source.uniform(0, 0.03))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        told = _last(mine, told)
+        found.kills += 1
+        try:
+            with SessionStore(url) as store:
+                data, stored = store.get_bytes("killed")
+            (there,) = counts_of(data)
+            found.half_written += there != stored.version
+            found.lost += stored.version < told
+            found.unacknowledged += stored.version > told
+            found.versions = stored.version
+        except ValueError:
+            found.half_written += 1
+        except LookupError:
+            found.lost += 1
+        progress(1)
+    with SessionStore(url) as store:
+        store.delete("killed")
+    return found
+
+
+def _write_on(url: str, tell: Connection) -> None:
+    store = SessionStore(url)
+    stored = store.get_bytes("killed")[1]
+    while True:
+        stored = store.put_bytes("killed", tally([stored.version + 1]), stored)
+        tell.send(stored.version)
+
+
+def _last(told: Connection, last: int) -> int:
+    """The last number that came through a pipe whose other end is gone."""
+    try:
+        while True:
+            last = told.recv()
+    except (EOFError, OSError):
+        return last
+
+
+# --- many writers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Crowd:
+    """What came of many writers. `accepted` updates are in the shared session and `refused` ones got a `Conflict`;
+    `missing` are accepted ones that are not there, `wrong` what a writer read of its own session and had not put.
+    """
+
+    writers: int
+    rounds: int
+    accepted: int
+    refused: int
+    missing: int
+    wrong: int
+    seconds: float
+
+
+def crowd(url: str, writers: int, rounds: int, progress: Progress = quiet) -> Crowd:
+    """`writers` processes put and get `rounds` times: each a session of its own, and all of them one together."""
+    context = children()
+    with SessionStore(url) as store:
+        names = ["shared", *(f"writer {number}" for number in range(writers))]
+        for name in names:
+            store.put_bytes(name, tally([0] * writers), overwrite=True)
+        ends, begun = [], time.perf_counter()
+        for number in range(writers):
+            mine, theirs = context.Pipe(duplex=False)
+            context.Process(target=_crowded, args=(url, number, rounds, theirs), daemon=True).start()
+            theirs.close()
+            ends.append(mine)
+        accepted, refused, wrong = [0] * writers, 0, 0
+        for number, end in enumerate(ends):
+            accepted[number], more, bad = end.recv()
+            refused, wrong = refused + more, wrong + bad
+            progress(rounds)
+        seconds = time.perf_counter() - begun
+        data, stored = store.get_bytes("shared")
+        missing = sum(abs(had - there) for had, there in zip(accepted, counts_of(data), strict=True))
+        missing += abs(sum(accepted) - (stored.version - 1))
+        for name in names:
+            store.delete(name)
+    return Crowd(writers, rounds, sum(accepted), refused, missing, wrong, seconds)
+
+
+def _crowded(url: str, number: int, rounds: int, tell: Connection) -> None:
+    accepted = refused = wrong = 0
+    own = f"writer {number}"
+    with SessionStore(url) as store:
+        mine: Stored = store.get_bytes(own)[1]
+        for turn in range(1, rounds + 1):
+            mine = store.put_bytes(own, tally([turn] * 8), mine)
+            data, stored = store.get_bytes(own)
+            wrong += counts_of(data) != [turn] * 8 or stored != mine
+            data, stored = store.get_bytes("shared")
+            counts = counts_of(data)
+            counts[number] += 1
+            try:
+                store.put_bytes("shared", tally(counts), stored)
+                accepted += 1
+            except Conflict:
+                refused += 1
+    tell.send((accepted, refused, wrong))
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+def thousand(url: str, sessions: int, seed: int = 0, progress: Progress = quiet) -> dict[str, Any]:
+    """Load and save of every session of a model with the shape of GPT-2 small, in random order, in milliseconds.
+
+    Each has read one segment of its own. Reading is not timed: that is the model's time.
+    """
+    torch.manual_seed(seed)
+    config = EMTConfig(slots=SLOTS, dim=DIM, segment_length=16)
+    model = gpt2_small()
+    attach(model, config)
+    session = Session(model)
+    with SessionStore(url) as store:
+        for number in range(sessions):
+            session = Session(model)
+            session.read(torch.randint(0, model.config.vocab_size, (1, config.segment_length)))
+            store.put(f"user {number}", session, overwrite=True)
+            progress(1)
+        order = list(range(sessions))
+        random.Random(seed).shuffle(order)
+        loads, saves = [], []
+        for number in order:
+            begun = time.perf_counter()
+            session = store.get(f"user {number}", model)
+            loaded = time.perf_counter()
+            store.put(f"user {number}", session)
+            saves.append(time.perf_counter() - loaded)
+            loads.append(loaded - begun)
+            progress(1)
+        entries = [entry for entry in store.list() if entry.name.startswith("user ")]
+        state = session.stream.state if session.stream is not None else {}
+    return {
+        "sessions": sessions,
+        "config": config.to_dict(),
+        "load ms": spread(loads),
+        "save ms": spread(saves),
+        "load and save ms": spread([load + save for load, save in zip(loads, saves, strict=True)]),
+        "bytes of the state": sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+        "bytes of a session": statistics.median(entry.nbytes for entry in entries),
+    }
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, ninety-fifth percentile and most, in milliseconds."""
+    ordered = sorted(1000 * value for value in seconds)
+    return {"median": statistics.median(ordered), "p95": ordered[int(0.95 * len(ordered))], "most": ordered[-1]}
+
+
+def file_bytes(url: str) -> int:
+    """Bytes of SQLite's file and its log."""
+    path = Path(url.removeprefix("sqlite:///"))
+    return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
+
+
+def record(measures: dict[str, Any], seed: int, seconds: dict[str, float]) -> Record:
+    """The result file's contents."""
+    host = "GPT-2 small shape, random weights, float32"
+    cost = measures["cost"]
+    return Record(
+        task="store",
+        mechanism="emt",
+        host=host,
+        seed=seed,
+        config=cost["config"],
+        measures=measures,
+        state_bytes=cost["bytes of the state"],
+        seconds=seconds,
+    )

@@ -1,0 +1,193 @@
+"""What a session's file may hold: checked against what this model and its memory make, before anything is loaded.
+
+A checksum tells of accidents. Whoever can write a file can write its checksum too, so nothing in one is believed: the
+description's types, the names, shapes and dtypes of the tensors, and the numbers that point into them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+
+from mnemic.attachment import memory_cache, router_of
+from mnemic.history import Log
+from mnemic.host.anatomy import examine
+from mnemic.host.cache import MemoryCache
+from mnemic.host.router import Router
+from mnemic.state import State, StateError
+from mnemic.stream import waiting_width
+
+MOST = 2**62
+"""Beyond any number of tokens that were read."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of hidden states and keys beside the model's own: under autocast they are not the weights'."""
+HISTORY = {f"history.{name}" for name in Log(text=()).tensors()}
+STREAM, WINDOW = ("counts", "written", "seen"), ("context", "running", "position")
+
+Kind = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
+"""The shape a tensor must have, and the dtypes it may."""
+
+
+def check_description(meta: Mapping[str, Any], source: object) -> None:
+    """Raises `StateError` unless the description has a session's fields, each of its type."""
+    if meta.get("content") != "session":
+        raise StateError(f"{source} holds {repr(meta.get('content'))[:80]}, not a session")
+    fields = {
+        "window": meta.get("window") is None or _count(meta["window"]),
+        "memory": isinstance(meta.get("memory"), dict),
+        "memory_fingerprint": isinstance(meta.get("memory_fingerprint"), str),
+        "keep_text": type(meta.get("keep_text", False)) is bool,
+        "base_fingerprint": isinstance(meta.get("base_fingerprint"), str),
+        "base_model": meta.get("base_model") is None or isinstance(meta["base_model"], str),
+        "stream": meta.get("stream") is None or _ledger(meta["stream"], STREAM),
+        "running": meta.get("running") is None or _ledger(meta["running"], WINDOW),
+    }
+    if missing := sorted(fields.keys() - meta.keys() - {"keep_text", "stream", "running"}):
+        raise StateError(
+            f"{source} does not say {', '.join(missing)}, which every session does; restore it from a copy"
+        )
+    if unknown := sorted(meta.keys() - {"content", *fields}):
+        raise StateError(f"{source} says what no session says: {', '.join(unknown)[:200]!r}; restore it from a copy")
+    if wrong := [name for name, right in fields.items() if not right]:
+        said = ", ".join(f"{name} is {str(meta.get(name))[:80]!r}" for name in wrong)
+        raise StateError(f"{source} has a description of the wrong kind: {said}; restore it from a copy")
+
+
+def check_contents(tensors: State, meta: Mapping[str, Any], model: nn.Module, source: object) -> None:
+    """Raises `StateError` unless the tensors are such as `model` and its memory make in a session with the meta's
+    window. `meta` has passed `check_description`; the history's tensors are checked where they are read.
+    """
+    history = {name: tensor for name, tensor in tensors.items() if name in HISTORY}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in HISTORY}
+    try:
+        _check_history(history, meta)
+        if (meta["window"] is None) is router_of(model).causal:
+            raise StateError(f"its window is {meta['window']}; decoders have one, encoders have none")
+        expected = _stream(tensors, meta, model) | _window(tensors, meta, model)
+        if unknown := sorted(tensors.keys() - expected.keys()):
+            raise StateError(f"nothing here keeps {', '.join(unknown)[:200]!r}")
+        if missing := sorted(expected.keys() - tensors.keys()):
+            raise StateError(f"it lacks {', '.join(missing)}")
+        for name, (shape, dtypes) in expected.items():
+            tensor = tensors[name]
+            if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+                found = f"{list(tensor.shape)} of {tensor.dtype}"
+                raise StateError(f"{name} is {found}, here it would be {list(shape)} of {dtypes[0]}")
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise StateError(f"{name} is NaN or infinite somewhere")
+        _check_numbers(tensors, meta, router_of(model))
+    except StateError as error:
+        raise StateError(f"{source} does not fit this model and its memory: {error}; restore it from a copy") from error
+
+
+def _count(value: object) -> bool:
+    return type(value) is int and 0 <= value < MOST
+
+
+def _ledger(value: object, names: tuple[str, ...]) -> bool:
+    """Whether it has these names, each with one count for the one row of a session."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == set(names)
+        and all(isinstance(one, list) and len(one) == 1 and _count(one[0]) for one in value.values())
+    )
+
+
+def _stream(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> dict[str, Kind]:
+    """What a session's stream is made of: nothing before the first token."""
+    if meta.get("stream") is None:
+        return {}
+    router = router_of(model)
+    waiting = (1, meta["stream"]["counts"][0], waiting_width(router.memory, router.width))
+    expected: dict[str, Kind] = {"waiting": (waiting, (router.dtype, *FLOATS))}
+    for name, first in router.memory.init_state(1).items():
+        found = tensors.get(f"state.{name}", first)
+        sizes = found.shape if found.ndim == first.ndim else first.shape
+        # dimensions that grow begin at 0
+        shape = tuple(size or grown for size, grown in zip(first.shape, sizes, strict=True))
+        expected[f"state.{name}"] = (shape, (first.dtype,))
+    return expected
+
+
+def _window(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> dict[str, Kind]:
+    """What a session's window is made of: the base's keys, where it has any."""
+    if meta.get("running") is None:
+        return {}
+    router = router_of(model)
+    if not router.causal:
+        raise StateError(f"{type(model).__name__} is an encoder and keeps no keys")
+    kept = tensors["window.valid"].shape[-1] if "window.valid" in tensors and tensors["window.valid"].ndim else 0
+    expected: dict[str, Kind] = {"window.valid": ((1, kept), (torch.bool,))}
+    if kept:
+        for name, (heads, width) in key_shapes(model).items():
+            expected[name] = ((1, heads, kept, width), (router.dtype, *FLOATS))
+    return expected
+
+
+def keys_of(cache: MemoryCache) -> State:
+    """The keys and values that a cache holds, by their names in a file."""
+    held: State = {}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys is not None:
+            assert layer.values is not None
+            held |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
+    return held
+
+
+_key_shapes: weakref.WeakKeyDictionary[Router, dict[str, tuple[int, int]]] = weakref.WeakKeyDictionary()
+
+
+def key_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Heads and width of the keys and values of every block, by their names in a file.
+
+    Families differ in both, and in which blocks have keys, so one token is run through the base, once for a model.
+    """
+    router = router_of(model)
+    if router not in _key_shapes:
+        device = router.device
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            cache = memory_cache(model)
+            ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+            examine(model).trunk(input_ids=ids, past_key_values=cache, use_cache=True)
+        shapes = {name: (tensor.shape[1], tensor.shape[3]) for name, tensor in keys_of(cache).items()}
+        if not shapes:
+            raise StateError("the model keeps no keys now (gradient checkpointing in training); call model.eval()")
+        _key_shapes[router] = shapes
+    return _key_shapes[router]
+
+
+def _check_history(history: State, meta: Mapping[str, Any]) -> None:
+    """Raises `StateError` where the text is not what the description says; the rest is checked where it is read."""
+    text, keeps = history.get("history.text"), meta.get("keep_text", False)
+    seen = meta["stream"]["seen"][0] if meta.get("stream") else 0
+    if history and (text is not None) is not keeps:
+        raise StateError(f"keep_text is {keeps}, and its history has {'no ' if text is None else ''}text")
+    if text is not None and text.numel() > seen:
+        raise StateError(f"it has {text.numel()} tokens of text, and {seen} were read")
+
+
+def _check_numbers(tensors: State, meta: Mapping[str, Any], router: Router) -> None:
+    """Raises `StateError` for counts that do not fit each other or the tensors."""
+    length = router.segment_length
+    if (stream := meta.get("stream")) is not None:
+        counts, written, seen = (stream[name][0] for name in STREAM)
+        if counts >= length or not written + counts <= seen <= written * length + counts:
+            raise StateError(
+                f"{seen} tokens cannot be {written} segments of at most {length} and {counts} that wait for the next"
+            )
+        state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
+        router.memory.check_state(state, written)
+    if (running := meta.get("running")) is not None:
+        context, begun, position = (running[name][0] for name in WINDOW)
+        limit = router.new_cache(meta["window"]).settings[2]
+        there = int(tensors["window.valid"].sum())
+        if context != there or begun >= length or position < context or (limit is not None and position > limit):
+            raise StateError(
+                f"a window of {context} keys, of which {there} are there, {begun} of them in the running segment of "
+                f"{length}, and the next at position {position} of {limit}, cannot be"
+            )

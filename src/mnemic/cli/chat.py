@@ -1,0 +1,320 @@
+"""`mnemic chat`: a conversation whose past is in a memory, kept in a store under a name, turn by turn."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from torch import nn
+
+import mnemic
+from mnemic.cli.show import console
+from mnemic.cli.turns import Turns
+from mnemic.host.anatomy import trained_positions
+from mnemic.host.choosing import TextPieces
+from mnemic.state import nbytes
+from mnemic.store import Conflict, NotStored, SessionStore, StoreError
+
+QUIET = "bright_black"
+WINDOW = 2048
+"""Tokens that a model without a trained memory sees, if it has positions for them."""
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A causal model: local folder or hub id.")],
+    memory: Annotated[
+        Path | None, typer.Option(help="Folder of a trained memory; without one little is remembered.")
+    ] = None,
+    session: Annotated[str, typer.Option(help="The name that this conversation is kept under.")] = "default",
+    store: Annotated[str, typer.Option(help="sqlite:///FILE or postgresql+psycopg://...")] = "sqlite:///memories.db",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the most probable token.")] = False,
+    keep_text: Annotated[
+        bool, typer.Option("--keep-text", help="Keep a new session's text with it, so that /memory tells in words.")
+    ] = False,
+) -> None:
+    """Talks with a model whose memory of the conversation is kept in a store. /help lists what else it can do."""
+    try:
+        base, tokenizer = load(model, memory)
+        ways: dict[str, Any] = {"max_new_tokens": new_tokens, **({"do_sample": False} if greedy else {})}
+        talk = Chat(base, tokenizer, SessionStore(store), session, keep_text=keep_text, ways=ways)
+    except (OSError, ValueError, StoreError, ImportError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    talk.greet(memory)
+    with talk.store:
+        for line in lines():
+            try:
+                if not talk.take(line):
+                    break
+            except KeyboardInterrupt:  # the third of a turn
+                talk.say("\nleft off; what was not saved now, the next turn saves", QUIET)
+        if talk.unsaved:
+            talk.say(f"Left with something unsaved: session {session!r} is in the store as it was before that.", "red")
+            raise typer.Exit(1)
+
+
+def load(name: str, memory: Path | None) -> tuple[nn.Module, Any]:
+    """The model with its memory, or with one that changes nothing, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    if torch.cuda.is_available():
+        model = model.to("cuda")  # pyright: ignore[reportArgumentType]
+    if memory is not None:
+        mnemic.from_pretrained(model, memory)
+    else:
+        window = min(WINDOW, trained_positions(model) or WINDOW)
+        torch.manual_seed(0)  # the same memory in every run, or it would not take its own sessions back
+        mnemic.attach(model, mnemic.EMTConfig(segment_length=max(1, window // 4), window=window))
+        torch.seed()
+    return model, tokenizer
+
+
+def lines() -> Iterator[str]:
+    """What the user types, or what comes through a pipe, until its end. Ctrl-C while typing drops the line."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401, `input` then edits lines and recalls them
+    while True:
+        try:
+            yield input("\n> " if terminal else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            console.print("\n/exit or Ctrl-D leaves", style=QUIET, highlight=False)
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Within it the first Ctrl-C only joins the list, so that a step can come to its end; later ones interrupt it."""
+    noted: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        noted.append(number)
+        if len(noted) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Chat:
+    """One conversation. Every line that is taken ends with the session in the store, or with the reason why not."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        store: SessionStore,
+        name: str,
+        *,
+        keep_text: bool = False,
+        ways: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.store, self.name = model, tokenizer, store, name
+        self.keep_text, self.turns = keep_text, Turns(tokenizer)
+        self.ways = dict(ways or {})
+        config = model.generation_config
+        if getattr(config, "eos_token_id", None) is None and tokenizer.eos_token_id is not None:
+            self.ways["eos_token_id"] = tokenizer.eos_token_id
+        if getattr(config, "pad_token_id", None) is None:
+            self.ways["pad_token_id"] = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        self.spent: tuple[int, float] | None = None
+        self.unsaved = False
+        self.session = self._stored() or self._new()
+
+    def greet(self, memory: Path | None) -> None:
+        """Says what the conversation stands on."""
+        kind = mnemic.attached(self.model).config
+        if memory is None:
+            self.say(
+                f"No --memory: this one is not trained, so nothing is remembered beyond the last {kind.window:,} "
+                "tokens. `mnemic train` makes one.",
+                "yellow",
+            )
+        seen = self.session.stream.seen[0] if self.session.stream is not None else 0
+        stands = f"goes on after {seen:,} tokens" if seen else "is new"
+        how = "" if self.turns.template else " The model has no chat template: it continues what you write."
+        self.say(f"Session {self.name!r} in {self.store.url} {stands}.{how} /help lists commands.", QUIET)
+
+    def take(self, line: str) -> bool:
+        """One line of the user; False when it is the last."""
+        line = line.strip()
+        if not line:
+            return True
+        if not line.startswith("/"):
+            self.answer(line)
+            return True
+        name = line[1:].split()[0] if line[1:].split() else ""
+        if name in ("exit", "quit"):
+            return False
+        command = COMMANDS.get(name)
+        if command is None:
+            self.say(f"There is no command /{name}; /help lists them.", "red")
+        else:
+            command(self)
+        return True
+
+    # --- talking -----------------------------------------------------------------------------------------------------
+
+    def answer(self, text: str) -> None:
+        """Reads a message, writes the answer as it comes, and saves. Ctrl-C ends the answer where it is."""
+        begun, said = time.monotonic(), []
+        with interrupts() as stop:
+            try:
+                prompt = self.turns.message(text, first=self.session.stream is None)
+                pieces = TextPieces(self.tokenizer)
+                with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C, in the middle of a step
+                    for token in self.session.answer(prompt, **self.ways):
+                        said.append(token)
+                        self._write(pieces.more(torch.tensor(said)))
+                        if stop:
+                            break
+                self._write(pieces.more(torch.tensor(said), last=True) + "\n")
+                # an answer that was cut short is closed too: the next turn begins where a turn begins
+                if said and (closing := self.turns.closing(said)) is not None:
+                    self.session.read(closing)
+            except (ValueError, RuntimeError) as error:
+                self.say(f"The model could not answer: {error}. What it did not say was not read.", "red")
+            self.spent = (len(said), time.monotonic() - begun)
+            saved = self.save() if said else False
+        if stop and said:
+            self.say(f"stopped after {len(said):,} tokens, which were read" + " and saved" * saved, QUIET)
+        elif stop:
+            self.say("stopped before the first token; your message was not read", QUIET)
+
+    def save(self, *, overwrite: bool = False) -> bool:
+        """Puts the session into the store, unless another version is there; says so if it could not."""
+        self.unsaved = True
+        try:
+            self.store.put(self.name, self.session, overwrite=overwrite)
+        except Conflict as conflict:
+            theirs = f"version {conflict.found} is there" if conflict.found else "it was deleted"
+            ours = f"this one came from version {conflict.expected}" if conflict.expected else "this one is new"
+            self.say(
+                f"Not saved: somebody else has changed session {self.name!r} ({theirs}, {ours}). /reload takes theirs "
+                "and drops what was said here since; /overwrite keeps this one and drops theirs.",
+                "red",
+            )
+        except StoreError as error:
+            self.say(f"Not saved: {error}", "red")
+        else:
+            self.unsaved = False
+        return not self.unsaved
+
+    def _stored(self) -> mnemic.Session | None:
+        try:
+            return self.store.get(self.name, self.model, self.tokenizer)
+        except NotStored:
+            return None
+
+    def _new(self) -> mnemic.Session:
+        return mnemic.Session(self.model, self.tokenizer, keep_text=self.keep_text)
+
+    # --- commands ----------------------------------------------------------------------------------------------------
+
+    def memory(self) -> None:
+        """what the memory holds: its slots or engrams, and what wrote them"""
+        console.print(self.session.show())
+
+    def cost(self) -> None:
+        """bytes, tokens and seconds"""
+        stream = self.session.stream
+        if stream is None:
+            self.say("Nothing was read yet.", QUIET)
+            return
+        state, all_bytes = nbytes(stream.state), self.session.nbytes
+        waiting = stream.nbytes - state
+        self.say(
+            f"{stream.seen[0]:,} tokens read, {stream.written[0]:,} segments written\n"
+            f"{all_bytes:,} bytes: memory {state:,}, waiting tokens {waiting:,}, window {all_bytes - state - waiting:,}"
+        )
+        with contextlib.suppress(NotStored):
+            entry = self.store.entry(self.name)
+            self.say(f"{entry.nbytes:,} bytes in the store, version {entry.version}")
+        if self.spent is not None:
+            count, seconds = self.spent
+            self.say(f"last answer: {count:,} tokens, {seconds / max(1, count):.3f} seconds a token")
+
+    def reset(self) -> None:
+        """begin anew under the same name"""
+        if self._sure(f"Forget all that session {self.name!r} has read?"):
+            stored = self.session.stored
+            self.session = self._new()
+            self.session.stored = stored
+            self.save()
+            self.say("The session is new.")
+
+    def forget(self) -> None:
+        """remove this session from the store, and begin anew"""
+        if not self._sure(f"Remove session {self.name!r} from {self.store.url}?"):
+            return
+        try:
+            entry = self.store.delete(self.name)
+            self.say(f"Removed session {entry.name!r}: version {entry.version}, {entry.nbytes:,} bytes.")
+        except NotStored:
+            self.say(f"Session {self.name!r} is not in the store.")
+        except StoreError as error:
+            self.say(f"Not removed: {error}", "red")
+            return
+        self.session, self.unsaved = self._new(), False
+
+    def reload(self) -> None:
+        """take the session as it is in the store"""
+        found = self._stored()
+        self.session, self.unsaved = found or self._new(), False
+        seen = self.session.stream.seen[0] if self.session.stream is not None else 0
+        self.say(f"The session goes on after {seen:,} tokens." if found else "It is not in the store; this one is new.")
+
+    def overwrite(self) -> None:
+        """save this session in place of what is in the store"""
+        self.save(overwrite=True)
+
+    def help(self) -> None:
+        """this list"""
+        for name, command in COMMANDS.items():
+            self.say(f"/{name:<10} {command.__doc__}")
+        self.say(f"/{'exit':<10} leave; every turn is saved already")
+
+    def _sure(self, question: str) -> bool:
+        console.print(f"{question} [y/N] ", end="", markup=False, highlight=False)
+        try:
+            return input().strip().lower() in ("y", "yes")
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return False
+
+    @staticmethod
+    def say(text: str, style: str | None = None) -> None:
+        """A line of the chat's own."""
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    @staticmethod
+    def _write(piece: str) -> None:
+        # a model may say anything, also what would steer the terminal
+        console.out(
+            "".join(letter for letter in piece if letter.isprintable() or letter in "\n\t"), end="", highlight=False
+        )
+        console.file.flush()
+
+
+COMMANDS: dict[str, Callable[[Chat], None]] = {
+    name: getattr(Chat, name) for name in ("memory", "cost", "reset", "forget", "reload", "overwrite", "help")
+}

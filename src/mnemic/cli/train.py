@@ -1,0 +1,141 @@
+"""`mnemic train`: a memory on plain text, and what it does to the base."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mnemic.cli.show import Show, console
+
+
+def train(
+    model: Annotated[str, typer.Argument(help="A causal model: local folder or hub id.")],
+    memory: Annotated[str, typer.Option(help="The mechanism; mnemic list names them.")] = "emt",
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the mechanism; repeat it.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Text: a .txt file, a folder or a tar archive of them.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Or: wikitext, pg19, enwik8, NAME or NAME:CONFIG on the hub, or a folder that datasets wrote."
+        ),
+    ] = None,
+    documents: Annotated[int | None, typer.Option(min=1, help="Of a dataset, take only so many documents.")] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="Text to measure the base on; the last tenth of the data by default.")
+    ] = None,
+    segments: Annotated[int, typer.Option(min=1, help="Segments of a row.")] = 8,
+    curriculum: Annotated[str, typer.Option(help="Segments from which step on, such as 0:1,500:2,1500:4.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Held for half of the steps, then falling.")] = 2e-3,
+    bptt_segments: Annotated[
+        int | None, typer.Option(min=0, help="How many segments back a loss sends its gradient; all by default.")
+    ] = None,
+    train_base: Annotated[bool, typer.Option(help="Train the base's own weights too.")] = False,
+    bf16: Annotated[bool, typer.Option(help="Mixed precision.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the memory's weights and of the order of rows.")] = 0,
+    save_steps: Annotated[int, typer.Option(min=1, help="A checkpoint every so many steps.")] = 100,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out, if there is one.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the memory, its checkpoints and the result file.")] = Path(
+        "runs/memory"
+    ),
+    results: Annotated[Path | None, typer.Option(help="Another folder for the result file.")] = None,
+) -> None:
+    """Trains a memory on text, then measures the base: perplexity with the memory untrained, trained and disabled."""
+    try:
+        import accelerate  # noqa: F401
+    except ModuleNotFoundError:
+        raise typer.BadParameter("training needs accelerate: pip install 'mnemic[train]'") from None
+    from mnemic.bench.drift import TextRun
+
+    try:
+        run = TextRun(
+            model,
+            configured(memory, setting or []),
+            segments=segments,
+            steps=steps,
+            rows=rows,
+            learning_rate=learning_rate,
+            bptt_segments=bptt_segments,
+            stages=stages(curriculum),
+            freeze=not train_base,
+            bf16=bf16,
+            seed=seed,
+            save_steps=save_steps,
+        )
+        learnt, held = texts(data, dataset, documents, held_out)
+        with Show("") as show:
+            _, record = run.run(learnt, held, out, resume=resume, report=show)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from None
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command with --resume goes on from the last checkpoint in {out}")
+        raise typer.Exit(130) from None
+    console.print(table(record.measures))
+    words = (record.mechanism, record.config["text"], record.config["held-out text"], f"seed{seed}")
+    name = re.sub(r"[^\w.-]+", "-", "-".join(("drift", *words))) + ".json"
+    console.print(f"memory  {out}\nresults {record.save(results or out, name if results else 'drift.json')}")
+
+
+def configured(kind: str, settings: list[str]) -> Any:
+    """The config of a mechanism from words like `slots=16`; raises `ValueError` for what is none."""
+    from mnemic.memories import MemoryConfig
+
+    values: dict[str, Any] = {"kind": kind}
+    for word in settings:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--set {word}: write NAME=VALUE, such as slots=16")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value
+    return MemoryConfig.from_dict(values)
+
+
+def stages(text: str) -> list[tuple[int, int]]:
+    """`0:1,500:2` as pairs; raises `ValueError` for what is none."""
+    try:
+        pairs = [word.split(":") for word in text.split(",") if word]
+        return [(int(step), int(segments)) for step, segments in pairs]
+    except ValueError:
+        raise ValueError(f"--curriculum {text}: write STEP:SEGMENTS,... such as 0:1,500:2") from None
+
+
+def texts(data: Path | None, dataset: str | None, documents: int | None, held_out: Path | None) -> tuple[Any, Any]:
+    """The texts to learn from, and those to measure on."""
+    from mnemic.bench.drift import hold_out
+    from mnemic.tasks.corpora import published
+    from mnemic.tasks.documents import novels
+
+    if (data is None) == (dataset is None):
+        raise ValueError("give --data, a local text, or --dataset, one of the hub")
+    if documents is not None and dataset is None:
+        raise ValueError("--documents counts those of a --dataset")
+    if dataset is not None:
+        with console.status(f"loading {dataset}"):
+            found = published(dataset, "train", documents)
+    else:
+        assert data is not None
+        found = novels(data)
+    return (found, novels(held_out)) if held_out is not None else hold_out(found)
+
+
+def table(measures: dict[str, Any]) -> Table:
+    """The drift of the base."""
+    shown = Table(title=f"held-out text, {measures['tokens']:,} tokens", title_justify="left", title_style="bold")
+    shown.add_column("memory")
+    for name in ("perplexity", "bits per byte", "against disabled"):
+        shown.add_column(name, justify="right")
+    base = measures["perplexity"]["disabled"]
+    for name, value in measures["perplexity"].items():
+        bits = measures["bits per byte"][name]
+        shown.add_row(name, f"{value:.3f}", f"{bits:.4f}", f"{100 * (value / base - 1):+.2f} %")
+    return shown

@@ -1,0 +1,96 @@
+"""What `model.generate` chooses, a token at a time: its own processors and criteria in a loop that its caller owns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.generation.configuration_utils import GenerationMode
+
+from mnemic.host.cache import MemoryCache
+
+
+class Choosing:
+    """The tokens of one stream. `generate` is asked to prepare everything and to hand it over instead of looping.
+
+    `ids [1, t]` are the prompt's and those chosen since; `done` is True when a criterion of `generate` ends the answer.
+    `forward` are arguments that the model takes in every step.
+    """
+
+    def __init__(self, model: nn.Module, ids: Int[Tensor, "1 t"], cache: MemoryCache, **kwargs: Any) -> None:
+        """Raises `ValueError` for ways of generating that do not choose one token after another, and for arguments that
+        would have no part here.
+        """
+        if kwargs.get("streamer") is not None:
+            raise ValueError("a streamer is for Session.generate; here the tokens come to the caller as they are made")
+        for name in ("attention_mask", "position_ids", "inputs_embeds"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is the session's own; leave it out")
+        caught: dict[str, Any] = {}
+
+        def catch(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **rest: Any,
+        ) -> Tensor:
+            caught.update(
+                processors=logits_processor, criteria=stopping_criteria, config=generation_config, arguments=rest
+            )
+            return input_ids
+
+        # the cache is looked at and not written to: what is prepared depends on what generate finds there
+        model.generate(ids, past_key_values=cache.fork(), custom_generate=catch, **kwargs)  # pyright: ignore
+        config = caught["config"]
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        several = max(config.num_beams or 1, config.num_return_sequences or 1)
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or several > 1:
+            name = mode.value.replace("_", " ")
+            raise ValueError(
+                f"{name} with {several} sequence(s) does not choose one token after another; use Session.generate, or "
+                "num_beams=1, num_return_sequences=1 and no assistant"
+            )
+        if config.return_dict_in_generate:
+            raise ValueError("return_dict_in_generate is for Session.generate; here tokens alone come back")
+        self.ids, self.done = ids, False
+        self.forward = {name: value for name, value in caught["arguments"].items() if name == "logits_to_keep"}
+        self._processors, self._criteria, self._samples = caught["processors"], caught["criteria"], config.do_sample
+        self._prompt = ids.shape[1]
+
+    @property
+    def answer(self) -> Int[Tensor, "1 n"]:
+        """What was chosen so far."""
+        return self.ids[:, self._prompt :]
+
+    def choose(self, logits: Float[Tensor, "1 v"]) -> Int[Tensor, "1 1"]:
+        """The next token, from what the model put out at the last one. Samples from the global generator."""
+        scores = self._processors(self.ids, logits.to(dtype=torch.float32, device=self.ids.device, copy=True))
+        token = torch.multinomial(scores.softmax(-1), 1) if self._samples else scores.argmax(-1, keepdim=True)
+        self.ids = torch.cat([self.ids, token], 1)
+        self.done = bool(self._criteria(self.ids, None).all())
+        return token
+
+
+class TextPieces:
+    """The text of an answer as it grows. Bytes that do not make a character yet are held back."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._before, self._shown = 0, 0
+
+    def more(self, ids: Int[Tensor, " n"], *, last: bool = False) -> str:
+        """What `ids`, all of the answer so far, adds to the text that was given out; "" for nothing."""
+        # decoded from the piece before on, as whether a token begins with a space depends on what stands before it
+        shown = self._decode(ids[self._before : self._shown])
+        text = self._decode(ids[self._before :])
+        if len(text) <= len(shown) or (text.endswith("\ufffd") and not last):
+            return ""
+        self._before, self._shown = self._shown, len(ids)
+        return text[len(shown) :]
+
+    def _decode(self, ids: Tensor) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if len(ids) else ""

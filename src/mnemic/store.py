@@ -1,0 +1,464 @@
+"""Sessions by name in a database: SQLite in one file, or PostgreSQL where many workers share them.
+
+A row is a session's bytes as `Session.to_bytes` makes them, with their checksum, and what a list shows. Every write is
+one transaction, and says which version it replaces: of two writers that read the same one, the second gets a `Conflict`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import sqlalchemy as sql
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from torch import nn
+
+from mnemic.checks import check_description
+from mnemic.session import Session, Stored
+from mnemic.state import from_bytes, to_bytes, write_bytes
+
+FORMAT = 1
+LONGEST_NAME = 512
+"""Most characters of a name."""
+SIZE_LIMIT = 256 * 2**20
+"""Most bytes of a session, unless the store is told otherwise."""
+ATTEMPTS = 20
+"""How often a new session is put, if others make and delete it at the same time."""
+SECONDS_BUSY = 30
+"""How long a write waits for another one before it gives up."""
+LONGEST_TTL = 100 * 365 * 24 * 3600
+"""A hundred years, in seconds."""
+SECOND = 1_000_000
+"""Times are stored in microseconds."""
+
+_metadata = sql.MetaData()
+_store = sql.Table(
+    "mnemic_store",
+    _metadata,
+    sql.Column("format", sql.Integer, primary_key=True, autoincrement=False),
+    sql.Column("id", sql.String(32), nullable=False),
+)
+_sessions = sql.Table(
+    "mnemic_sessions",
+    _metadata,
+    sql.Column("name", sql.Text, primary_key=True),
+    sql.Column("birth", sql.BigInteger, nullable=False),
+    sql.Column("version", sql.BigInteger, nullable=False),
+    sql.Column("memory", sql.Text, nullable=False),
+    sql.Column("memory_fingerprint", sql.Text, nullable=False),
+    sql.Column("base_model", sql.Text),
+    sql.Column("base_fingerprint", sql.Text, nullable=False),
+    sql.Column("nbytes", sql.BigInteger, nullable=False),
+    sql.Column("created", sql.BigInteger, nullable=False),
+    sql.Column("updated", sql.BigInteger, nullable=False),
+    sql.Column("expires", sql.BigInteger, index=True),
+    sql.Column("data", sql.LargeBinary, nullable=False),  # last: SQLite reads a row up to the column it needs
+)
+
+# statements are made once: to make one takes longer than to run it
+_NAMED = _sessions.c.name == sql.bindparam("named")
+_ALIVE = sql.or_(_sessions.c.expires.is_(None), _sessions.c.expires > sql.bindparam("now"))
+_STANDING = sql.select(_sessions.c.birth, _sessions.c.version).where(_NAMED, _ALIVE)
+_READ = _STANDING.add_columns(_sessions.c.data)
+_REPLACE = sql.update(_sessions).where(
+    _NAMED, _ALIVE, _sessions.c.birth == sql.bindparam("born"), _sessions.c.version == sql.bindparam("replaced")
+)
+
+
+class StoreError(RuntimeError):
+    """A store that cannot do what was asked, and has changed nothing."""
+
+
+class NotStored(StoreError, LookupError):
+    """There is no session of that name, or it has expired."""
+
+
+class Conflict(StoreError):
+    """Somebody else has written, deleted or made a session of that name since this one was loaded.
+
+    `name`; `expected`, the version this one came from; `found`, the one that is there (0 for none, both times).
+    """
+
+    def __init__(self, name: str, expected: int, found: int, again: bool = False) -> None:
+        self.name, self.expected, self.found = name, expected, found
+        mine = f"this one was loaded from version {expected}" if expected else "this one was never in the store"
+        theirs = f"the store has version {found}" if found else "the store has none: it was deleted or has expired"
+        if again:
+            theirs += " of a new one, made after it was deleted or had expired"
+        super().__init__(
+            f"session {name!r}: {mine}, {theirs}; nothing was written. get() it again and repeat what was read, or "
+            "put(..., overwrite=True) if this one is to replace whatever is there"
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a store knows of a session without loading it. Times are in UTC; `expires` is None for never.
+
+    `nbytes` are those of the session's file; `memory` is the kind of mechanism.
+    """
+
+    name: str
+    version: int
+    nbytes: int
+    memory: str
+    memory_fingerprint: str
+    base_model: str | None
+    base_fingerprint: str
+    created: datetime
+    updated: datetime
+    expires: datetime | None
+
+
+Entries = list[Entry]
+_SHOWN = [_sessions.c[field.name] for field in fields(Entry)]
+
+
+class SessionStore:
+    """Sessions by name, in any database that `url` names: `sqlite:///file.db` or `postgresql+psycopg://...`.
+
+    One store may be used from several threads, and goes on working in processes that are forked from this one. With
+    SQLite a process killed at any moment leaves each session in its old or its new version; so does a loss of power,
+    but the latest versions may then be lost. `ttl` is how many seconds sessions live after their last `put`, for ever
+    by default. One with more than `size_limit` bytes is refused. With `create=False` a SQLite file must be there.
+
+    Raises:
+        ValueError: another kind of database, or SQLite without a file.
+        StoreError: a database that cannot be reached or was written by another version of mnemic.
+    """
+
+    def __init__(
+        self,
+        url: str = "sqlite:///memories.db",
+        *,
+        ttl: float | None = None,
+        size_limit: int = SIZE_LIMIT,
+        create: bool = True,
+    ) -> None:
+        try:
+            self._url = sql.make_url(url)
+        except SQLAlchemyError as error:
+            raise ValueError("url is no database's URL; use sqlite:///file.db or postgresql+psycopg://...") from error
+        self.url = self._url.render_as_string(hide_password=True)
+        self.ttl, self.size_limit = _ttl(ttl), size_limit
+        self._sqlite = self._url.get_backend_name() == "sqlite"
+        if self._sqlite:
+            _prepare_file(self._url.database, create)
+        elif self._url.drivername != "postgresql+psycopg":
+            raise ValueError(
+                f"{self.url} names {self._url.drivername}; use sqlite:///file.db or postgresql+psycopg://..."
+            )
+        self._abandoned: list[sql.Engine] = []
+        self._make_engine()
+        self._id = self._open()
+
+    # --- sessions ----------------------------------------------------------------------------------------------------
+
+    def get(self, name: str, model: nn.Module, tokenizer: Any = None, *, strict: bool = True) -> Session:
+        """The session of that name. It knows its version, and `put` replaces that version alone.
+
+        Raises:
+            NotStored: there is none.
+            StateError: one of another base model or memory, or damaged; see `Session.load`.
+        """
+        data, stored = self._read(name)
+        session = Session.from_bytes(data, model, tokenizer, strict=strict, source=self._source(name))
+        session.stored = stored
+        return session
+
+    def put(self, name: str, session: Session, *, ttl: float | None = None, overwrite: bool = False) -> int:
+        """Keeps a session under that name, and returns its new version. `ttl` in seconds instead of the store's.
+
+        A session that came from `get`, or was `put` before, replaces the version that it was then; any other must find
+        the name free. With `overwrite` it replaces whatever is there.
+
+        Raises:
+            Conflict: another version is there. Nothing was written; the session in hand is as it was.
+            StoreError: more bytes than `size_limit`, or a database that cannot be reached.
+            ValueError: a name that is empty, too long, or no text that can be stored.
+        """
+        tensors, meta = session.contents()
+        session.stored = self._write(name, to_bytes(tensors, meta), meta, session.stored, ttl, overwrite)
+        return session.stored.version
+
+    def delete(self, name: str) -> Entry:
+        """Removes a session, expired or not, and returns what was removed; raises `NotStored` if there is none."""
+        _check_name(name)
+        with self._transaction() as connection:
+            row = connection.execute(sql.delete(_sessions).where(_NAMED).returning(*_SHOWN), {"named": name}).first()
+        if row is None:
+            raise NotStored(f"there is no session {name!r} in {self.url}")
+        self._empty_log()
+        return _entry(row)
+
+    def list(self) -> Entries:
+        """Every session that has not expired, by name."""
+        with self._transaction() as connection:
+            rows = connection.execute(sql.select(*_SHOWN).where(_ALIVE), {"now": _now()}).all()
+        return sorted(map(_entry, rows), key=lambda entry: entry.name)
+
+    def entry(self, name: str) -> Entry:
+        """What the store knows of one session; raises `NotStored`."""
+        _check_name(name)
+        with self._transaction() as connection:
+            row = connection.execute(sql.select(*_SHOWN).where(_NAMED, _ALIVE), {"named": name, "now": _now()}).first()
+        if row is None:
+            raise NotStored(f"there is no session {name!r} in {self.url}")
+        return _entry(row)
+
+    def export(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Writes a session as the file that `Session.save` would write; raises `NotStored`."""
+        write_bytes(path, self.get_bytes(name)[0])
+
+    def purge(self) -> Entries:
+        """Removes every session that has expired, and returns what was removed."""
+        with self._transaction() as connection:
+            dead = sql.delete(_sessions).where(~_ALIVE).returning(*_SHOWN)
+            rows = connection.execute(dead, {"now": _now()}).all()
+        if rows:
+            self._empty_log()
+        return sorted(map(_entry, rows), key=lambda entry: entry.name)
+
+    # --- their bytes -------------------------------------------------------------------------------------------------
+
+    def get_bytes(self, name: str) -> tuple[bytes, Stored]:
+        """What `Session.from_bytes` takes, and where it stands; raises `NotStored`, and `StateError` if damaged."""
+        data, stored = self._read(name)
+        from_bytes(data, self._source(name))
+        return data, stored
+
+    def _read(self, name: str) -> tuple[bytes, Stored]:
+        """The bytes as they lie there; whoever opens them checks them."""
+        _check_name(name)
+        with self._transaction() as connection:
+            row = connection.execute(_READ, {"named": name, "now": _now()}).first()
+        if row is None:
+            raise NotStored(f"there is no session {name!r} in {self.url}")
+        return bytes(row.data), Stored(self._id, name, row.birth, row.version)
+
+    def _source(self, name: str) -> str:
+        """How errors name it."""
+        return f"session {name!r} of {self.url}"
+
+    def put_bytes(
+        self,
+        name: str,
+        data: bytes,
+        stored: Stored | None = None,
+        *,
+        ttl: float | None = None,
+        overwrite: bool = False,
+    ) -> Stored:
+        """`put` for bytes of `Session.to_bytes` or of a file that `Session.save` wrote: no model is needed.
+
+        `stored` is the version to replace, as `get_bytes` and this method give it. Raises `StateError` for bytes that
+        are no session.
+        """
+        _, meta = from_bytes(data, source := f"what is to be session {name!r}")
+        check_description(meta, source)
+        return self._write(name, data, meta, stored, ttl, overwrite)
+
+    def _write(
+        self, name: str, data: bytes, meta: dict[str, Any], stored: Stored | None, ttl: float | None, overwrite: bool
+    ) -> Stored:
+        _check_name(name)
+        if len(data) > self.size_limit:
+            raise StoreError(
+                f"session {name!r} has {len(data):,} bytes, this store takes {self.size_limit:,}; flush() it, give it "
+                "a shorter window=, or set size_limit="
+            )
+        now, ttl = _now(), self.ttl if ttl is None else _ttl(ttl)
+        values = {
+            "memory": str(meta["memory"].get("kind")),
+            **{name: meta[name] for name in ("memory_fingerprint", "base_model", "base_fingerprint")},
+            "nbytes": len(data),
+            "updated": now,
+            "expires": None if ttl is None else now + int(ttl * SECOND),
+            "data": data,
+        }
+        if stored is not None and (stored.store, stored.name) != (self._id, name):
+            stored = None
+        problem = None
+        for _ in range(ATTEMPTS):
+            try:
+                with self._transaction() as connection:
+                    if stored is not None and not overwrite:
+                        return _replace(connection, stored, values)
+                    return self._add(connection, name, values, overwrite)
+            except IntegrityError as error:
+                # somebody else made it since we looked
+                problem = error.orig
+                if not overwrite and (found := self._version(name)):
+                    raise Conflict(name, 0, found) from None
+        raise StoreError(f"session {name!r} cannot be put into {self.url}: {problem}; nothing was changed")
+
+    def _add(self, connection: sql.Connection, name: str, values: dict[str, Any], overwrite: bool) -> Stored:
+        """A new row, or, with `overwrite`, a new version of the one that is there."""
+        named, now = {"named": name}, values["updated"]
+        connection.execute(sql.delete(_sessions).where(_NAMED, ~_ALIVE), {**named, "now": now})
+        if overwrite:
+            newer = sql.update(_sessions).where(_NAMED).values(version=_sessions.c.version + 1, **values)
+            row = connection.execute(newer.returning(_sessions.c.birth, _sessions.c.version), named).first()
+            if row is not None:
+                return Stored(self._id, name, row.birth, row.version)
+        birth = secrets.randbits(62)
+        connection.execute(
+            sql.insert(_sessions), {"name": name, "birth": birth, "version": 1, "created": now, **values}
+        )
+        return Stored(self._id, name, birth, 1)
+
+    def _version(self, name: str) -> int:
+        """The version that is there, 0 for none."""
+        with self._transaction() as connection:
+            row = connection.execute(_STANDING, {"named": name, "now": _now()}).first()
+        return 0 if row is None else row.version
+
+    # --- the database ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Gives the connections back. The store opens new ones if it is used again."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sql.Connection]:
+        """All or nothing; what the database cannot do becomes a `StoreError`."""
+        if os.getpid() != self._pid:
+            # connections are the parent's, and closing one here would touch its locks and its socket: they are kept
+            self._abandoned.append(self._engine)
+            self._make_engine()
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            busy = "; another process has been writing for too long" if "locked" in str(error.orig) else ""
+            raise StoreError(f"{self.url}: {str(error.orig).strip()}{busy}; nothing was changed") from error
+
+    def _make_engine(self) -> None:
+        self._pid = os.getpid()
+        try:
+            if self._sqlite:
+                self._engine = sql.create_engine(self._url, connect_args={"timeout": SECONDS_BUSY})
+                event.listen(self._engine, "connect", _prepare_connection)
+            else:
+                self._engine = sql.create_engine(self._url, pool_pre_ping=True)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("PostgreSQL needs psycopg: pip install 'mnemic[postgres]'") from error
+
+    def _open(self) -> str:
+        """The database's identity, its tables made if they are not there."""
+        with self._transaction() as connection:
+            there = sql.inspect(connection).has_table(_store.name)
+        with self._transaction() as connection:
+            if not there:
+                # one at a time: to make what another is making at that moment is an error
+                lock = "BEGIN IMMEDIATE" if self._sqlite else "SELECT pg_advisory_xact_lock(6024313)"
+                connection.exec_driver_sql(lock)
+                _metadata.create_all(connection)
+                if connection.execute(sql.select(_store)).first() is None:
+                    connection.execute(sql.insert(_store).values(format=FORMAT, id=uuid.uuid4().hex))
+            row = connection.execute(sql.select(_store)).first()
+        if row is None or row.format != FORMAT:
+            found = "no format" if row is None else f"format {row.format}"
+            raise StoreError(f"{self.url} has {found}, this version of mnemic reads {FORMAT}")
+        return row.id
+
+    def _empty_log(self) -> None:
+        """What was deleted leaves SQLite's log too, unless somebody reads it at this moment."""
+        if self._sqlite:
+            with self._engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _replace(connection: sql.Connection, stored: Stored, values: dict[str, Any]) -> Stored:
+    """The next version of exactly that one; raises `Conflict` where it is not there any more."""
+    values = {
+        "named": stored.name,
+        "born": stored.birth,
+        "replaced": stored.version,
+        "now": values["updated"],
+        "version": stored.version + 1,
+        **values,
+    }
+    if connection.execute(_REPLACE, values).rowcount == 1:
+        return Stored(stored.store, stored.name, stored.birth, stored.version + 1)
+    row = connection.execute(_STANDING, {"named": stored.name, "now": values["updated"]}).first()
+    if row is None:
+        raise Conflict(stored.name, stored.version, 0)
+    raise Conflict(stored.name, stored.version, row.version, row.birth != stored.birth)
+
+
+def _prepare_file(database: str | None, create: bool) -> None:
+    """Makes SQLite's file, for its owner alone: what it holds tells what was read."""
+    if not database or database == ":memory:" or database.startswith("file:"):
+        raise ValueError("a store in SQLite needs a file, as in sqlite:///memories.db")
+    if not create and not Path(database).is_file():
+        raise StoreError(f"there is no store at {database}")
+    try:
+        os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise StoreError(f"{database} cannot be opened: {error.strerror}") from error
+
+
+def _prepare_connection(connection: Any, _: object) -> None:
+    """SQLite's log in a file beside its own, so that readers and a writer do not wait for each other; what is deleted
+    is overwritten.
+    """
+    until = time.monotonic() + SECONDS_BUSY
+    while True:
+        try:
+            mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            break
+        except sqlite3.OperationalError:
+            # to change the mode SQLite does not wait for others who do the same
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+    if mode != "wal":
+        raise sqlite3.OperationalError(f"SQLite cannot keep its log here (journal mode {mode}); use a local disk")
+    # the log is written before a commit returns, and flushed when it is moved into the file
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA secure_delete=ON")
+
+
+def _now() -> int:
+    return time.time_ns() // 1000
+
+
+def _ttl(seconds: float | None) -> float | None:
+    if seconds is not None and not 0 < seconds <= LONGEST_TTL:
+        raise ValueError(f"ttl is {seconds}; a session lives for more than 0 and at most {LONGEST_TTL:,} seconds")
+    return seconds
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
+        length = f"{len(name):,} characters" if isinstance(name, str) else type(name).__name__
+        raise ValueError(f"a session's name is text of 1 to {LONGEST_NAME} characters, this is {length}")
+    if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise ValueError(f"the name {name!r} has a NUL or half a character, which databases do not store; leave it out")
+
+
+def _entry(row: sql.Row[Any]) -> Entry:
+    values = row._asdict()
+    for name in ("created", "updated", "expires"):
+        if values[name] is not None:
+            values[name] = datetime.fromtimestamp(values[name] / SECOND, UTC)
+    return Entry(**values)

@@ -1,0 +1,334 @@
+"""`mnemic.Trainer`: the Hugging Face Trainer, for rows that are streams of whole segments.
+
+What it changes of its parent: the loss (`unroll`), what is saved (the memory alone, where nothing else trains), the
+learning rates that a memory scales, evaluation under controls, and that a killed run finds its last whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from mnemic.attachment import WEIGHTS_FILE, Attachment, attached, router_of
+from mnemic.controls import CONTROLS, measure
+from mnemic.data import SegmentCollator
+from mnemic.host.anatomy import MEMORY_NAME
+from mnemic.host.router import Router
+from mnemic.state import StateError, read_file
+from mnemic.unrolling import base_trains, unroll
+
+STATE_FILE = "trainer_state.json"
+
+
+class SegmentCurriculum(TrainerCallback):
+    """Lets rows grow while `mnemic.Trainer` trains: `[(0, 1), (500, 2), (1500, 4)]` takes one segment of each row from
+    step 0 on, two from step 500 on, four from step 1500 on. A row is cut at its end, so it keeps its beginning.
+
+    How many there are depends on the step alone, so a run that goes on from a checkpoint is where it was.
+
+    Raises:
+        ValueError: stages that do not begin at step 0, are not in order, or have less than 1 segment.
+    """
+
+    def __init__(self, stages: Sequence[tuple[int, int]]) -> None:
+        self.stages = [(int(step), int(segments)) for step, segments in stages]
+        steps = [step for step, _ in self.stages]
+        if not steps or steps[0] != 0 or steps != sorted(set(steps)) or min(n for _, n in self.stages) < 1:
+            raise ValueError(
+                f"stages are {list(stages)}; give pairs of a step and a number of segments, from step 0 on, in order, "
+                "such as [(0, 1), (500, 2)]"
+            )
+        self.segments = self.stages[0][1]
+
+    def at(self, step: int) -> int:
+        """The number of segments at a step."""
+        return next(segments for start, segments in reversed(self.stages) if start <= step)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where the run begins or goes on."""
+        self.segments = self.at(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The stage of the next step."""
+        self.segments = self.at(state.global_step)
+
+
+class Trainer(transformers.Trainer):
+    """The Hugging Face Trainer for a causal model with a memory. Rows are streams (see `SegmentCollator`, which is the
+    collator unless one is given); a step unrolls them segment by segment.
+
+    `window` is how many of the latest tokens the base sees, that of the memory's config by default. `bptt_segments` is
+    how many segments back a loss sends its gradient, all by default (see `unroll`).
+
+    Checkpoints and `save_model` hold the memory, as `mnemic.from_pretrained` loads it, beside it the base where it
+    trains and the adapters of a PEFT model. A run that goes on from a checkpoint equals one that was not interrupted;
+    `train(resume_from_checkpoint=True)` takes the last checkpoint that was written to its end.
+
+    `evaluate` and `predict` report loss (nats a labelled token) and accuracy with the stream's own memory, and under
+    `controls`: with the memory switched off, with every value of it zero, and with that of another row of the batch,
+    which is left out where a batch has a single row. Each control costs about one more pass.
+
+    Raises:
+        RuntimeError: the model has no memory.
+        ValueError: an encoder, unknown controls, or arguments that this Trainer does not serve.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        *given: Any,
+        window: int | None = None,
+        bptt_segments: int | None = None,
+        controls: Sequence[str] = CONTROLS,
+        **options: Any,
+    ) -> None:
+        if unknown := set(controls) - set(CONTROLS):
+            raise ValueError(f"unknown controls {', '.join(sorted(unknown))}; choose from {', '.join(CONTROLS)}")
+        if args is not None:
+            _refuse(args, options)
+        super().__init__(model, args, data_collator, *given, **options)  # pyright: ignore[reportArgumentType]
+        router = self.router
+        if not router.causal:
+            raise ValueError(f"{type(self.model).__name__} is an encoder; mnemic.Trainer serves causal models")
+        if data_collator is None:
+            self.data_collator = SegmentCollator(router.segment_length)
+        self.window, self.bptt_segments, self.controls = window, bptt_segments, tuple(controls)
+        # the loss is normalized by the labels of all accumulated batches, and it predicts the next token
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self._counted: list[Tensor] = []
+
+    @property
+    def router(self) -> Router:
+        """The hooks' owner on the model."""
+        assert self.model is not None
+        return router_of(self.model)
+
+    @property
+    def _attachment(self) -> Attachment:
+        return attached(self.accelerator.unwrap_model(self.model))
+
+    # --- the loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss at the labelled tokens of a batch of streams, and the memory's own."""
+
+        # what runs outside of the model's forward, such as writes of a whole row, needs mixed precision too
+        with self.accelerator.autocast():
+            unrolled = unroll(
+                model,
+                inputs["input_ids"],
+                inputs["labels"],
+                window=self.window,
+                bptt_segments=self.bptt_segments,
+                advance=return_outputs,
+            )
+        loss, auxiliary = unrolled.loss, unrolled.auxiliary
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step}; lower learning_rate or max_grad_norm"
+            )
+        if num_items_in_batch is not None:
+            loss = loss * len(unrolled.targets) / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+            auxiliary = auxiliary / self.current_gradient_accumulation_steps
+        loss = loss + auxiliary
+        return (loss, {"loss": loss, "logits": unrolled.logits}) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of a step, cut to the stage of a curriculum: here, as loaders collate batches ahead. No batch for
+        a run that goes on where it has ended, of which the parent would make another step.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        stages = [each for each in self.callback_handler.callbacks if isinstance(each, SegmentCurriculum)]
+        if not stages:
+            return batches, count
+        most = min(stage.segments for stage in stages) * self.router.segment_length
+        batches = [{name: tensor[:, :most] for name, tensor in batch.items()} for batch in batches]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments; parameters that a memory wants to learn faster do so (`rate_scale`).
+
+        Raises:
+            ValueError: nothing trains.
+        """
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        trained: Any = self.model if model is None else model
+        router = router_of(trained)
+        if not any(parameter.requires_grad for parameter in trained.parameters()):
+            raise ValueError(
+                "nothing trains: this memory has no weights and the model's own are frozen; attach with freeze=False"
+            )
+        optimizer = super().create_optimizer(model)
+        scales = {parameter: router.memory.rate_scale(name) for name, parameter in router.memory.named_parameters()}
+        for group in list(optimizer.param_groups):
+            parameters = group["params"]
+            group["params"] = [each for each in parameters if scales.get(each, 1.0) == 1.0]
+            for scale in sorted({scales[each] for each in parameters if each in scales} - {1.0}):
+                faster = [each for each in parameters if scales.get(each) == scale]
+                optimizer.add_param_group({**group, "params": faster, "lr": group["lr"] * scale})
+        return optimizer
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the parent's; loss and accuracy are means over labelled tokens, under every control."""
+        self._counted = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        names = ("", *(f"_{control}" for control in self.controls))
+        if self._counted and output.metrics is not None:
+            count, *sums = torch.cat(self._counted).sum(0).tolist()
+            for place, name in enumerate(names):
+                nats, right = sums[place], sums[len(names) + place]
+                if not math.isnan(nats):  # no other stream in a batch of one row
+                    output.metrics[f"{metric_key_prefix}_loss{name}"] = nats / max(count, 1)
+                    output.metrics[f"{metric_key_prefix}_accuracy{name}"] = right / max(count, 1)
+        self._counted = []
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, logits `[b, t, v]` and labels `[b, t]` of a batch; position t has the logits behind its token."""
+        inputs = self._prepare_inputs(inputs)
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        with self.accelerator.autocast():
+            found = measure(
+                self.accelerator.unwrap_model(model),
+                ids,
+                labels,
+                window=self.window,
+                controls=self.controls,
+                keep_logits=not prediction_loss_only,
+            )
+        counted = torch.cat([found.labelled[:, None], found.nats, found.right], 1)
+        gathered: Any = self.accelerator.gather_for_metrics(counted)
+        self._counted.append(gathered.cpu())
+        loss = (found.nats[:, 0].sum() / found.labelled.sum().clamp_min(1)).float()
+        return (loss, None, None) if prediction_loss_only else (loss, found.logits, labels)
+
+    # --- what is kept ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; `resume_from_checkpoint` is a checkpoint's folder, or True for the last whole one in `output_dir`.
+
+        Raises:
+            ValueError: True, and there is none.
+            StateError: a checkpoint of another memory.
+        """
+        if resume_from_checkpoint is True:
+            last = last_checkpoint(self.args.output_dir)  # pyright: ignore[reportArgumentType]
+            if last is None:
+                raise ValueError(f"no whole checkpoint in {self.args.output_dir}; train without resume_from_checkpoint")
+            resume_from_checkpoint = str(last)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder, model = output_dir or self.args.output_dir or ".", self._attachment.model
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+        elif base_trains(model):
+            own = {name: tensor for name, tensor in model.state_dict().items() if f"{MEMORY_NAME}." not in name}
+            model.save_pretrained(folder, state_dict=own)  # pyright: ignore[reportCallIssue]
+        self._attachment.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        whole = self._attachment.model
+        load_memory(whole, Path(resume_from_checkpoint))
+        if hasattr(whole, "peft_config") or base_trains(whole):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # the memory has its own file
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if f"{MEMORY_NAME}." not in name]
+        super()._issue_warnings_after_load(load_result)
+
+
+def _refuse(args: TrainingArguments, options: dict[str, Any]) -> None:
+    """Raises `ValueError` for what would be passed over silently: this loss is not the model's."""
+    for name in ("label_smoothing_factor", "use_liger_kernel", "torch_compile", "deepspeed", "fsdp"):
+        if value := getattr(args, name, None):
+            raise ValueError(f"{name} is {value!r}, which mnemic.Trainer does not serve; leave it out, or see unroll")
+    if options.get("compute_loss_func") is not None:
+        raise ValueError("mnemic.Trainer computes its own loss; leave compute_loss_func out or override compute_loss")
+    if args.n_gpu > 1:
+        raise ValueError(f"one process cannot train on {args.n_gpu} GPUs; start one for each with accelerate launch")
+
+
+def load_memory(model: nn.Module, folder: Path) -> None:
+    """Loads saved weights into the memory that a model has.
+
+    Raises:
+        FileNotFoundError: no saved memory in the folder.
+        StateError: they are of another memory, or the file is damaged.
+    """
+    tensors, description = read_file(folder / WEIGHTS_FILE)
+    router = router_of(model)
+    if description.get("memory") != router.config.to_dict():
+        raise StateError(
+            f"{folder} holds {description.get('memory')}, the model has {router.config.to_dict()}; attach the memory "
+            "that was trained"
+        )
+    router.memory.load_state_dict(tensors)
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint in a folder that was written to its end; None where there is none.
+
+    A run that is killed while it writes a checkpoint leaves a part of it; the state of the run is written last.
+    """
+    found = sorted(
+        (int(name[1]), path)
+        for path in Path(folder).glob("checkpoint-*")
+        if (name := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    )
+    for step, path in reversed(found):
+        with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
+            if json.loads((path / STATE_FILE).read_text())["global_step"] == step:
+                return path
+    return None
