@@ -136,7 +136,7 @@ def test_a_window_is_used(tmp_path):
     assert curves[0] == curves[1] != curves[2]
 
 
-@pytest.mark.parametrize("kind", ["emt-0", "rmt-0", "memoria-0"])
+@pytest.mark.parametrize("kind", ["emt-0", "rmt-0"])
 def test_flags_of_the_arguments(tmp_path, kind):
     curves = {}
     for flag in ("plain", "bf16", "activation_checkpointing"):

@@ -1,7 +1,7 @@
 """Sessions by name in a database: SQLite in one file, or PostgreSQL where many workers share them.
 
 A row is a session's bytes as `Session.to_bytes` makes them, with their checksum, and what a list shows. Every write is
-one transaction, and says which version it replaces: of two writers that read the same one, the second gets a `Conflict`.
+one transaction, and says which version it replaces: of two writers that read the same, the second gets a `Conflict`.
 """
 
 from __future__ import annotations
