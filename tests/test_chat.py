@@ -70,7 +70,7 @@ class Talk:
         self.arguments = [str(folder / "model"), "--session", "work", "--store", self.url, "--greedy"]
         self.arguments += ["--memory", str(folder / "memory")]
 
-    def __call__(self, *lines, more=("--new-tokens", "12"), code=0):
+    def __call__(self, *lines, more=("--max-new-tokens", "12"), code=0):
         result = CliRunner().invoke(app, ["chat", *self.arguments, *more], input="".join(f"{line}\n" for line in lines))
         assert result.exit_code == code, result.output
         return result.output
@@ -184,7 +184,7 @@ def test_answers_are_those_of_the_session(talk):
 
 def test_every_command(talk):
     output = talk(
-        "who?", "/memory", "/cost", "/help", "/nonsense", "", "/exit", "never read", more=("--new-tokens", "20")
+        "who?", "/memory", "/cost", "/help", "/nonsense", "", "/exit", "never read", more=("--max-new-tokens", "20")
     )
     assert "slots" in output
     assert "segments written" in output
@@ -198,8 +198,8 @@ def test_every_command(talk):
 
 
 def test_memory_tells_in_words_where_the_text_is_kept(talk):
-    assert "hello" not in talk("hello " * 9, "/memory", more=("--new-tokens", "1", "--session", "other"))
-    assert "hello" in talk("hello " * 9, "/memory", more=("--keep-text", "--new-tokens", "1"))
+    assert "hello" not in talk("hello " * 9, "/memory", more=("--max-new-tokens", "1", "--session", "other"))
+    assert "hello" in talk("hello " * 9, "/memory", more=("--keep-text", "--max-new-tokens", "1"))
     assert talk.session()[0].keep_text
 
 
@@ -308,7 +308,7 @@ class Process:
 
 
 def test_ctrl_c_ends_the_answer_and_a_new_process_goes_on(talk):
-    first = Process(talk, "--new-tokens", "100000")
+    first = Process(talk, "--max-new-tokens", "100000")
     first.type("who is ann?")
     first.until("lists commands.\n", more=8)  # in the middle of the answer
     first.process.send_signal(signal.SIGINT)
@@ -322,7 +322,7 @@ def test_ctrl_c_ends_the_answer_and_a_new_process_goes_on(talk):
     assert session.stream.seen == (prompt + said + 2,)  # the answer is closed: <|end|> and a line's end
     assert f"{session.stream.seen[0]:,} tokens read" in output
     assert version == 1
-    second = Process(talk, "--new-tokens", "4")
+    second = Process(talk, "--max-new-tokens", "4")
     second.type("and bob?", "/exit")
     assert f"goes on after {session.stream.seen[0]:,} tokens" in second.end()
     later, version = talk.session()

@@ -36,7 +36,7 @@ def chat(
     ] = None,
     session: Annotated[str, typer.Option(help="The name that this conversation is kept under.")] = "default",
     store: Annotated[str, typer.Option(help="sqlite:///FILE or postgresql+psycopg://...")] = "sqlite:///memories.db",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the most probable token.")] = False,
     keep_text: Annotated[
         bool, typer.Option("--keep-text", help="Keep a new session's text with it, so that /memory tells in words.")
@@ -45,7 +45,7 @@ def chat(
     """Talks with a model whose memory of the conversation is kept in a store. /help lists what else it can do."""
     try:
         base, tokenizer = load(model, memory)
-        ways: dict[str, Any] = {"max_new_tokens": new_tokens, **({"do_sample": False} if greedy else {})}
+        ways: dict[str, Any] = {"max_new_tokens": max_new_tokens, **({"do_sample": False} if greedy else {})}
         talk = Chat(base, tokenizer, SessionStore(store), session, keep_text=keep_text, ways=ways)
     except (OSError, ValueError, StoreError, ImportError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -69,6 +69,7 @@ def load(name: str, memory: Path | None) -> tuple[nn.Module, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # reminders of the model's length, which does not bound a session, amid an answer
     tokenizer = AutoTokenizer.from_pretrained(name)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
     if torch.cuda.is_available():
