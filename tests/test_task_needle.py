@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mnemic.tasks.base import TASKS, generator
-from mnemic.tasks.haystack import Book, Characters, Drawn, Markov, sentences, trimmed, woven
-from mnemic.tasks.needle import ADJECTIVES, NOISE, NOUNS, TOLD, VALUES, NeedleTask, PasskeyTask, grid
+from mnemic.tasks.haystack import NOISE, Book, Characters, Drawn, Markov, grid, sentences, trimmed, woven
+from mnemic.tasks.needle import ADJECTIVES, NOUNS, TOLD, VALUES, NeedleTask
+from mnemic.tasks.passkey import PasskeyTask
 from mnemic.tasks.text import Bytes, Words, decoded, readable, runs
 from task_checks import chi_square, perfect, real, words
 

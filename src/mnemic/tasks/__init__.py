@@ -8,8 +8,9 @@ from mnemic.tasks.facts import Episode, LanguageRecall, Question, RecallTask, Sy
 from mnemic.tasks.interference import InterferenceTask
 from mnemic.tasks.language import Language
 from mnemic.tasks.mqar import MQAR
-from mnemic.tasks.needle import NeedleTask, PasskeyTask
+from mnemic.tasks.needle import NeedleTask
 from mnemic.tasks.order import OrderTask
+from mnemic.tasks.passkey import PasskeyTask
 from mnemic.tasks.quadratic import Quadratic
 from mnemic.tasks.recall import SentenceStreams, SymbolStreams
 from mnemic.tasks.retrieval import Retrieval

@@ -1,19 +1,21 @@
-"""What facts are hidden in: sentences of given texts or of a list, and letters of a Markov chain."""
+"""What facts are hidden in: sentences of given texts or of a list, and letters of a Markov chain; and where in it."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Generator
 
-from mnemic.tasks.base import below
+from mnemic.tasks.base import Task, below
 from mnemic.tasks.documents import novels
-from mnemic.tasks.text import Encoder, Pretrained
+from mnemic.tasks.text import Encoder, Pretrained, Words
 
 SENTENCE_END = re.compile(r"([.!?][\"'\u201d\u2019)\]]*)\s+(?=[\"'\u201c\u2018(]?[A-Z])")
 ABBREVIATED = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Rev|Col|Capt|Esq|Hon|Prof|[A-Z])\.$")
@@ -192,3 +194,71 @@ def woven(hay: list[list[int]], lines: list[list[int]], gaps: list[int]) -> tupl
     for each in hay[done:]:
         context += each
     return context, begins
+
+
+# --- tasks that hide a line in it ------------------------------------------------------------------------------------
+
+NOISE = (
+    "The river is slow and the hills are far.",
+    "A cart rolls by.",
+    "Leaves fall on the path.",
+    "We rest a while, then we walk on.",
+    "Evening comes and morning comes.",
+)
+"""A haystack of the same sentences, over and over."""
+
+
+def grid(lengths: Iterable[int], depths: Iterable[float] = range(0, 101, 10), **settings: Any) -> list[dict[str, Any]]:
+    """Settings of one task for every length and depth (in per cent): the cells of a heat map, a row of depths after
+    the other. `TASKS["passkey"](**cell)` is the task of a cell.
+    """
+    depths = list(depths)
+    return [{**settings, "length": length, "depth": depth} for length in lengths for depth in depths]
+
+
+def check_context(task: Any, least: int) -> None:
+    """Raises `ValueError` unless the context is whole segments, `least` tokens at least, and depth lies in 0 .. 100."""
+    if task.segment_length < 1 or task.length < 1 or task.length % task.segment_length:
+        raise ValueError(
+            f"length is {task.length} and segment_length {task.segment_length}; the context must be whole segments"
+        )
+    if task.length < least:
+        raise ValueError(f"length is {task.length}; what is told needs {least} tokens, use more")
+    if task.depth is not None and not 0 <= task.depth <= 100:
+        raise ValueError(f"depth is {task.depth}; use None for any, or per cent, 0 .. 100")
+
+
+def check_question(task: Task, tokens: int) -> None:
+    """Raises `ValueError` unless question and answer fit in a segment."""
+    if tokens > task.segment_length:
+        raise ValueError(f"question and answer need {tokens} tokens, segment_length is {task.segment_length}; use more")
+
+
+def gap(task: Any, hay: list[list[int]], generator: Generator) -> int:
+    """Where a line goes: a gap drawn evenly, or the one that is nearest to the task's depth."""
+    drawn = below(len(hay) + 1, generator)
+    if task.depth is None:
+        return drawn
+    ends = torch.tensor([0, *(len(each) for each in hay)]).cumsum(0)
+    return int((ends * 100 - task.depth * int(ends[-1])).abs().argmin())
+
+
+def drawn_number(digits: int, generator: Generator) -> str:
+    """A number of so many digits, all equally likely; the first is no 0."""
+    least = 10 ** (digits - 1)
+    return str(least + below(9 * least, generator))
+
+
+def spelled(value: str, encoder: Encoder) -> str:
+    """A value as the encoder must be given it: with "words" every digit is a token."""
+    return " ".join(value) if isinstance(encoder, Words) and value.isdigit() else value
+
+
+def shortest(task: Any) -> Any:
+    """The same task with the least context that holds what is told."""
+    for segments in range(1, task.length // task.segment_length):
+        try:
+            return replace(task, length=segments * task.segment_length)
+        except ValueError:
+            continue
+    return task

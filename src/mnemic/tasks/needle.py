@@ -1,33 +1,29 @@
-"""A pass key, or needles, in a haystack (Landmark Attention, https://arxiv.org/abs/2305.16300, section 4.2; RULER,
-https://arxiv.org/abs/2404.06654, section 3).
+"""Needles in a haystack (RULER, https://arxiv.org/abs/2404.06654, section 3).
 
-`passkey`: an instruction opens the stream, five short sentences follow again and again, and somewhere among them one
-line tells a number of five digits twice. The question asks for it. `needle`: several lines tell a number or a word for
-a key such as "quiet-harbor" each; the question names one key or more, so the others are distractors. The haystack is
-repeated noise, other needles, or given text.
+Several lines tell a number or a word for a key such as "quiet-harbor" each; the question names one key or more, so the
+others are distractors. The haystack is repeated noise, other needles, or given text.
 
 Rules. Every line stands between two sentences of the haystack. Where, is uniform over all gaps, or nearest to a fixed
-`depth` in per cent, for a map of lengths and depths (`grid`). Keys differ within a stream, and so do the values of one
-key. Nothing else in a stream has a key's form, so nothing unlabelled can be taken for a needle. Several values of a
+`depth` in per cent, for a map of lengths and depths (`haystack.grid`). Keys differ within a stream, and so do the
+values of one key. Nothing else in a stream has a key's form, so nothing unlabelled can be taken for a needle. Several values of a
 key are asked in the order they were told, and each counts: the score is the share of values that are right, as in
 RULER, where their order does not matter.
 
 The layout is ours: `length` tokens of context, in whole segments, then one segment that asks:
 
-    [instruction, hay, needle, hay | ... | hay | question, answer, padding]
+    [hay, needle, hay | ... | hay | question, answer, padding]
 
-Words and sentences are our own; only the rules follow the papers. A pass key is one of 10000 .. 99999, where the paper
-draws from 1 .. 50000, so that all have five digits. RULER's keys and values that are UUIDs are left out. For models of
-a few thousand parameters `haystack="markov"` is the same task in characters: needles `@kk=vvvv;` in letters from a
-Markov chain of order 2.
+Words and sentences are our own; only the rules follow the paper. RULER's keys and values that are UUIDs are left out.
+For models of a few thousand parameters `haystack="markov"` is the same task in characters: needles `@kk=vvvv;` in
+letters from a Markov chain of order 2.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -36,12 +32,26 @@ from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
 from mnemic.tasks.base import Examples, Task, TaskCard, below
-from mnemic.tasks.haystack import Book, Characters, Drawn, Markov, trimmed, woven
+from mnemic.tasks.haystack import (
+    NOISE,
+    Book,
+    Characters,
+    Drawn,
+    Markov,
+    check_context,
+    check_question,
+    drawn_number,
+    gap,
+    shortest,
+    spelled,
+    trimmed,
+    woven,
+)
+from mnemic.tasks.passkey import INSTRUCTION
 from mnemic.tasks.text import (
     Encoder,
     Question,
     Story,
-    Words,
     assemble,
     continued,
     decoded,
@@ -51,20 +61,6 @@ from mnemic.tasks.text import (
     word_list,
     write,
 )
-
-NOISE = (
-    "The river is slow and the hills are far.",
-    "A cart rolls by.",
-    "Leaves fall on the path.",
-    "We rest a while, then we walk on.",
-    "Evening comes and morning comes.",
-)
-"""What a pass key is hidden in, over and over."""
-
-INSTRUCTION = "Somewhere in this long text a secret is told. Find it and keep it in mind, for it is asked at the end."
-PASSKEY = "The pass key is {0}. Keep it: {0} is the pass key."
-PASSKEY_QUESTION = "Which pass key was told? It was"
-
 
 ADJECTIVES = word_list("""
     amber ancient balmy bitter bold brave brisk broad bronze calm clever cosy crimson crisp curly dainty daring
@@ -94,166 +90,8 @@ VALUES = word_list("""
     violin waffle walnut waltz whistle zipper""")
 """What is told of a key with `values="word"`."""
 
-DIGITS = {"passkey": 5, "number": 7}
-
-
-def grid(lengths: Iterable[int], depths: Iterable[float] = range(0, 101, 10), **settings: Any) -> list[dict[str, Any]]:
-    """Settings of one task for every length and depth (in per cent): the cells of a heat map, a row of depths after
-    the other. `TASKS["passkey"](**cell)` is the task of a cell.
-    """
-    depths = list(depths)
-    return [{**settings, "length": length, "depth": depth} for length in lengths for depth in depths]
-
-
-def _check_context(task: PasskeyTask | NeedleTask, least: int) -> None:
-    if task.segment_length < 1 or task.length < 1 or task.length % task.segment_length:
-        raise ValueError(
-            f"length is {task.length} and segment_length {task.segment_length}; the context must be whole segments"
-        )
-    if task.length < least:
-        raise ValueError(f"length is {task.length}; what is told needs {least} tokens, use more")
-    if task.depth is not None and not 0 <= task.depth <= 100:
-        raise ValueError(f"depth is {task.depth}; use None for any, or per cent, 0 .. 100")
-
-
-def _check_question(task: Task, tokens: int) -> None:
-    if tokens > task.segment_length:
-        raise ValueError(f"question and answer need {tokens} tokens, segment_length is {task.segment_length}; use more")
-
-
-def _gap(task: PasskeyTask | NeedleTask, hay: list[list[int]], generator: Generator) -> int:
-    """Where a line goes: a gap drawn evenly, or the one that is nearest to the task's depth."""
-    drawn = below(len(hay) + 1, generator)
-    if task.depth is None:
-        return drawn
-    ends = torch.tensor([0, *(len(each) for each in hay)]).cumsum(0)
-    return int((ends * 100 - task.depth * int(ends[-1])).abs().argmin())
-
-
-def _number(digits: int, generator: Generator) -> str:
-    least = 10 ** (digits - 1)
-    return str(least + below(9 * least, generator))
-
-
-# --- tasks -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PasskeyTask(Task):
-    """A pass key of five digits in `length` tokens of context.
-
-    `depth` is where it is told, in per cent of the filler before it; None draws a place evenly. `tokenizer` is "words",
-    where every digit is a token, "bytes", or one of Hugging Face. `extra["depth"]` is where it was told, rounded.
-
-    Raises:
-        ValueError: a length that is not whole segments, lines that do not fit, or a depth outside 0 .. 100.
-    """
-
-    length: int = 512
-    segment_length: int = 128
-    depth: float | None = None
-    tokenizer: Any = "words"
-
-    name = "passkey"
-    axis = "length"
-    card = TaskCard(
-        title="Pass key",
-        asks="Find one number, told once in a long text that says nothing else, and keep it.",
-        paper="Landmark Attention, https://arxiv.org/abs/2305.16300",
-    )
-
-    def __post_init__(self) -> None:
-        line, answer = self._line("10000")
-        _check_context(self, len(self._opening) + len(line) + 1)
-        _check_question(self, len(self._encoder.encode(PASSKEY_QUESTION)) + len(answer))
-
-    @cached_property
-    def _encoder(self) -> Encoder:
-        return encoder(self.tokenizer, [*NOISE, INSTRUCTION, PASSKEY, PASSKEY_QUESTION, " ".join("0123456789")])
-
-    @cached_property
-    def _opening(self) -> list[int]:
-        return self._encoder.encode(INSTRUCTION)
-
-    @cached_property
-    def _hay(self) -> Drawn:
-        return Drawn([self._encoder.encode(each) for each in NOISE], cycle=True)
-
-    @property
-    def vocabulary(self) -> int:
-        """Token ids are 0 .. vocabulary - 1."""
-        return self._encoder.vocabulary
-
-    @property
-    def uniform(self) -> float:
-        """One of the numbers 10000 .. 99999."""
-        return 1 / 90_000
-
-    @property
-    def unit(self) -> int:
-        """Tokens of the line that tells."""
-        return min(len(self._line("10000")[0]), self.segment_length)
-
-    def _line(self, number: str) -> tuple[list[int], list[int]]:
-        """The line that tells a number, and the number as the answer, as tokens."""
-        said = spelled(number, self._encoder)
-        return self._encoder.encode(PASSKEY.format(said)), continued(self._encoder, PASSKEY_QUESTION, said)
-
-    def draw(self, rows: int, generator: Generator, split: str = "train") -> Examples:
-        """`rows` new streams. Evidence is the line that tells."""
-        question = self._encoder.encode(PASSKEY_QUESTION)
-        stories = []
-        for _ in range(rows):
-            line, value = self._line(_number(DIGITS["passkey"], generator))
-            room = self.length - len(self._opening) - len(line)
-            hay = trimmed(self._hay.take(room, generator, split), room)
-            context, (begin,) = woven(hay, [line], [_gap(self, hay, generator)])
-            extra = {"depth": round(100 * begin / room)}
-            asked = Question(question, value, [begin + len(self._opening)], extra)
-            stories.append(Story(self._opening + context, [asked], facts=1))
-        return assemble(stories, self.segment_length, self._encoder.pad)
-
-    def guess(
-        self, ids: Int[Tensor, "b t"], asked: Bool[Tensor, "b t"], seen: Bool[Tensor, "b t"], generator: Generator
-    ) -> Int[Tensor, "b t"]:
-        """The number as far as it is seen, behind "pass key is" or before "is the pass key"; other digits by luck."""
-        said, count = torch.zeros_like(ids), DIGITS["passkey"]
-        for row in range(len(ids)):
-            text = readable(self._encoder, ids[row].tolist(), seen[row].tolist())
-            number = list(_number(count, generator))
-            for found in re.finditer(r"pass key is ?([\d ]*)", text):
-                for place, digit in enumerate(found[1].replace(" ", "")[:count]):
-                    number[place] = digit
-            for found in re.finditer(r"([\d ]*) is the pass key", text):
-                for place, digit in enumerate(found[1].replace(" ", "")[::-1][:count]):
-                    number[count - 1 - place] = digit
-            for place in runs(asked[row].tolist()):
-                write(said[row], place, self._line("".join(number))[1])
-        return said
-
-    def majority(self, examples: Examples, rows: int = 500) -> float:
-        """As for every task, but counted over short streams: answers do not depend on the length."""
-        return Task.majority(_shortest(self), examples, rows)
-
-    def text(self, ids: Sequence[int]) -> list[str]:
-        """Tokens as a person reads them."""
-        return self._encoder.pieces(ids)
-
-
-def spelled(value: str, encoder: Encoder) -> str:
-    """A value as the encoder must be given it: with "words" every digit is a token."""
-    return " ".join(value) if isinstance(encoder, Words) and value.isdigit() else value
-
-
-def _shortest(task: Any) -> Any:
-    """The same task with the least context that holds what is told."""
-    for segments in range(1, task.length // task.segment_length):
-        try:
-            return replace(task, length=segments * task.segment_length)
-        except ValueError:
-            continue
-    return task
-
+DIGITS = 7
+"""Of what is told with `values="number"`."""
 
 NEEDLE = "A special {kind} for {key} is {value}."
 MARKOV_NEEDLE = re.compile(r"@(\w\w)=(\d{4});")
@@ -318,10 +156,10 @@ class NeedleTask(Task):
             raise ValueError('haystack "markov" has its own characters and values; leave tokenizer and values alone')
         needle, value = self._needle(*self._sample)
         needles = self.keys * self.per_key
-        _check_context(self, needles * len(needle) + 1)
+        check_context(self, needles * len(needle) + 1)
         question = self._question(self._sample[0])
         each = len(question) + self.per_key * len(value) + (self.per_key - 1) * len(self._comma)
-        _check_question(self, self.queries * each)
+        check_question(self, self.queries * each)
         if self.haystack == "needles" and self.length // len(needle) + 2 + self.keys > self._possible:
             limit = (self._possible - self.keys - 2) * len(needle) // self.segment_length * self.segment_length
             raise ValueError(f"length is {self.length}; there are keys for {limit} tokens of needles")
@@ -380,7 +218,7 @@ class NeedleTask(Task):
             return f"{below(10**4, generator):04}"
         if self.values == "word":
             return VALUES[below(len(VALUES), generator)]
-        return _number(DIGITS["number"], generator)
+        return drawn_number(DIGITS, generator)
 
     def _needle(self, key: str, value: str) -> tuple[list[int], list[int]]:
         """A needle, and its value as an answer, as tokens."""
@@ -432,7 +270,7 @@ class NeedleTask(Task):
         hay, further = self._around(room, order[self.keys :], generator, split)
         count = self.queries * self.per_key
         drawn = torch.randint(len(hay) + 1, (len(lines),), generator=generator).tolist()
-        gaps = [_gap(self, hay, generator) if place < count else drawn[place] for place in range(len(lines))]
+        gaps = [gap(self, hay, generator) if place < count else drawn[place] for place in range(len(lines))]
         context, begins = woven(hay, [line for _, line, _ in lines], gaps)
         before = list(itertools.accumulate((len(each) for each in hay), initial=0))
         questions = []
@@ -525,7 +363,7 @@ class NeedleTask(Task):
 
     def majority(self, examples: Examples, rows: int = 500) -> float:
         """As for every task, but counted over short streams: answers do not depend on the length."""
-        return Task.majority(_shortest(self), examples, rows)
+        return Task.majority(shortest(self), examples, rows)
 
     def text(self, ids: Sequence[int]) -> list[str]:
         """Tokens as a person reads them."""
