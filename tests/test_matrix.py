@@ -38,7 +38,7 @@ from mnemic.state import level, nbytes
 from mnemic.stream import Stream
 
 # experts gather their tokens from all rows, so what one row routes changes the shapes that another is computed in
-EXPERTS = {"mixtral"}
+EXPERTS = {"mixtral", "qwen3_moe"}
 
 
 def assert_bits(name, actual, expected):
