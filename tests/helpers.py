@@ -111,6 +111,7 @@ def trains(model: nn.Module) -> bool:
 
 
 over_all = matrix(FAMILIES)
+sparsely_over_all = matrix(FAMILIES, sparse=True)
 over_decoders = matrix(DECODERS)
 sparsely_over_decoders = matrix(DECODERS, sparse=True)
 over_encoders = matrix(ENCODERS)
