@@ -83,7 +83,7 @@ def overhead(
     """Forward with a memory against without, on the shape of GPT-2 small; the token write against plain loops."""
     from mnemic.bench.cost import against_naive
     from mnemic.bench.cost import overhead as measure
-    from mnemic.memories import EMTConfig
+    from mnemic.memories.emt import EMTConfig
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     suffix = "" if device == "cpu" else f"-{device}"

@@ -86,7 +86,7 @@ def memoria_overhead(
 ) -> None:
     """Forward of one segment with a filled memory against without, on the shape of GPT-2 small."""
     from mnemic.bench.memoria import overhead
-    from mnemic.memories import MemoriaConfig
+    from mnemic.memories.memoria import MemoriaConfig
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     configs = {

@@ -18,22 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mnemic.memories.registry import CONFIGS, Card
 from mnemic.state import State, nbytes
-
-CONFIGS: dict[str, type[MemoryConfig]] = {}
-"""Every mechanism by its kind; a subclass of `MemoryConfig` that names a `kind` enters by being defined."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What `mnemic list` and the documentation say of a mechanism."""
-
-    title: str
-    seam: str
-    trains: str
-    bytes_law: str
-    paper: str
-    citation: str
 
 
 @dataclass(frozen=True)
