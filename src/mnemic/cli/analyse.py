@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
@@ -46,6 +45,7 @@ def memoria(
     pictures: Annotated[Path | None, typer.Option(help="Folder for the pictures; --out by default.")] = None,
 ) -> None:
     """Memoria's engrams: ages, autocorrelation, the graph, a text seen twice, under three rules of reminding."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mnemic.analysis.memoria import PAPER, PUBLISHED, require

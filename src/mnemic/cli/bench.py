@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
@@ -81,6 +80,8 @@ def overhead(
     out: Out = Path("results"),
 ) -> None:
     """Forward with a memory against without, on the shape of GPT-2 small; the token write against plain loops."""
+    import torch
+
     from mnemic.bench.cost import against_naive
     from mnemic.bench.cost import overhead as measure
     from mnemic.memories.emt import EMTConfig
