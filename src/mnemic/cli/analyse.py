@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from mnemic.cli.bench import _numbers
-from mnemic.cli.show import Show, console
+from mnemic.cli.show import Show, Table, console
 
 analyse = typer.Typer(no_args_is_help=True, help="What a memory does while it reads, in numbers and pictures.")
 

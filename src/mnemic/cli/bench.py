@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from mnemic.cli.show import Show, console
+from mnemic.cli.show import Show, Table, console
 from mnemic.cli.suite import SuiteGroup, suite
 
 bench = typer.Typer(
