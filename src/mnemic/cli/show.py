@@ -46,7 +46,7 @@ class Show:
     """A `Reporter` that draws: use as a context manager."""
 
     def __init__(self, title: str) -> None:
-        from mnemic.bench.recall import CONDITIONS
+        from mnemic.controls import CONDITIONS
 
         self.progress = Progress(
             TextColumn("{task.description:<28}"),
