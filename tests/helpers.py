@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -66,23 +65,18 @@ def first_forms(families: Iterable[str]) -> pytest.MarkDecorator:
     return _cases(lambda label, name: label.endswith("-0"), families)
 
 
-def first_forms(families: Iterable[str]) -> pytest.MarkDecorator:
-    """The matrix without other forms: where the forms of a mechanism differ in nothing that is asked."""
-    return matrix(families, forms=False)
-
-
-@functools.cache
-def _refusal(label: str, causal: bool) -> str | None:
+def refusal(config: mnemic.MemoryConfig, name: str) -> str | None:
+    """Why a mechanism does not serve a family; None where it does."""
     try:
-        CONFIGS[label].build(WIDTH, DEPTH, causal=causal)
+        config.build(WIDTH, DEPTH, causal=name in DECODERS)
     except ValueError as refused:
         return str(refused)
     return None
 
 
-def refusal(label: str, name: str) -> str | None:
-    """Why a mechanism does not serve a family; None where it does."""
-    return _refusal(label, name in DECODERS)
+def _marks(config: mnemic.MemoryConfig, name: str) -> list[pytest.MarkDecorator]:
+    reason = refusal(config, name)
+    return [] if reason is None else [pytest.mark.skip(reason=reason)]
 
 
 def trains(model: nn.Module) -> bool:

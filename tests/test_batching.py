@@ -11,7 +11,6 @@ import mnemic
 from families import ENCODERS
 from helpers import (
     CONFIGS,
-    FIRST_FORMS,
     SEGMENT,
     assert_differ,
     assert_near,
@@ -37,12 +36,8 @@ CASES += [(CONFIGS[f"{kind}-0"], "gpt2", 3 * SEGMENT) for kind in ("memoria", "k
 over_cases = pytest.mark.parametrize(
     ("config", "name", "window"), CASES, ids=[f"{config.kind}-{name}-{window}" for config, name, window in CASES]
 )
-ENCODED = [
-    (config, name)
-    for kind, config in FIRST_FORMS.items()
-    for name in ENCODERS
-    if refusal(f"{kind}-0", name) is None
-]
+ENCODED = [(CONFIGS[f"{kind}-0"], name) for kind in mnemic.CONFIGS for name in ENCODERS]
+ENCODED = [(config, name) for config, name in ENCODED if refusal(config, name) is None]
 over_encoders = pytest.mark.parametrize(
     ("config", "name"), ENCODED, ids=[f"{config.kind}-{name}" for config, name in ENCODED]
 )
