@@ -31,7 +31,7 @@ def chat(
         Path | None, typer.Option(help="Folder of a trained memory; without one little is remembered.")
     ] = None,
     session: Annotated[str, typer.Option(help="The name that this conversation is kept under.")] = "default",
-    store: Annotated[str, typer.Option(help="sqlite:///FILE or postgresql+psycopg://...")] = "sqlite:///memories.db",
+    store: Annotated[str, typer.Option(help="A path (SQLite), or postgresql+psycopg://...")] = "memories.db",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the most probable token.")] = False,
     keep_text: Annotated[
