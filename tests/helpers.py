@@ -46,7 +46,7 @@ SHARED_FAMILIES = ("gpt2", "gemma3", "bert")
 
 
 def _seams() -> dict[tuple[bool, ...], str]:
-    """The first config of each way in which a memory is joined to a host, which is all that a family can meet of it."""
+    """Each way in which a memory is joined to a host, which is all that a family can meet of it, and its first config."""
     seams: dict[tuple[bool, ...], str] = {}
     for label, config in CONFIGS.items():
         memory = config.build(WIDTH, DEPTH)
@@ -54,7 +54,8 @@ def _seams() -> dict[tuple[bool, ...], str]:
     return seams
 
 
-SEAMS = list(_seams().values())
+SEAMS = [label for _, label in sorted(_seams().items())]
+"""A config of each seam, the plainest first."""
 
 
 def matrix(families: Iterable[str], sparse: bool = False, forms: bool = True) -> pytest.MarkDecorator:
