@@ -46,7 +46,7 @@ SHARED_FAMILIES = ("gpt2", "gemma3", "bert")
 
 
 def _seams() -> dict[tuple[bool, ...], str]:
-    """Each way in which a memory is joined to a host, which is all that a family can meet of it, and its first config."""
+    """The ways in which a memory is joined to a host, which is all that a family can meet of it; a config of each."""
     seams: dict[tuple[bool, ...], str] = {}
     for label, config in CONFIGS.items():
         memory = config.build(WIDTH, DEPTH)
