@@ -18,6 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --only-binary :all: \
   $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
+.DELETE_ON_ERROR:
 .PHONY: demo test lint types report pages units test-floor test-newest small docs clean
 
 demo: $(VENV)/.demo
