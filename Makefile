@@ -26,7 +26,7 @@ demo: $(VENV)/.demo
 
 # two at a time: the tests keep two cores busy, and the rest fills the gaps
 test: $(VENV)/.test
-	$(MAKE) --jobs 2 --output-sync=target units lint types report pages
+	$(MAKE) --jobs 2 units lint types report pages
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
