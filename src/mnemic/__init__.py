@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnemic.attachment import Attachment, attach, attached, from_pretrained, memory_cache
 from mnemic.batching import SessionBatch, batch
+from mnemic.checkpoints import FetchError, fetch
 from mnemic.data import SegmentCollator, Streams, collate
 from mnemic.host.cache import MemoryCache
 from mnemic.memories import (
@@ -43,6 +44,7 @@ __all__ = [
     "Conflict",
     "EMTConfig",
     "FastWeightsConfig",
+    "FetchError",
     "InfinityFormerConfig",
     "KNNConfig",
     "MemoriaConfig",
@@ -70,6 +72,7 @@ __all__ = [
     "batch",
     "calibrate",
     "collate",
+    "fetch",
     "from_pretrained",
     "memory_cache",
     "read_segments",
