@@ -15,12 +15,15 @@ from torch.distributed.tensor import DTensor
 
 from mnemic.host.anatomy import MEMORY_NAME, Anatomy, examine, fingerprint, trained_positions
 from mnemic.host.cache import MemoryCache
+from mnemic.host.opening import refuse_paged
 from mnemic.host.router import Router
 from mnemic.host.wrappers import check_whole, execution_device, misplaced, refuse_late, unwrapped, whole
 from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.state import META_LIMIT, StateError, nbytes, read_file, strict_json, write_file
 
 CONFIG_FILE, WEIGHTS_FILE = "memory_config.json", "memory_model.safetensors"
+PAGED = "init_continuous_batching"
+"""What all of paged generation begins with; there an error is raised in the caller's thread."""
 LARGEST = 2**30
 """Most bytes of what a memory from a file begins with beside its weights."""
 
@@ -31,9 +34,8 @@ class Attachment:
     It holds no state of any stream: that lives in the cache or the session.
     """
 
-    def __init__(self, model: nn.Module, config: MemoryConfig, frozen: list[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, config: MemoryConfig) -> None:
         self.model, self.config = model, config
-        self._frozen = frozen
 
     @property
     def anatomy(self) -> Anatomy:
@@ -62,18 +64,19 @@ class Attachment:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it the model is its base again: nothing is read or written. Windows go on moving."""
-        router = self.router
-        before, router.enabled = router.enabled, False
-        try:
+        """Within it the model is its base again: nothing is read or written. Windows go on moving.
+
+        It holds for the thread or asynchronous task that is in it, and for no other.
+        """
+        with self.router.disabled():
             yield
-        finally:
-            router.enabled = before
 
     def detach(self) -> None:
         """Removes the memory and its hooks; the model is what it was, and trains what it trained before."""
-        self.router.remove(self.anatomy)
-        for parameter in self._frozen:
+        router = self.router
+        router.remove(self.anatomy)
+        vars(unwrapped(self.model)).pop(PAGED, None)
+        for parameter in router.frozen:
             parameter.requires_grad_(True)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -121,8 +124,10 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
     for parameter in frozen:
         parameter.requires_grad_(False)
+    router.frozen = frozen  # a list of the router's own, so that copies of a model know theirs
     router.install(anatomy)
-    return Attachment(model, config, frozen)
+    vars(unwrapped(model))[PAGED] = refuse_paged
+    return Attachment(model, config)
 
 
 def check_segment(model: nn.Module, config: MemoryConfig, beside: int = 0) -> None:
@@ -142,7 +147,7 @@ def check_segment(model: nn.Module, config: MemoryConfig, beside: int = 0) -> No
 
 def attached(model: nn.Module) -> Attachment:
     """The handle of a model that has a memory: for copies and unpickled models, whose first handle is elsewhere."""
-    return Attachment(model, router_of(model).config, [])
+    return Attachment(model, router_of(model).config)
 
 
 def router_of(model: nn.Module) -> Router:
