@@ -17,6 +17,8 @@ from mnemic.cli import app
 from mnemic.cli.show import Table, console
 from mnemic.tasks import TASKS
 
+pytestmark = pytest.mark.small  # what is tested of the oldest and newest typer, rich and matplotlib
+
 CONTROLS = ("zeroed", "other stream", "fresh", "no memory")
 
 

@@ -24,6 +24,8 @@ from mnemic.bench.store import children, counts_of, crowd, kill_while_putting, t
 from mnemic.cli import app
 from mnemic.store import LONGEST_NAME, Conflict, NotStored, SessionStore, StoreError
 
+pytestmark = pytest.mark.small  # what is tested of the oldest and newest SQLAlchemy and psycopg
+
 POSTGRES = os.environ.get("MNEMIC_POSTGRES")
 needs_postgres = pytest.mark.skipif(POSTGRES is None, reason="MNEMIC_POSTGRES names no PostgreSQL server to test with")
 
