@@ -17,6 +17,7 @@ import transformers
 import mnemic
 from families import make
 from helpers import CONFIGS, SEGMENT, assert_differ, assert_near, every_kind, feed, host, tokens
+from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.trainer import SegmentCurriculum, Trainer, last_checkpoint
 from mnemic.unrolling import IGNORED, unroll
 from runs import (
@@ -292,8 +293,8 @@ def reference(model, data, state=None, disabled=False):
         branch = mnemic.memory_cache(model, SEGMENT)
         own = (cache.memory.stream or router.new_stream(len(part))).state
         branch.memory.stream = router.new_stream(len(part), own if state is None else state(own))
-        logits.append(model(part, past_key_values=branch).logits)
-        model(part, past_key_values=cache)
+        logits.append(model(part, **{CACHE: branch}).logits)
+        model(part, **{CACHE: cache})
     whole = torch.cat(logits, 1)
     kept = targets != IGNORED
     right = (whole.argmax(-1) == targets)[kept].float().mean().item()

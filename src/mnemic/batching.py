@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from mnemic.attachment import router_of
 from mnemic.host.anatomy import examine
+from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer
 from mnemic.host.call import carrying
 from mnemic.host.choosing import Choosing
+from mnemic.host.release import OUTPUT_CACHE
 from mnemic.session import Session
 from mnemic.state import shrink
 from mnemic.stream import Stream
@@ -90,7 +92,7 @@ class SessionBatch:
 
     def forward(self, texts: Sequence[Text], *, output_hidden_states: bool = False) -> list[Any]:
         """The model's outputs for each session's new tokens, in the model's own class: logits `[1, t, v]` (`[1, c]` of
-        a classifier), hidden states `[1, t, d]`, `past_key_values` the session's cache.
+        a classifier), hidden states `[1, t, d]`, and the session's own cache.
         """
         texts = self._ids(texts)
         with self._all_or_none():
@@ -100,8 +102,8 @@ class SessionBatch:
             results = [_of_row(output, keep, row) for row in range(len(self))]
             rows.give_back()
             for session, result in zip(self.sessions, results, strict=True):
-                if "past_key_values" in output:
-                    result["past_key_values"] = session.cache
+                if OUTPUT_CACHE in output:
+                    result[OUTPUT_CACHE] = session.cache
         return results
 
     def generate(self, prompts: Sequence[Text], **kwargs: Any) -> list[Any]:
@@ -209,7 +211,7 @@ class Rows:
         ids, keep = _columns(parts, self._pad, left=self.cache is not None)
         more = {} if bool(keep.all()) else {"attention_mask": keep.long()}
         if self.cache is not None:
-            return module(input_ids=ids, past_key_values=self.cache, use_cache=True, **more, **kwargs), keep
+            return module(input_ids=ids, **with_cache(module, self.cache), **more, **kwargs), keep
         with carrying(self.layer):
             return module(input_ids=ids, **more, **kwargs), keep
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mnemic.attachment import attached, memory_cache, router_of
+from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
 from mnemic.state import State, map_state
 from mnemic.unrolling import IGNORED
@@ -60,7 +61,7 @@ def measure(
     kept: list[Tensor] = []
 
     def predict(cache: MemoryCache, here: slice, place: int) -> Tensor:
-        logits, wanted = model(input_ids=ids[:, here], past_key_values=cache, use_cache=True).logits, targets[:, here]
+        logits, wanted = model(input_ids=ids[:, here], **with_cache(model, cache)).logits, targets[:, here]
         some = F.cross_entropy(logits.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
         nats[:, place] += some.double().sum(1)
         right[:, place] += (logits.argmax(-1) == wanted).double().sum(1)

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
 
 from mnemic.attachment import check_fingerprint, memory_cache, router_of
 from mnemic.checks import check_contents, check_description, keys_of
 from mnemic.history import Log
 from mnemic.host.anatomy import examine, fingerprint
+from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer, Window
 from mnemic.host.call import carrying
 from mnemic.host.choosing import Choosing, TextPieces
+from mnemic.host.release import GENERATE_CACHE, DynamicLayer
 from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward, whole
@@ -70,7 +71,7 @@ class Session:
 
     @property
     def cache(self) -> MemoryCache:
-        """For `model.generate(new_ids, past_key_values=session.cache)` and `model(new_ids, past_key_values=...)`."""
+        """For `model.generate(new_ids, cache=session.cache)` and `model(new_ids, cache=...)`."""
         if self._cache is None:
             raise ValueError(f"{type(self.model).__name__} is an encoder and has no cache; use Session.read or forward")
         return self._cache
@@ -171,7 +172,7 @@ class Session:
         for start in range(0, ids.shape[1], longest):
             part = ids[:, start : start + longest]
             if self._cache is not None:
-                trunk(input_ids=part, past_key_values=self._cache, use_cache=True)
+                trunk(input_ids=part, **with_cache(trunk, self._cache))
             else:
                 with carrying(self._layer):
                     trunk(input_ids=part)
@@ -190,7 +191,7 @@ class Session:
         restore = self._snapshot()
         try:
             if self._cache is not None:
-                return self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **kwargs)
+                return self.model(input_ids=ids, **with_cache(self.model, self._cache), **kwargs)
             with carrying(self._layer):
                 return self.model(input_ids=ids, **kwargs)
         except BaseException:
@@ -211,7 +212,7 @@ class Session:
             rows = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
             if rows > 1 and cache.window is not None:
                 cache.batch_repeat_interleave(rows)
-            output = self.model.generate(ids, past_key_values=cache, **kwargs)  # pyright: ignore[reportCallIssue]
+            output = self.model.generate(ids, **{GENERATE_CACHE: cache}, **kwargs)  # pyright: ignore[reportCallIssue]
             sequences = output if isinstance(output, Tensor) else output.sequences
             if rows == 1 and sequences.shape[1] > ids.shape[1]:
                 self._adopt(cache)

@@ -24,6 +24,7 @@ from torch import Tensor
 from mnemic.attachment import Attachment, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Score
+from mnemic.host.arguments import with_cache
 from mnemic.state import State, map_state
 from mnemic.tasks.base import Examples, Task
 from mnemic.tasks.language import Language
@@ -93,8 +94,8 @@ def predict(attachment: Attachment, ids: Int[Tensor, "b t"], labels: Int[Tensor,
                     branch = memory_cache(model, length)
                     if state is not None:
                         branch.memory.stream = router.new_stream(rows, state)
-                    note(name, model(input_ids=ids[:, here], past_key_values=branch, use_cache=True).logits, here)
-        output = model(input_ids=ids[:, here], past_key_values=cache, use_cache=True)
+                    note(name, model(input_ids=ids[:, here], **with_cache(model, branch)).logits, here)
+        output = model(input_ids=ids[:, here], **with_cache(model, cache))
         if wanted[s]:
             note("memory", output.logits, here)
         s += 1
@@ -201,7 +202,7 @@ def cost(attachment: Attachment, task: Task, rows: int = 8, segments: int = 4, r
     def once() -> float:
         cache, begun = memory_cache(attachment.model, length), time.perf_counter()
         for segment in ids.split(length, 1):
-            attachment.model(input_ids=segment, past_key_values=cache, use_cache=True)
+            attachment.model(input_ids=segment, **with_cache(attachment.model, cache))
         return 1e6 * (time.perf_counter() - begun) / ids.numel()
 
     def timed() -> Iterator[tuple[float, float]]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from mnemic.attachment import attach, memory_cache
 from mnemic.bench.cost import Progress, alternate, gpt2_small, ratio
 from mnemic.bench.results import Record
+from mnemic.host.arguments import with_cache
 from mnemic.memories.memoria import MemoriaConfig, engrams, graph
 from mnemic.memories.memoria.remind import advance
 from mnemic.state import State, nbytes
@@ -335,7 +336,7 @@ def overhead(
         def with_memory(model: Any = model, cache: Any = cache, stream: Any = stream, ids: Tensor = ids) -> Any:
             fresh = cache.fork()
             fresh.memory.stream = stream
-            return model(ids, past_key_values=fresh, use_cache=True)
+            return model(ids, **with_cache(model, fresh))
 
         def base(model: Any = model, attachment: Any = attachment, ids: Tensor = ids) -> Any:
             with attachment.disabled():

@@ -23,6 +23,8 @@ from torch import Generator, Tensor
 
 from mnemic.attachment import Attachment, memory_cache
 from mnemic.bench.results import Score
+from mnemic.host.arguments import with_cache
+from mnemic.host.release import GENERATE_CACHE
 from mnemic.state import State, map_state
 from mnemic.stream import Stream
 from mnemic.tasks.base import TEST_SEEDS, generator
@@ -102,9 +104,9 @@ def logits_of(attachment: Attachment, ids: Tensor, state: State | None) -> Tenso
     ids = ids.to(router.device)
     if state is None:
         with attachment.disabled():
-            return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            return model(input_ids=ids, **with_cache(model, cache)).logits
     cache.memory.stream = router.new_stream(len(ids), state)
-    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    return model(input_ids=ids, **with_cache(model, cache)).logits
 
 
 def answered(logits: Tensor, question: Question) -> Tensor:
@@ -154,7 +156,7 @@ def tokens_until_value(
         cache.memory.stream = router.new_stream(len(rows), part)
         ids = question.ids[rows, :start].to(router.device)
         output = model.generate(  # pyright: ignore[reportCallIssue]
-            ids, past_key_values=cache, max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=0
+            ids, **{GENERATE_CACHE: cache}, max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=0
         )
         for row, said in zip(rows.tolist(), output[:, start:].tolist(), strict=True):
             value = task.candidates[int(values[row])]

@@ -41,6 +41,7 @@ from mnemic.attachment import Attachment, attach, attached, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.host.anatomy import examine
+from mnemic.host.arguments import with_cache
 from mnemic.memories.memoria import Memoria, MemoriaConfig, engrams
 from mnemic.memories.memoria.attention import Reader
 from mnemic.memories.memoria.config import RULES
@@ -275,7 +276,7 @@ def read_prompt(attachment: Attachment, prompt_bt: Int[Tensor, "b t"]) -> State:
     length = attachment.router.segment_length
     cache = memory_cache(attachment.model, length)
     for segment in prompt_bt.to(attachment.router.device).split(length, 1):
-        attachment.model(input_ids=segment, past_key_values=cache, use_cache=True)
+        attachment.model(input_ids=segment, **with_cache(attachment.model, cache))
     assert cache.memory.stream is not None
     return cache.memory.stream.state
 
@@ -307,10 +308,10 @@ def answers(
     answer = answer.to(router.device)
     first = torch.full_like(answer[:, :1], SEPARATOR)
     given = torch.cat([first, answer[:, :-1]], 1)
-    right = model(input_ids=given, past_key_values=new_cache(), use_cache=True).logits.argmax(-1) == answer
+    right = model(input_ids=given, **with_cache(model, new_cache())).logits.argmax(-1) == answer
     cache, token, written = new_cache(), first, []
     for _ in range(SYMBOLS):
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+        token = model(input_ids=token, **with_cache(model, cache)).logits.argmax(-1)
         written.append(token)
     return right.cpu(), torch.cat(written, 1).cpu()
 

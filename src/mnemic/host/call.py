@@ -10,10 +10,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from mnemic.host.beside import Beside, Wordless
 from mnemic.host.cache import MemoryLayer
+from mnemic.host.release import Cache
 from mnemic.state import State
 from mnemic.stream import Piece, Stream
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.generation.configuration_utils import GenerationMode
 
 from mnemic.host.cache import MemoryCache
+from mnemic.host.release import GENERATE_CACHE
 
 
 class Choosing:
@@ -44,7 +45,7 @@ class Choosing:
             return input_ids
 
         # the cache is looked at and not written to: what is prepared depends on what generate finds there
-        model.generate(ids, past_key_values=cache.fork(), custom_generate=catch, **kwargs)  # pyright: ignore
+        model.generate(ids, **{GENERATE_CACHE: cache.fork()}, custom_generate=catch, **kwargs)  # pyright: ignore
         config = caught["config"]
         mode = config.get_generation_mode(kwargs.get("assistant_model"))
         several = max(config.num_beams or 1, config.num_return_sequences or 1)

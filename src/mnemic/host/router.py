@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
 from mnemic.host.anatomy import MEMORY_NAME, Anatomy
-from mnemic.host.arguments import bound, flat_mask, joined, part_of
+from mnemic.host.arguments import bound, flat_mask, joined, part_of, with_cache
 from mnemic.host.beside import Wordless, words_of
 from mnemic.host.blocks import at_block, before_block
 from mnemic.host.cache import MemoryCache
 from mnemic.host.call import Call, RecordedError, eager, thread
 from mnemic.host.opening import arrange, goes_by_segment, open_call
+from mnemic.host.release import OUTPUT_CACHE, DynamicCache
 from mnemic.host.wrappers import check_present, check_whole, gather_for_gradient, misplaced, warn_frozen
 from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.state import State
@@ -44,7 +44,7 @@ class Router(nn.Module):
         self.config, self.segment_length = config, config.segment_length
         self.depth, self.width, self.causal = len(anatomy.blocks), anatomy.width, anatomy.causal
         self.positions, self.takes_positions, self.slides = anatomy.positions, anatomy.takes_positions, anatomy.slides
-        self.dtype = anatomy.dtype
+        self.dtype, self.cache_name = anatomy.dtype, anatomy.cache_name
         if memory.span is not None and (self.slides or self.positions is None):
             raise ValueError(
                 f"a span of {memory.span} keys cannot join a model that has its own (sliding layers, ALiBi); "
@@ -111,7 +111,7 @@ class Router(nn.Module):
         open_call(self, call, trunk, arguments)
         if len(call.pieces) > 1 and goes_by_segment(self, call):
             if call.cache is None:
-                call.cache = arguments["past_key_values"] = DynamicCache(config=trunk.config)  # pyright: ignore
+                call.cache = arguments[self.cache_name] = DynamicCache(config=trunk.config)  # pyright: ignore
                 arguments["use_cache"] = call.private_cache = True
             if arguments.get("output_attentions", trunk.config.output_attentions):  # pyright: ignore
                 raise ValueError(
@@ -156,7 +156,7 @@ class Router(nn.Module):
         if call.earlier:
             output = joined([*call.earlier, output])
         if call.private_cache:
-            output["past_key_values"] = None
+            output[OUTPUT_CACHE] = None
         return output
 
     def new_cache(self, window: int | None) -> MemoryCache:
@@ -180,7 +180,7 @@ class Router(nn.Module):
         nothing = torch.empty(stream.batch, 0, self.width, dtype=self.dtype, device=self.device)
         thread.wordless = wordless
         try:
-            trunk(inputs_embeds=nothing, past_key_values=cache, use_cache=True)
+            trunk(inputs_embeds=nothing, **with_cache(trunk, cache))
         finally:
             thread.wordless = None
 
