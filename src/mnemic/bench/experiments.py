@@ -58,8 +58,8 @@ class Recipe:
     A step's number of fillers is drawn evenly in its logarithm up to a maximum. Whenever the running accuracy passes
     `pass_mark` the maximum grows by `growth`, up to `longest`. From its first growth on, facts lie in two segments in a
     share `several` of the steps, of which half correct some facts of the first; where among the fillers is drawn for
-    every stream. Long streams come in smaller batches: at most `segments` segments a step, but never fewer than `rows` / 4
-    streams. Filler is drawn from a `pool` of that many segments.
+    every stream. Long streams come in smaller batches: at most `segments` segments a step, but never fewer than
+    `rows` / 4 streams. Filler is drawn from a `pool` of that many segments.
     """
 
     steps: int

@@ -13,8 +13,8 @@ and once with everything in one window, without a memory: the ceiling that the b
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,21 @@ from mnemic.unrolling import IGNORED, read_segments
 
 CONDITIONS = ("memory", "zeroed", "other stream", "fresh", "no memory")
 
+KINDS = ("facts", "first facts", "second facts", "corrected facts")
+"""What questions are about: facts of the only segment that has some, of the first or second of two, or corrected."""
+
+UNBOUND = "the most frequent of its segment"
+"""The floor that decides: a memory that has the values of every segment, and not whose they are."""
+
 
 @dataclass(frozen=True)
 class Places:
     """Where the facts of a test stand: how many segments of filler `before` the first of the `segments` with facts,
-    `between` two of them and `after` the last. `corrected` facts of a later segment correct earlier ones. With
+    `between` two of them and `after` the last. `corrected` facts of the second segment correct some of the first. With
     `anywhere` all this filler lies in any order, another in every stream.
 
     Raises:
-        ValueError: a number below 0, or no segment with facts.
+        ValueError: a number below 0, or neither one nor two segments with facts.
     """
 
     before: int = 0
@@ -55,8 +61,8 @@ class Places:
         for name in ("before", "between", "after", "corrected"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
-        if self.segments < 1:
-            raise ValueError(f"segments is {self.segments}; facts stand in 1 or more")
+        if self.segments not in (1, 2):
+            raise ValueError(f"segments is {self.segments}; facts stand in 1 or 2")
 
     @property
     def fillers(self) -> int:
@@ -73,6 +79,32 @@ class Places:
         if self.anywhere:
             return anywhere(rows, self.fillers, self.segments, generator)
         return (self.before + (1 + self.between) * torch.arange(self.segments)).expand(rows, -1)
+
+
+def test_places(lengths: Sequence[int], far: int, corrected: int) -> list[Places]:
+    """One segment of facts, two, and two of which the second has `corrected` facts anew: with each of `lengths` before,
+    between and after, and with as many as the longest of these in any order. Then one segment, and `far` before it or
+    after.
+    """
+    longest, made = max(lengths), []
+    for segments, again in ((1, 0), (2, 0), (2, corrected)):
+        made += [Places(count, count, count, segments, again) for count in lengths]
+        made.append(Places(longest, longest, longest, segments, again, anywhere=True))
+    return [*made, Places(before=far), Places(after=far)]
+
+
+def places_of(score: Score) -> Places:
+    """Where the facts of a score stood, from its details."""
+    numbers = {each.name: int(score.details[each.name]) for each in fields(Places)}
+    return Places(**{**numbers, "anywhere": bool(numbers["anywhere"])})
+
+
+def asked_for(score: Score) -> str:
+    """What the questions of a score are about: one of `KINDS`, or the facts beside corrected ones."""
+    asked, places = int(score.details["asked"]), places_of(score)
+    if asked == len(KINDS) - 1 or not places.corrected:
+        return KINDS[asked]
+    return f"{KINDS[asked]}, beside corrected"
 
 
 def read_stream(attachment: Attachment, laid: Tensor, progress: Callable[[int], None], part: int = 64) -> Stream:
@@ -176,7 +208,7 @@ def unbound(task: RecallTask, episode: Episode, which: int) -> dict[str, Tensor]
     return {
         "chance": torch.full((len(value_b1),), 1 / len(task.candidates)),
         "a told value at random": (told_bv == value_b1).float().mean(1),
-        "the most frequent of its segment": most_bv.gather(1, value_b1)[:, 0] / most_bv.sum(1),
+        UNBOUND: most_bv.gather(1, value_b1)[:, 0] / most_bv.sum(1),
     }
 
 
@@ -204,9 +236,8 @@ def evaluate(
         count = min(batch, rows - start)
         answers.append(_ask_all(attachment, task, places, count, first + start, detail and start == 0, progress))
     best = ceiling(attachment, task, rows=rows, seed=seed)
-    kinds = [(segment, False) for segment in range(places.segments)]
-    kinds += [(places.segments - 1, True)] if places.corrected else []
-    return [score for kind in kinds if (score := _score_of(task, places, answers, kind, best)).examples]
+    scores = (_score_of(task, places, answers, kind, best) for kind in range(len(KINDS)))
+    return [score for score in scores if score.examples]
 
 
 @dataclass
@@ -236,26 +267,25 @@ def _ask_all(
     source = generator(seed)
     episode = task.tell(rows, source, segments=places.segments, corrected=places.corrected)
     laid = task.lay(episode, places.draw(rows, source), places.total, source)
-    states = conditions(attachment, read_stream(attachment, laid, progress))
-    own = states["memory"]
-    assert own is not None
+    stream = read_stream(attachment, laid, progress)
+    states = conditions(attachment, stream)
     outdated = replace(episode, values=torch.where(episode.before < 0, episode.values, episode.before))
     right: dict[str, list[Tensor]] = {name: [] for name in CONDITIONS}
     floors: list[dict[str, Tensor]] = []
     old, margin, needed = [], [], []
     for which in range(episode.keys.shape[1]):
-        # of both questions the words around them are the same
-        question, before = (
-            task.ask(told, torch.full((rows, 1), which), generator(seed + 1 + which)) for told in (episode, outdated)
-        )
+        place, values = torch.full((rows, 1), which), episode.values[:, which]
+        question = task.ask(episode, place, generator(seed + 1 + which))
         for name, state in states.items():
             right[name].append(answered(logits_of(attachment, question.ids, state), question).cpu())
-        if places.corrected:
-            old.append(answered(logits_of(attachment, before.ids, own), before).cpu())
-        if detail:
-            margin.append(margins(attachment, task, question, episode.values[:, which], own))
-            needed.append(tokens_until_value(attachment, task, question, episode.values[:, which], own, most=8))
         floors.append(unbound(task, episode, which))
+        if places.corrected:
+            # the same question with the old value as its answer
+            before = task.ask(outdated, place, generator(seed + 1 + which))
+            old.append(answered(logits_of(attachment, before.ids, stream.state), before).cpu())
+        if detail:
+            margin.append(margins(attachment, task, question, values, stream.state))
+            needed.append(tokens_until_value(attachment, task, question, values, stream.state, most=8))
     return _Answers(
         episode,
         {name: torch.stack(each, 1) for name, each in right.items()},
@@ -263,25 +293,26 @@ def _ask_all(
         torch.stack(old, 1) if old else torch.zeros_like(episode.keys),
         torch.stack(margin, 1) if detail else None,
         torch.stack(needed, 1) if detail else None,
-        sum(tensor[0].numel() * tensor.element_size() for tensor in own.values()),
+        sum(tensor[0].numel() * tensor.element_size() for tensor in stream.state.values()),
     )
 
 
-def _score_of(task: RecallTask, places: Places, answers: list[_Answers], kind: tuple[int, bool], best: float) -> Score:
-    """The score of the facts that one segment told, the corrected ones or the others."""
-    segment, corrected = kind
-    chosen = [
-        ((a.episode.before >= 0) if corrected else (a.episode.before < 0) & (a.episode.since == segment))
-        for a in answers
-    ]
+def _kind(episode: Episode) -> Int[Tensor, "b n"]:
+    """Which of `KINDS` a question for each fact is of."""
+    order = episode.since + (episode.told.shape[1] > 1)
+    return torch.where(episode.before < 0, order, len(KINDS) - 1)
+
+
+def _score_of(task: RecallTask, places: Places, answers: list[_Answers], asked: int, best: float) -> Score:
+    """The score of one of `KINDS`, by its number; without examples where there is no such question."""
+    chosen = [_kind(answer.episode) == asked for answer in answers]
 
     def of(pick: Callable[[_Answers], Tensor]) -> Tensor:
         return torch.cat([pick(a)[mask].float() for a, mask in zip(answers, chosen, strict=True)])
 
     scores = {name: of(lambda a, name=name: a.right[name]) for name in CONDITIONS}
-    details = {"state_bytes": answers[0].state_bytes, "segment": segment + 1, "corrected": float(corrected)}
-    details |= {name: float(value) for name, value in asdict(places).items() if name != "corrected"}
-    if corrected:
+    details = {"state_bytes": answers[0].state_bytes, "asked": asked, **asdict(places)}
+    if asked == len(KINDS) - 1:
         details["old"] = of(lambda a: a.old).mean().item()
     if answers[0].margin is not None and answers[0].needed is not None:
         margin, needed = answers[0].margin[chosen[0]], answers[0].needed[chosen[0]]
@@ -291,7 +322,7 @@ def _score_of(task: RecallTask, places: Places, answers: list[_Answers], kind: t
         details |= {"tokens_until_value": found.mean().item()} if len(found) else {}
     return Score(
         length=places.fillers,
-        tokens=places.fillers * task.segment_length,
+        tokens=places.total * task.segment_length,
         examples=len(scores["memory"]),
         score=scores["memory"].mean().item(),
         controls={name: scores[name].mean().item() for name in CONDITIONS[1:]},
@@ -300,6 +331,18 @@ def _score_of(task: RecallTask, places: Places, answers: list[_Answers], kind: t
         details=details,
         outcomes={name: "".join(str(int(each)) for each in right.tolist()) for name, right in scores.items()},
     )
+
+
+def beyond_chance(scores: Sequence[Score]) -> dict[str, float]:
+    """The controls that are right more often than chance, on average over all places, and how often.
+
+    By more than three standard deviations of as many guesses as the largest score has: other scores ask about the same
+    streams.
+    """
+    chance, count = scores[0].floors["chance"], max(score.examples for score in scores)
+    most = chance + 3 * (chance * (1 - chance) / count) ** 0.5
+    means = {name: sum(score.controls[name] for score in scores) / len(scores) for name in scores[0].controls}
+    return {name: mean for name, mean in means.items() if mean > most}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mnemic.bench.recall import CONDITIONS
+from mnemic.bench.recall import CONDITIONS, UNBOUND, asked_for, places_of
 from mnemic.bench.results import Score
 
 console = Console()
@@ -32,11 +32,9 @@ class Show:
             console=console,
         )
         self.table = Table(title=title, title_justify="left", title_style="bold")
-        self.table.add_column("filler segments", justify="right")
-        self.table.add_column("tokens", justify="right")
-        for name in CONDITIONS:
+        self.table.add_column("asked for")
+        for name in ("filler before", "after", *CONDITIONS, "without binding"):
             self.table.add_column(name, justify="right", style="bold" if name == "memory" else "dim")
-        self.table.add_column("chance", justify="right", style="dim")
         self.live = Live(Group(self.progress), console=console, refresh_per_second=4)
         self.task = None
         self.printed = time.monotonic()
@@ -76,8 +74,12 @@ class Show:
 
     def score(self, score: Score) -> None:
         """A new row."""
-        cells = [score.score, *score.controls.values(), score.floors["chance"]]
-        self.table.add_row(f"{score.length:,}", f"{score.tokens:,}", *(f"{100 * value:.1f}" for value in cells))
+        places, asked = places_of(score), asked_for(score)
+        cells = [score.score, *score.controls.values(), score.floors[UNBOUND]]
+        filler = ("any", "any") if places.anywhere else (f"{places.before:,}", f"{places.after:,}")
+        self.table.add_row(asked, *filler, *(f"{100 * value:.1f}" for value in cells))
+        if "old" in score.details:
+            self.table.add_row("", "", "", f"[dim]{100 * score.details['old']:.1f} the old value[/dim]")
         self.live.update(Group(self.progress, self.table))
         if not console.is_terminal:
-            console.print(f"after {score.length:,} fillers: {100 * score.score:.2f} % right")
+            console.print(f"{asked}, filler {' before, '.join(filler)} after: {100 * score.score:.2f} % right")
