@@ -663,7 +663,7 @@ def test_conditions(task, config):
     laid = task.lay(episode, bench.Places(after=3).draw(4, generator(1)), 4, generator(1))
     stream = bench.read_stream(attachment, laid, lambda segments: None)
     assert stream.written == (4,) * 4
-    states = bench.conditions(attachment, stream)
+    states = bench.conditions(attachment, stream.state)
     own = stream.state["slots"]
     assert list(states) == list(bench.CONDITIONS)
     assert states["no memory"] is None

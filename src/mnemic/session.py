@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mnemic.attachment import check_fingerprint, memory_cache, router_of
-from mnemic.checks import check_contents, check_description, keys_of
+from mnemic.attachment import check_fingerprint, check_settings, memory_cache, router_of
+from mnemic.checks import check_contents, check_description, check_written, keys_of
 from mnemic.history import Log
 from mnemic.host.anatomy import examine, fingerprint
 from mnemic.host.arguments import with_cache
@@ -23,7 +23,7 @@ from mnemic.host.choosing import Choosing, TextPieces
 from mnemic.host.release import GENERATE_CACHE, DynamicLayer
 from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
-from mnemic.host.wrappers import as_forward, whole
+from mnemic.host.wrappers import as_forward, unwrapped, whole
 from mnemic.state import StateError, from_bytes, read_file, to_bytes, write_file
 from mnemic.stream import Stream
 from mnemic.unrolling import obstacle_to_parallel, read_segments
@@ -292,13 +292,14 @@ class Session:
         """Writes the session as one safetensors file; a process that loads it continues with identical logits.
 
         It holds the memory's state, the tokens that wait and the window's keys; after `flush` with a window of one
-        segment it is the memory's state alone.
+        segment it is the memory's state alone. Raises `StateError` for what `load` would refuse, such as a state that
+        is not finite; a file that is there stays then.
         """
-        write_file(path, *self.contents())
+        write_file(path, *self.checked())
 
     def to_bytes(self) -> bytes:
         """What `save` writes, as bytes: for a database of one's own. `mnemic.SessionStore` is one."""
-        return to_bytes(*self.contents())
+        return to_bytes(*self.checked())
 
     @classmethod
     def load(
@@ -338,22 +339,25 @@ class Session:
         check_description(meta, source)
         check_fingerprint(model, meta, source, strict=strict)
         router = router_of(model)
-        mine = router.config.to_dict()
-        if strict and (mine, fingerprint_of(router)) != (meta["memory"], meta["memory_fingerprint"]):
-            raise StateError(
-                f"{source} was written with another memory ({_differences(meta['memory'], mine)}); "
-                "load the memory it was written with"
-            )
+        if strict:
+            check_settings(meta["memory"], router.config, source)
+            if fingerprint_of(router) != meta["memory_fingerprint"]:
+                raise StateError(
+                    f"{source} was written with another memory (other weights); load the memory it was written with"
+                )
         try:
             session = cls(model, tokenizer, window=meta["window"], keep_text=meta.get("keep_text", False))
         except ValueError as error:
             raise StateError(f"{source} has a window that this model cannot have: {error}") from error
         check_contents(tensors, meta, model, source)
-        try:
-            session._fill(tensors, meta)
-        except StateError as error:
-            raise StateError(f"{source}: {error}; restore it from a copy") from error
+        session._fill(tensors, meta)
         return session
+
+    def checked(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """`contents`, once it has passed what `load` checks; raises `StateError` for what it would refuse."""
+        tensors, meta = self.contents()
+        check_written(tensors, meta, self.model)
+        return tensors, meta
 
     def contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `save` writes, as tensors and their description."""
@@ -363,16 +367,23 @@ class Session:
             tensors |= stream.tensors()
             if (log := stream.logs[0]) is not None:
                 tensors |= {f"history.{name}": tensor for name, tensor in log.tensors().items()}
-            meta["stream"] = {"counts": stream.counts, "written": stream.written, "seen": stream.seen}
+            counts = {"counts": stream.counts, "written": stream.written, "seen": stream.seen}
+            meta["stream"] = {name: list(values) for name, values in counts.items()}
         if self._cache is not None and (window := self._cache.window) is not None:
-            meta["running"] = {"context": window.context, "running": window.running, "position": window.position}
+            counts = {"context": window.context, "running": window.running, "position": window.position}
+            meta["running"] = {name: list(values) for name, values in counts.items()}
             tensors["window.valid"] = window.valid
             tensors |= keys_of(self._cache)
         return tensors, meta
 
     def _fill(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         router = self._router
-        tensors = {name: tensor.to(router.device) for name, tensor in tensors.items()}
+        # keys of a base in float32 go on in the same base in bfloat16
+        dtype: Any = unwrapped(self.model).dtype
+        tensors = {
+            name: tensor.to(router.device, dtype if name.startswith(("keys.", "values.")) else tensor.dtype)
+            for name, tensor in tensors.items()
+        }
         if (ledger := meta.get("stream")) is not None:
             state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             noted = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("history.")}
@@ -438,8 +449,3 @@ def _hash(memory: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(whole(tensor).to(torch.float32).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
-    names = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
-    return ", ".join(f"{name} {theirs.get(name)!r} there, {mine.get(name)!r} here" for name in names) or "other weights"

@@ -259,7 +259,8 @@ class Experiment:
         ):
             seconds = step.seconds
             curriculum.advance(step)
-            reporter.advance(step.step + 1 - done, loss=step.loss, **curriculum.notes)
+            notes = curriculum.notes | {"longest": int(curriculum.notes["longest"])}
+            reporter.advance(step.step + 1 - done, loss=step.loss, **notes)
             done = step.step + 1
         return seconds
 

@@ -1,14 +1,7 @@
 """Recall beyond the window: where a memory's facts may stand, and how many it still has there, beside its controls.
 
-For every place the same streams are asked under five conditions:
-
-    memory          the stream's own memory
-    zeroed          all slots zero
-    other stream    the memory of another stream of the batch
-    fresh           the memory's initial state, as if nothing had been read
-    no memory       the base alone
-
-and once with everything in one window, without a memory: the ceiling that the base sets.
+For every place the same streams are asked with their own memory and under every control of `mnemic.controls`, and once
+with everything in one window, without a memory: the ceiling that the base sets.
 """
 
 from __future__ import annotations
@@ -23,15 +16,14 @@ from torch import Generator, Tensor
 
 from mnemic.attachment import Attachment, memory_cache
 from mnemic.bench.results import Score
+from mnemic.controls import CONDITIONS, conditions, parts
 from mnemic.host.arguments import with_cache
 from mnemic.host.release import GENERATE_CACHE
-from mnemic.state import State, map_state
+from mnemic.state import State
 from mnemic.stream import Stream
 from mnemic.tasks.base import TEST_SEEDS, generator
 from mnemic.tasks.facts import Episode, Question, RecallTask, anywhere
 from mnemic.unrolling import IGNORED, read_segments
-
-CONDITIONS = ("memory", "zeroed", "other stream", "fresh", "no memory")
 
 KINDS = ("facts", "first facts", "second facts", "corrected facts")
 """What questions are about: facts of the only segment that has some, of the first or second of two, or corrected."""
@@ -114,18 +106,6 @@ def read_stream(attachment: Attachment, laid: Tensor, progress: Callable[[int], 
         stream = read_segments(attachment.model, piece.to(attachment.router.device), stream)
         progress(piece.numel() // attachment.router.segment_length)
     return stream
-
-
-def conditions(attachment: Attachment, stream: Stream) -> dict[str, State | None]:
-    """The state under which each condition asks; None for no memory."""
-    fresh = attachment.router.new_stream(stream.batch).state
-    return {
-        "memory": stream.state,
-        "zeroed": map_state(stream.state, torch.zeros_like),
-        "other stream": map_state(stream.state, lambda tensor: tensor.roll(1, 0)),
-        "fresh": fresh,
-        "no memory": None,
-    }
 
 
 @torch.no_grad()
@@ -232,8 +212,8 @@ def evaluate(
     """
     attachment.model.eval()
     first, answers = TEST_SEEDS + 10_007 * seed, []
-    for start in range(0, rows, batch):
-        count = min(batch, rows - start)
+    for part in parts(rows, batch):
+        start, count = part.start, part.stop - part.start
         answers.append(_ask_all(attachment, task, places, count, first + start, detail and start == 0, progress))
     best = ceiling(attachment, task, rows=rows, seed=seed)
     scores = (_score_of(task, places, answers, kind, best) for kind in range(len(KINDS)))
@@ -268,7 +248,7 @@ def _ask_all(
     episode = task.tell(rows, source, segments=places.segments, corrected=places.corrected)
     laid = task.lay(episode, places.draw(rows, source), places.total, source)
     stream = read_stream(attachment, laid, progress)
-    states = conditions(attachment, stream)
+    states = conditions(attachment, stream.state)
     outdated = replace(episode, values=torch.where(episode.before < 0, episode.values, episode.before))
     right: dict[str, list[Tensor]] = {name: [] for name in CONDITIONS}
     floors: list[dict[str, Tensor]] = []

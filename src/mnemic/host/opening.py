@@ -15,6 +15,7 @@ from mnemic.host.beside import Beside, Wordless, encoder_positions
 from mnemic.host.cache import MemoryCache, memory_layer, snapshot
 from mnemic.host.call import Call, thread
 from mnemic.host.release import CHECKPOINTS_WITHOUT_GRADIENT, Cache, DynamicCache
+from mnemic.host.wrappers import compiled_inside
 from mnemic.memories.base import MemoryTokens
 from mnemic.stream import Piece, cut, waiting_width
 
@@ -32,10 +33,12 @@ def open_call(router: Router, call: Call, trunk: nn.Module, arguments: dict[str,
     call.keep = call.stream = call.before = None
     call.ids = arguments.get("input_ids")
     call.pieces, call.states, call.traces, call.written, call.beside = [], [], {}, {}, None
-    cache = arguments.get(router.cache_name)
     if not router.causal:
         _open_encoder(router, call, trunk, arguments, inputs)
         return
+    cache = arguments.get(router.cache_name)
+    if router.enabled and cache is not None and not isinstance(cache, Cache):
+        refuse_paged(type(cache).__name__)
     call.checkpointing = (
         trunk.training
         and (torch.is_grad_enabled() or CHECKPOINTS_WITHOUT_GRADIENT)
@@ -83,6 +86,15 @@ def open_call(router: Router, call: Call, trunk: nn.Module, arguments: dict[str,
         return
     call.pieces = refined(cut(call.stream.counts, call.time, router.segment_length, call.keep, packed), cuts)
     call.states = [call.stream.state]
+
+
+def refuse_paged(*cache: object, **settings: object) -> NoReturn:
+    """Raises `ValueError`: a paged cache holds keys of many requests in one row, and nothing of their streams."""
+    kind = cache[0] if cache else "paged cache (generate_batch, continuous batching)"
+    raise ValueError(
+        f"a {kind} carries no memory; use mnemic.batch([session, ...]).generate(...) or model.generate, or detach the "
+        "memory first"
+    )
 
 
 def goes_by_segment(router: Router, call: Call) -> bool:
@@ -224,6 +236,7 @@ def _add_tokens(router: Router, call: Call, trunk: nn.Module, arguments: dict[st
         and len(before.inputs) == router.depth
         and not call.checkpointing
         and trunk.config._attn_implementation in ("sdpa", "eager")  # pyright: ignore
+        and not compiled_inside(trunk)
     )
     call.beside, arguments["inputs_embeds"] = beside, embeddings
 

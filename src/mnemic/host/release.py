@@ -16,7 +16,8 @@ from torch import nn
 
 KNOWN = (5, 24)
 """The newest release (major, minor) that the tests have seen."""
-RELEASE = tuple(int(number) for number in re.findall(r"\d+", transformers.__version__)[:2])
+VERSION = transformers.__version__
+RELEASE = tuple(int(number) for number in re.findall(r"\d+", VERSION)[:2])
 
 
 def newer(problem: str) -> str:
@@ -25,7 +26,7 @@ def newer(problem: str) -> str:
         return problem
     known = ".".join(map(str, KNOWN))
     return (
-        f"{problem}. transformers {transformers.__version__} is newer than {known}, the newest that this mnemic was "
+        f"{problem}. transformers {VERSION} is newer than {known}, the newest that this mnemic was "
         f"tested with: take a newer mnemic, or pip install 'transformers=={known}.*'"
     )
 
