@@ -18,11 +18,11 @@ from torch import nn
 
 import mnemic
 from mnemic.cli.show import console
-from mnemic.cli.turns import Turns
 from mnemic.host.anatomy import trained_positions
 from mnemic.host.choosing import TextPieces
 from mnemic.state import nbytes
 from mnemic.store import Conflict, NotStored, SessionStore, StoreError
+from mnemic.turns import MOST_NEW_TOKENS, Turns
 
 QUIET = "bright_black"
 WINDOW = 2048
@@ -36,7 +36,7 @@ def chat(
     ] = None,
     session: Annotated[str, typer.Option(help="The name that this conversation is kept under.")] = "default",
     store: Annotated[str, typer.Option(help="sqlite:///FILE or postgresql+psycopg://...")] = "sqlite:///memories.db",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = MOST_NEW_TOKENS,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the most probable token.")] = False,
     keep_text: Annotated[
         bool, typer.Option("--keep-text", help="Keep a new session's text with it, so that /memory tells in words.")
@@ -131,12 +131,7 @@ class Chat:
     ) -> None:
         self.model, self.tokenizer, self.store, self.name = model, tokenizer, store, name
         self.keep_text, self.turns = keep_text, Turns(tokenizer)
-        self.ways = dict(ways or {})
-        config = model.generation_config
-        if getattr(config, "eos_token_id", None) is None and tokenizer.eos_token_id is not None:
-            self.ways["eos_token_id"] = tokenizer.eos_token_id
-        if getattr(config, "pad_token_id", None) is None:
-            self.ways["pad_token_id"] = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        self.ways = self.turns.ways(model, ways or {})
         self.spent: tuple[int, float] | None = None
         self.unsaved = False
         self.session = self._stored() or self._new()
@@ -180,7 +175,7 @@ class Chat:
         begun, said = time.monotonic(), []
         with interrupts() as stop:
             try:
-                prompt = self.turns.message(text, first=self.session.stream is None)
+                prompt = self.turns.message(text, first=self.session.is_new)
                 pieces = TextPieces(self.tokenizer)
                 with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C, in the middle of a step
                     for token in self.session.answer(prompt, **self.ways):
