@@ -15,6 +15,7 @@ import mnemic
 from families import DECODERS, DEPTH, ENCODERS, FAMILIES, VOCABULARY, WIDTH, make
 from mnemic.host.cache import MemoryLayer, memory_layer
 from mnemic.host.call import carrying
+from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.state import level
 from mnemic.stream import Stream
 
@@ -149,7 +150,7 @@ def call(model: nn.Module, ids: Tensor, carried: Cache | MemoryLayer | None, mas
     more: dict[str, Any] = {}
     if mask is not None and not isinstance(carried, mnemic.MemoryCache) and model.config.model_type != "bloom":
         more["position_ids"] = positions_of(mask)[:, -ids.shape[1] :]
-    return model(input_ids=ids, attention_mask=mask, past_key_values=carried, **more).logits
+    return model(input_ids=ids, attention_mask=mask, **{CACHE: carried}, **more).logits
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from helpers import (
     refusal,
     tokens,
 )
+from mnemic.host.release import GENERATE_CACHE as CACHE
 from ordered import ordered
 
 SOME = ["gpt2", "llama", "gemma3", "bloom", "opt", "mistral"]
@@ -129,7 +130,7 @@ def test_hidden_states_and_caches_are_each_sessions_own():
     ):
         expected = lone.forward(text, output_hidden_states=True)
         assert type(output) is type(expected)
-        assert output.past_key_values is session.cache
+        assert output[CACHE] is session.cache
         for ours, theirs in zip(output.hidden_states, expected.hidden_states, strict=True):
             assert_near(ours, theirs, 1e-4)
     assert "hidden_states" not in mnemic.batch(together).forward(texts)[0]

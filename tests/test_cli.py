@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -10,6 +14,8 @@ from mnemic.analysis.curves import recall_curve
 from mnemic.analysis.report import fill, markdown, tables
 from mnemic.bench.results import Record, Score
 from mnemic.cli import app
+from mnemic.cli.show import Table, console
+from mnemic.tasks import TASKS
 
 CONTROLS = ("zeroed", "other stream", "fresh", "no memory")
 
@@ -121,10 +127,42 @@ def test_help_names_every_command():
     )
 
 
-def test_list_names_every_mechanism():
-    result = mnemic_command("list")
-    assert result.exit_code == 0
-    assert all(kind in result.output for kind in mnemic.CONFIGS)
+def test_help_has_what_users_need_before_what_research_needs():
+    output = mnemic_command("--help").output
+    places = [output.index(f" {name} ") for name in ("chat", "train", "inspect", "demo", "list", "store")]
+    research = output.index(" Research ")
+    assert max(places) < research < min(output.index(f" {name} ", research) for name in ("bench", "tasks", "report"))
+
+
+def test_help_and_list_do_not_wait_for_pytorch():
+    code = "import json, sys\nfrom mnemic.cli import app\nfor words in {}: app(words, standalone_mode=False)\n"
+    code = code.format([["--help"], ["bench", "--help"], ["chat", "--help"], ["store", "--help"], ["list"]])
+    code += "print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "numpy", "jaxtyping", "sqlalchemy", "matplotlib"}
+    assert not heavy & set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_lists_cut_nothing_off_in_a_narrow_terminal(monkeypatch, width):
+    monkeypatch.setattr(console, "width", width)
+    for command, kinds in (["list"], mnemic.CONFIGS), (["tasks", "list"], TASKS):
+        result = mnemic_command(*command)
+        assert result.exit_code == 0, result.output
+        assert max(map(len, result.output.splitlines())) <= width
+        whole = "".join(result.output.split())  # a word that is longer than its column goes on in the next line
+        for name, kind in kinds.items():
+            for text in (name, kind.card.title, kind.card.paper):
+                assert "".join(text.split()) in whole, name
+
+
+def test_a_table_folds_what_is_too_long(monkeypatch):
+    monkeypatch.setattr(console, "width", 30)
+    table = Table("name", "source")
+    table.add_row("x" * 20, "y" * 20)
+    with console.capture() as captured:
+        console.print(table)
+    assert (captured.get().count("x"), captured.get().count("y")) == (20, 20)
 
 
 def test_report_fills_and_check_tells_what_is_stale(root):

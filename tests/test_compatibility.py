@@ -30,6 +30,7 @@ from helpers import (
     trained,
     trains,
 )
+from mnemic.host.release import GENERATE_CACHE as CACHE
 
 # Encoders do not generate, so everything about `generate` runs over decoders only.
 NEW = 12
@@ -66,7 +67,7 @@ def logits_near(actual, expected):
 def test_generate_greedy(config, name):
     model, ids = host(name, config), tokens(2, 11)
     sequences, logits = plain(model, ids)
-    for kwargs in ({}, {}, {"past_key_values": DynamicCache()}, {"use_cache": False}):  # the second time is no other
+    for kwargs in ({}, {}, {CACHE: DynamicCache()}, {"use_cache": False}):  # the second time is no other
         again, again_logits = generate(model, ids, **kwargs)
         assert torch.equal(again, sequences)
         logits_near(again_logits, logits)
@@ -154,7 +155,7 @@ def test_generate_past_the_window_and_the_positions(config, name):
     model, ids, new = host(name, config, **short), tokens(2, 11), 4 * SEGMENT
     cache = mnemic.memory_cache(model, 2 * SEGMENT)
     greedy = {**GREEDY, "max_new_tokens": new, "min_new_tokens": new}
-    sequences, logits = generate(model, ids, past_key_values=cache, **greedy)
+    sequences, logits = generate(model, ids, **{CACHE: cache}, **greedy)
     assert sequences.shape == (2, 11 + new)
     assert cache.window.kept <= 2 * SEGMENT + beside
     # one forward over what was said, through a new cache, gives the same logits
@@ -169,7 +170,7 @@ def test_generate_continues_a_memory_cache(config, name):
     long, prompt = tokens(2, 5 * SEGMENT), tokens(2, 5, 3)
     cache = mnemic.memory_cache(model, 2 * SEGMENT)
     feed(model, long, carried=cache)
-    _, logits = generate(model, prompt, past_key_values=cache)
+    _, logits = generate(model, prompt, **{CACHE: cache})
     again = feed(model, torch.cat([long, prompt], 1), carried=mnemic.memory_cache(model, 2 * SEGMENT))
     assert_near(logits[:, 0], again[:, -1])
     _, fresh = generate(model, prompt)
@@ -283,7 +284,7 @@ def test_gradient_checkpointing(config, name):
                     model(ids, labels=ids)
             cache = mnemic.memory_cache(model, SEGMENT)
             parts = ids.split(SEGMENT, 1)
-            loss = sum(model(part, labels=part, past_key_values=cache).loss for part in parts)
+            loss = sum(model(part, labels=part, **{CACHE: cache}).loss for part in parts)
         else:
             loss = model(ids, labels=ids).loss
         loss.backward()

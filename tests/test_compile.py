@@ -9,6 +9,7 @@ import mnemic
 from example_scripts import run
 from families import make
 from helpers import CONFIGS, SEGMENT, assert_differ, assert_near, carrier, feed, host, matrix, stream, tokens
+from mnemic.host.release import GENERATE_CACHE as CACHE
 
 # families of each kind, with a memory for each way through the segments: all at once, one after another, with memory
 # tokens beside them, with keys of their own
@@ -101,7 +102,7 @@ def test_a_model_compiled_whole_breaks_at_the_memory_alone(config, name):
     eager, cache = carrier(model), carrier(model)
     expected = feed(model, ids, carried=eager)
     whole = torch.compile(model, backend="eager")
-    assert_near(whole(input_ids=ids, past_key_values=cache).logits, expected, 1e-5)
+    assert_near(whole(input_ids=ids, **{CACHE: cache}).logits, expected, 1e-5)
     assert stream(cache).counts == stream(eager).counts
     breaks = torch._dynamo.utils.counters["graph_break"]
     assert breaks

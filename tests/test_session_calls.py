@@ -223,11 +223,16 @@ def dropping(name):
         "gpt2": {},
         "bert": {},
         "llama": {"attention_dropout": 0.5},
-        "opt": {"layerdrop": 0.9, "attention_dropout": 0.5},
+        "opt": {"layerdrop": 0.5, "attention_dropout": 0.5},
     }
     if name == "mixtral":
         more[name] = {"router_jitter_noise": 0.5, "attention_dropout": 0.5}
     return host(name, EMT, **more[name])
+
+
+def another_each_time(model, ids):
+    first = model(ids).logits
+    return any(not torch.equal(model(ids).logits, first) for _ in range(9))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -239,7 +244,7 @@ def test_a_session_has_no_dropout_in_training(name, attention):
     ids = tokens(1, SEGMENT)
     expected = mnemic.Session(model).forward(ids).logits
     model.train()
-    assert not torch.equal(model(ids).logits, model(ids).logits)  # without this the test could not fail
+    assert another_each_time(model, ids)  # without this the test could not fail
     assert torch.equal(mnemic.Session(model).forward(ids).logits, expected)
     assert torch.equal(mnemic.batch([mnemic.Session(model)]).forward([ids])[0].logits, expected)
     sessions = [mnemic.Session(model) for _ in range(2)]
@@ -248,13 +253,13 @@ def test_a_session_has_no_dropout_in_training(name, attention):
             use(session)
         session.flush()
     assert_equal_stream(sessions[0].stream, sessions[1].stream)
-    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert another_each_time(model, ids)
 
 
 @over_uses
 def test_modes_and_settings_are_what_they_were(use):
     model = host("gpt2", EMT)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     model.transformer.h[1].eval()
 

@@ -49,7 +49,9 @@ def test_the_first_text_of_a_stream_begins_as_its_tokenizer_begins_texts(model, 
     assert read_by(session.fork(), "ab") == own["ab"]
     assert read_by(mnemic.Session.from_bytes(session.to_bytes(), model, tokenizer), "ab") == own["ab"]
     session.reset()
-    assert read_by(session, "".join(tokenizer.convert_ids_to_tokens(before)) + "ab") == before + own["ab"]  # it brings it, and gets one
+    assert (
+        read_by(session, "".join(tokenizer.convert_ids_to_tokens(before)) + "ab") == before + own["ab"]
+    )  # it brings it, and gets one
     session.reset()
     assert session.generate("ab", **GREEDY) is not None
     assert session.stream.seen == (len(before) + 2 + 3,)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from mnemic.attachment import router_of
 from mnemic.host.anatomy import examine
+from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer
 from mnemic.host.call import carrying
 from mnemic.host.choosing import Choosing, check_taken
 from mnemic.host.evaluating import evaluating
+from mnemic.host.release import OUTPUT_CACHE
 from mnemic.session import Session
 from mnemic.state import shrink
 from mnemic.stream import Stream
@@ -101,7 +103,7 @@ class SessionBatch:
 
     def forward(self, texts: Texts | None = None, *, output_hidden_states: bool = False, **encoded: Any) -> list[Any]:
         """The model's outputs for each session's new tokens, in the model's own class: logits `[1, t, v]` (`[1, c]` of
-        a classifier), hidden states `[1, t, d]`, `past_key_values` the session's cache.
+        a classifier), hidden states `[1, t, d]`, and the session's own cache.
         """
         texts = given(texts, encoded)
         if encoded:
@@ -114,8 +116,8 @@ class SessionBatch:
             results = [_of_row(output, keep, row) for row in range(len(self))]
             rows.give_back()
             for session, result in zip(self.sessions, results, strict=True):
-                if "past_key_values" in output:
-                    result["past_key_values"] = session.cache
+                if OUTPUT_CACHE in output:
+                    result[OUTPUT_CACHE] = session.cache
         return results
 
     def generate(self, prompts: Texts | None = None, **kwargs: Any) -> list[Any]:
@@ -239,7 +241,7 @@ class Rows:
             with carrying(self.layer):
                 return module(input_ids=ids, **more, **kwargs), keep
         before = self.cache.window.taken if self.cache.window is not None else (0,) * len(ids)
-        output = module(input_ids=ids, past_key_values=self.cache, use_cache=True, **more, **kwargs)
+        output = module(input_ids=ids, **with_cache(module, self.cache), **more, **kwargs)
         after = self.cache.window.taken if self.cache.window is not None else before
         for now, then, count in zip(after, before, keep.sum(1).tolist(), strict=True):
             check_taken(self.model, now - then, count)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from mnemic.host.cache import MemoryCache
-from mnemic.host.choosing import Choosing, Counting, check_taken, one_by_one, rows_of, ways
+from mnemic.host.choosing import Choosing, Counting, TextPieces, check_taken, one_by_one, rows_of, ways
+from mnemic.host.evaluating import evaluating
+from mnemic.host.release import GENERATE_CACHE
 
 if TYPE_CHECKING:
     from mnemic.session import Session
@@ -48,12 +51,41 @@ def generate(session: Session, ids: Int[Tensor, "1 t"], *, streamer: Any = None,
         cache.batch_repeat_interleave(rows_of(session.model, kwargs))
     before = _taken(cache)
     criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), counting])
-    more = {"past_key_values": cache, "stopping_criteria": criteria, "streamer": streamer}
+    more = {GENERATE_CACHE: cache, "stopping_criteria": criteria, "streamer": streamer}
     output = session.model.generate(ids, **more, **ways(session.model, kwargs))  # pyright: ignore[reportCallIssue]
     if counting.length is not None:
         check_taken(session.model, _taken(cache) - before, counting.length - 1)
     session.read((output if isinstance(output, Tensor) else output.sequences)[:1])
     return output
+
+
+def answer(
+    session: Session, ids: Int[Tensor, "1 t"], choosing: Choosing, text: TextPieces | None
+) -> Iterator[int | str]:
+    """Piece after piece. Nobody else may use the session from now on until the last one."""
+    return _pieces(session, take_steps(session, ids, choosing), choosing, text, session._standing())
+
+
+def _pieces(
+    session: Session, steps: Iterator[Tensor], choosing: Choosing, text: TextPieces | None, stood: tuple[Any, ...]
+) -> Iterator[int | str]:
+    restore = session._snapshot()
+    while not choosing.done:
+        with session.lock.use():
+            if any(now is not then for now, then in zip(session._standing(), stood, strict=True)):
+                raise RuntimeError("the session was used while it answers; leave the loop first, or use session.fork()")
+            try:
+                with evaluating(session.model), torch.no_grad():
+                    token = next(steps)
+                piece = int(token) if text is None else text.more(choosing.answer[0], last=choosing.done)
+            except BaseException:
+                restore()
+                raise
+            stood = session._standing()
+            if piece != "":
+                restore = session._snapshot()
+        if piece != "":  # between two pieces nothing is held: the loop may be left here for good
+            yield piece
 
 
 def _taken(cache: MemoryCache) -> int:

@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
 
-from mnemic.attachment import check_fingerprint, memory_cache, router_of
-from mnemic.checks import check_contents, check_description, keys_of
-from mnemic.generating import generate, take_steps
+from mnemic.attachment import check_fingerprint, check_settings, memory_cache, router_of
+from mnemic.checks import check_contents, check_description, check_written, keys_of
+from mnemic.generating import answer, generate
 from mnemic.history import Log
 from mnemic.host.anatomy import examine, fingerprint
+from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer, Window
 from mnemic.host.call import carrying
 from mnemic.host.choosing import Choosing, TextPieces, check_taken
 from mnemic.host.evaluating import evaluating
+from mnemic.host.release import DynamicLayer
 from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
-from mnemic.host.wrappers import as_forward, whole
+from mnemic.host.wrappers import as_forward, unwrapped, whole
 from mnemic.locks import Lock, alone
 from mnemic.state import StateError, from_bytes, read_file, to_bytes, write_file
 from mnemic.stream import Stream
@@ -94,7 +95,7 @@ class Session:
 
     @property
     def cache(self) -> MemoryCache:
-        """For `model.generate(new_ids, past_key_values=session.cache)` and `model(new_ids, past_key_values=...)`."""
+        """For `model.generate(new_ids, cache=session.cache)` and `model(new_ids, cache=...)`."""
         if self._cache is None:
             raise ValueError(f"{type(self.model).__name__} is an encoder and has no cache; use Session.read or forward")
         return self._cache
@@ -198,7 +199,7 @@ class Session:
         """What `module` puts out for tokens that the session takes in, each of them once."""
         stream, before = self.stream, self._taken
         if self._cache is not None:
-            output = module(input_ids=ids, past_key_values=self._cache, use_cache=True, **kwargs)
+            output = module(input_ids=ids, **with_cache(module, self._cache), **kwargs)
         else:
             with carrying(self._layer):
                 output = module(input_ids=ids, **kwargs)
@@ -261,28 +262,7 @@ class Session:
             ids = self._some(wanted)
             choosing = Choosing(self.model, ids, self.cache, **kwargs)
             text = TextPieces(self.tokenizer) if isinstance(prompt, str) else None
-            return self._answer(ids, choosing, text, self._standing())
-
-    def _answer(self, ids: Tensor, choosing: Choosing, text: TextPieces | None, stood: Any) -> Iterator[Any]:
-        restore, steps = self._snapshot(), take_steps(self, ids, choosing)
-        while not choosing.done:
-            with self.lock.use():
-                if any(now is not then for now, then in zip(self._standing(), stood, strict=True)):
-                    raise RuntimeError(
-                        "the session was used while it answers; leave the loop first, or use session.fork()"
-                    )
-                try:
-                    with evaluating(self.model), torch.no_grad():
-                        token = next(steps)
-                    piece = int(token) if text is None else text.more(choosing.answer[0], last=choosing.done)
-                except BaseException:
-                    restore()
-                    raise
-                stood = self._standing()
-                if piece != "":
-                    restore = self._snapshot()
-            if piece != "":
-                yield piece
+            return answer(self, ids, choosing, text)
 
     def chat(self, messages: Messages, **kwargs: Any) -> str:
         """Says something to the model in the words of its chat template, and returns the answer.
@@ -338,13 +318,14 @@ class Session:
         """Writes the session as one safetensors file; a process that loads it continues with identical logits.
 
         It holds the memory's state, the tokens that wait and the window's keys; after `flush` with a window of one
-        segment it is the memory's state alone.
+        segment it is the memory's state alone. Raises `StateError` for what `load` would refuse, such as a state that
+        is not finite; a file that is there stays then.
         """
-        write_file(path, *self.contents())
+        write_file(path, *self.checked())
 
     def to_bytes(self) -> bytes:
         """What `save` writes, as bytes: for a database of one's own. `mnemic.SessionStore` is one."""
-        return to_bytes(*self.contents())
+        return to_bytes(*self.checked())
 
     @classmethod
     def load(
@@ -384,22 +365,25 @@ class Session:
         check_description(meta, source)
         check_fingerprint(model, meta, source, strict=strict)
         router = router_of(model)
-        mine = router.config.to_dict()
-        if strict and (mine, fingerprint_of(router)) != (meta["memory"], meta["memory_fingerprint"]):
-            raise StateError(
-                f"{source} was written with another memory ({_differences(meta['memory'], mine)}); "
-                "load the memory it was written with"
-            )
+        if strict:
+            check_settings(meta["memory"], router.config, source)
+            if fingerprint_of(router) != meta["memory_fingerprint"]:
+                raise StateError(
+                    f"{source} was written with another memory (other weights); load the memory it was written with"
+                )
         try:
             session = cls(model, tokenizer, window=meta["window"], keep_text=meta.get("keep_text", False))
         except ValueError as error:
             raise StateError(f"{source} has a window that this model cannot have: {error}") from error
         check_contents(tensors, meta, model, source)
-        try:
-            session._fill(tensors, meta)
-        except StateError as error:
-            raise StateError(f"{source}: {error}; restore it from a copy") from error
+        session._fill(tensors, meta)
         return session
+
+    def checked(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """`contents`, once it has passed what `load` checks; raises `StateError` for what it would refuse."""
+        tensors, meta = self.contents()
+        check_written(tensors, meta, self.model)
+        return tensors, meta
 
     @alone
     def contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -410,16 +394,23 @@ class Session:
             tensors |= stream.tensors()
             if (log := stream.logs[0]) is not None:
                 tensors |= {f"history.{name}": tensor for name, tensor in log.tensors().items()}
-            meta["stream"] = {"counts": stream.counts, "written": stream.written, "seen": stream.seen}
+            counts = {"counts": stream.counts, "written": stream.written, "seen": stream.seen}
+            meta["stream"] = {name: list(values) for name, values in counts.items()}
         if self._cache is not None and (window := self._cache.window) is not None:
-            meta["running"] = {"context": window.context, "running": window.running, "position": window.position}
+            counts = {"context": window.context, "running": window.running, "position": window.position}
+            meta["running"] = {name: list(values) for name, values in counts.items()}
             tensors["window.valid"] = window.valid
             tensors |= keys_of(self._cache)
         return tensors, meta
 
     def _fill(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         router = self._router
-        tensors = {name: tensor.to(router.device) for name, tensor in tensors.items()}
+        # keys of a base in float32 go on in the same base in bfloat16
+        dtype: Any = unwrapped(self.model).dtype
+        tensors = {
+            name: tensor.to(router.device, dtype if name.startswith(("keys.", "values.")) else tensor.dtype)
+            for name, tensor in tensors.items()
+        }
         if (ledger := meta.get("stream")) is not None:
             state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             noted = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("history.")}
@@ -504,8 +495,3 @@ def _hash(memory: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(whole(tensor).to(torch.float32).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
-    names = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
-    return ", ".join(f"{name} {theirs.get(name)!r} there, {mine.get(name)!r} here" for name in names) or "other weights"

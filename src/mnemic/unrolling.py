@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mnemic.attachment import memory_cache, router_of
 from mnemic.host.anatomy import base_parameters, examine
+from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward, inner_of
@@ -212,7 +213,7 @@ def _one_after_another(
 
     def run(cache: MemoryCache, s: int) -> Tensor:
         part = ids[s, :, :used] if s == len(ids) - 1 else ids[s]
-        logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=part, **with_cache(model, cache)).logits
         return F.pad(logits, (0, 0, 0, ids.shape[2] - part.shape[1]))
 
     if reach is None:
@@ -294,7 +295,7 @@ def _all_at_once(
     asked = concatenate(recent)
     cache = memory_cache(model, length)
     cache.memory.stream = router.new_stream(len(labelled) * batch, asked)
-    logits = model(input_ids=ids[labelled, :, :used].flatten(0, 1), past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=ids[labelled, :, :used].flatten(0, 1), **with_cache(model, cache)).logits
     return logits.unflatten(0, (len(labelled), batch)), stream.after(states[-1], count, length)
 
 

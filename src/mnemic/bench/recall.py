@@ -1,14 +1,7 @@
 """Recall beyond the window: train a memory on the recall task, then measure it at lengths it never saw, with controls.
 
-For every length the same streams are asked under five conditions:
-
-    memory          the stream's own memory
-    zeroed          all slots zero
-    other stream    the memory of another stream of the batch
-    fresh           the memory's initial state, as if nothing had been read
-    no memory       the base alone
-
-and once with everything in one window, without a memory: the ceiling that the base sets.
+For every length the same streams are asked with their own memory and under every control of `mnemic.controls`, and once
+with everything in one window, without a memory: the ceiling that the base sets.
 """
 
 from __future__ import annotations
@@ -19,15 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mnemic import controls
 from mnemic.attachment import Attachment, memory_cache
 from mnemic.bench.results import Score
-from mnemic.state import State, map_state
+from mnemic.controls import CONDITIONS, parts
+from mnemic.host.arguments import with_cache
+from mnemic.host.release import GENERATE_CACHE
+from mnemic.state import State
 from mnemic.stream import Stream
 from mnemic.tasks.base import TEST_SEEDS, generator
 from mnemic.tasks.facts import Episode, Question, RecallTask
 from mnemic.unrolling import read_segments
-
-CONDITIONS = ("memory", "zeroed", "other stream", "fresh", "no memory")
 
 
 def read_stream(
@@ -52,14 +47,7 @@ def read_stream(
 
 def conditions(attachment: Attachment, stream: Stream) -> dict[str, State | None]:
     """The state under which each condition asks; None for no memory."""
-    fresh = attachment.router.new_stream(stream.batch).state
-    return {
-        "memory": stream.state,
-        "zeroed": map_state(stream.state, torch.zeros_like),
-        "other stream": map_state(stream.state, lambda tensor: tensor.roll(1, 0)),
-        "fresh": fresh,
-        "no memory": None,
-    }
+    return controls.conditions(attachment, stream.state)
 
 
 @torch.no_grad()
@@ -70,9 +58,9 @@ def logits_of(attachment: Attachment, ids: Tensor, state: State | None) -> Tenso
     ids = ids.to(router.device)
     if state is None:
         with attachment.disabled():
-            return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            return model(input_ids=ids, **with_cache(model, cache)).logits
     cache.memory.stream = router.new_stream(len(ids), state)
-    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    return model(input_ids=ids, **with_cache(model, cache)).logits
 
 
 def answered(logits: Tensor, question: Question) -> Tensor:
@@ -122,7 +110,7 @@ def tokens_until_value(
         cache.memory.stream = router.new_stream(len(rows), part)
         ids = question.ids[rows, :start].to(router.device)
         output = model.generate(  # pyright: ignore[reportCallIssue]
-            ids, past_key_values=cache, max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=0
+            ids, **{GENERATE_CACHE: cache}, max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=0
         )
         for row, said in zip(rows.tolist(), output[:, start:].tolist(), strict=True):
             value = task.candidates[int(values[row])]
@@ -154,8 +142,8 @@ def evaluate(
     margin: list[float] = []
     found: list[tuple[float, float]] = []
     state_bytes = 0
-    for start in range(0, rows, batch):
-        count = min(batch, rows - start)
+    for part in parts(rows, batch):
+        start, count = part.start, part.stop - part.start
         first = TEST_SEEDS + 10_007 * seed + start
         source = generator(first)
         episode = task.tell(count, source)

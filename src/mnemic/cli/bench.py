@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.table import Table
 
-from mnemic.cli.show import Show, console
+from mnemic.cli.show import Show, Table, console
 from mnemic.cli.suite import SuiteGroup, suite
 
 bench = typer.Typer(
@@ -81,9 +79,11 @@ def overhead(
     out: Out = Path("results"),
 ) -> None:
     """Forward with a memory against without, on the shape of GPT-2 small; the token write against plain loops."""
+    import torch
+
     from mnemic.bench.cost import against_naive
     from mnemic.bench.cost import overhead as measure
-    from mnemic.memories import EMTConfig
+    from mnemic.memories.emt import EMTConfig
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     suffix = "" if device == "cpu" else f"-{device}"

@@ -8,21 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from torch import nn
 
 import mnemic
 from mnemic.cli.show import console
-from mnemic.host.anatomy import trained_positions
-from mnemic.host.choosing import TextPieces
-from mnemic.state import nbytes
-from mnemic.store import Conflict, NotStored, SessionStore, StoreError
-from mnemic.turns import MOST_NEW_TOKENS, Turns
+
+if TYPE_CHECKING:
+    from torch import nn
 
 QUIET = "bright_black"
 WINDOW = 2048
@@ -35,8 +31,8 @@ def chat(
         Path | None, typer.Option(help="Folder of a trained memory; without one little is remembered.")
     ] = None,
     session: Annotated[str, typer.Option(help="The name that this conversation is kept under.")] = "default",
-    store: Annotated[str, typer.Option(help="sqlite:///FILE or postgresql+psycopg://...")] = "sqlite:///memories.db",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = MOST_NEW_TOKENS,
+    store: Annotated[str, typer.Option(help="A path (SQLite), or postgresql+psycopg://...")] = "memories.db",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the most probable token.")] = False,
     keep_text: Annotated[
         bool, typer.Option("--keep-text", help="Keep a new session's text with it, so that /memory tells in words.")
@@ -46,8 +42,8 @@ def chat(
     try:
         base, tokenizer = load(model, memory)
         ways: dict[str, Any] = {"max_new_tokens": max_new_tokens, **({"do_sample": False} if greedy else {})}
-        talk = Chat(base, tokenizer, SessionStore(store), session, keep_text=keep_text, ways=ways)
-    except (OSError, ValueError, StoreError, ImportError) as error:
+        talk = Chat(base, tokenizer, mnemic.SessionStore(store), session, keep_text=keep_text, ways=ways)
+    except (OSError, ValueError, mnemic.StoreError, ImportError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     talk.greet(memory)
@@ -65,8 +61,11 @@ def chat(
 
 def load(name: str, memory: Path | None) -> tuple[nn.Module, Any]:
     """The model with its memory, or with one that changes nothing, and its tokenizer."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from mnemic.host.anatomy import trained_positions
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # reminders of the model's length, which does not bound a session, amid an answer
@@ -123,12 +122,14 @@ class Chat:
         self,
         model: nn.Module,
         tokenizer: Any,
-        store: SessionStore,
+        store: mnemic.SessionStore,
         name: str,
         *,
         keep_text: bool = False,
         ways: dict[str, Any] | None = None,
     ) -> None:
+        from mnemic.turns import Turns
+
         self.model, self.tokenizer, self.store, self.name = model, tokenizer, store, name
         self.keep_text, self.turns = keep_text, Turns(tokenizer)
         self.ways = self.turns.ways(model, ways or {})
@@ -172,6 +173,10 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """Reads a message, writes the answer as it comes, and saves. Ctrl-C ends the answer where it is."""
+        import torch
+
+        from mnemic.host.choosing import TextPieces
+
         begun, said = time.monotonic(), []
         with interrupts() as stop:
             try:
@@ -201,7 +206,7 @@ class Chat:
         self.unsaved = True
         try:
             self.store.put(self.name, self.session, overwrite=overwrite)
-        except Conflict as conflict:
+        except mnemic.Conflict as conflict:
             theirs = f"version {conflict.found} is there" if conflict.found else "it was deleted"
             ours = f"this one came from version {conflict.expected}" if conflict.expected else "this one is new"
             self.say(
@@ -209,7 +214,7 @@ class Chat:
                 "and drops what was said here since; /overwrite keeps this one and drops theirs.",
                 "red",
             )
-        except StoreError as error:
+        except mnemic.StoreError as error:
             self.say(f"Not saved: {error}", "red")
         else:
             self.unsaved = False
@@ -218,7 +223,7 @@ class Chat:
     def _stored(self) -> mnemic.Session | None:
         try:
             return self.store.get(self.name, self.model, self.tokenizer)
-        except NotStored:
+        except mnemic.NotStored:
             return None
 
     def _new(self) -> mnemic.Session:
@@ -232,6 +237,8 @@ class Chat:
 
     def cost(self) -> None:
         """bytes, tokens and seconds"""
+        from mnemic.state import nbytes
+
         stream = self.session.stream
         if stream is None:
             self.say("Nothing was read yet.", QUIET)
@@ -242,7 +249,7 @@ class Chat:
             f"{stream.seen[0]:,} tokens read, {stream.written[0]:,} segments written\n"
             f"{all_bytes:,} bytes: memory {state:,}, waiting tokens {waiting:,}, window {all_bytes - state - waiting:,}"
         )
-        with contextlib.suppress(NotStored):
+        with contextlib.suppress(mnemic.NotStored):
             entry = self.store.entry(self.name)
             self.say(f"{entry.nbytes:,} bytes in the store, version {entry.version}")
         if self.spent is not None:
@@ -265,9 +272,9 @@ class Chat:
         try:
             entry = self.store.delete(self.name)
             self.say(f"Removed session {entry.name!r}: version {entry.version}, {entry.nbytes:,} bytes.")
-        except NotStored:
+        except mnemic.NotStored:
             self.say(f"Session {self.name!r} is not in the store.")
-        except StoreError as error:
+        except mnemic.StoreError as error:
             self.say(f"Not removed: {error}", "red")
             return
         self.session, self.unsaved = self._new(), False

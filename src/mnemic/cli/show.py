@@ -1,27 +1,53 @@
-"""How a run looks in the terminal: progress bars with time left above a table that grows."""
+"""How things look in the terminal: tables that cut nothing off, and a run, as bars above a table that grows."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as RichTable
+from rich.text import Text
 
-from mnemic.bench.recall import CONDITIONS
-from mnemic.bench.results import Score
+if TYPE_CHECKING:
+    from mnemic.bench.results import Score
 
 console = Console()
 SECONDS_BETWEEN_LINES = 20
+
+
+class Table(RichTable):
+    """A table that folds what is too long for its column: names and sources are whole, however narrow the terminal."""
+
+    def add_column(self, *given: Any, **options: Any) -> None:
+        """As the parent's, which cuts words off."""
+        super().add_column(*given, **{"overflow": "fold", **options})
+
+
+def listing(entries: Iterable[tuple[str | Text, str | Text, Mapping[str, str | Text]]]) -> Table:
+    """Entries one below another: a name, what it is called, and facts by name."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bright_black")
+    table.add_column()
+    for name, title, facts in entries:
+        if table.row_count:
+            table.add_row()
+        table.add_row(Text("", "bold").append(name), Text("", "bold").append(title))
+        for fact, value in facts.items():
+            table.add_row(f"  {fact}", Text().append(value))
+    return table
 
 
 class Show:
     """A `Reporter` that draws: use as a context manager."""
 
     def __init__(self, title: str) -> None:
+        from mnemic.controls import CONDITIONS
+
         self.progress = Progress(
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=28),

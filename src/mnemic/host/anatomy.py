@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from mnemic.host.release import (
+    CACHE_NAMES,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    GradientCheckpointingLayer,
+    cache_name,
+    newer,
+    parameter_names,
+)
 from mnemic.host.remembered import remembered
 from mnemic.host.wrappers import MEMORY_NAME, own_class, unwrapped, weights
 
+SAMPLE = 32
+"""Values of each parameter in a base's fingerprint."""
 COMPUTED_ROTARY_LIMIT = 2**17
 """Rotary angles are computed in float32: past this position neighbours are no longer told apart to 0.01 rad."""
 
@@ -31,7 +43,8 @@ class Anatomy:
 
     `positions` is how many positions the host has (None where positions are relative to the keys at hand, ALiBi);
     `takes_positions` whether its forward accepts `position_ids`; `causal` is False for encoders;
-    `slides` is True where some layers see only the latest keys, counted as they lie.
+    `slides` is True where some layers see only the latest keys, counted as they lie; `cache_name` is what the trunk
+    calls the cache that it takes ("" for an encoder that takes none).
     """
 
     trunk: PreTrainedModel
@@ -42,6 +55,7 @@ class Anatomy:
     positions: int | None
     takes_positions: bool
     slides: bool
+    cache_name: str
 
 
 def examine(model: nn.Module) -> Anatomy:
@@ -66,13 +80,16 @@ def examine(model: nn.Module) -> Anatomy:
         and all(isinstance(getattr(block, "_orig_mod", block), GradientCheckpointingLayer) for block in module)
     ]
     if len(lists) != 1:
-        raise ValueError(f"{name} has {len(lists)} stacks of {text.num_hidden_layers} blocks where mnemic expects one")
-    arguments = inspect.signature(inspect.unwrap(type(trunk).forward)).parameters
+        stacks = f"{name} has {len(lists)} stacks of {text.num_hidden_layers} blocks where mnemic expects one"
+        raise ValueError(newer(stacks))
     causal = _is_causal(trunk, text.model_type)
-    attends = [any("Attention" in type(module).__name__ for module in block.modules()) for block in lists[0]]
-    if not all(attends) or (causal and "past_key_values" not in arguments):
-        raise ValueError(f"{name} has blocks without attention, whose recurrent cache mnemic does not serve yet")
-    takes_positions = "position_ids" in arguments
+    _check_attention(name, lists[0])
+    if causal:
+        _check_keys(name, text)
+    if causal and cache_name(trunk) is None:
+        looked_for = " or ".join(CACHE_NAMES)
+        raise ValueError(newer(f"{type(trunk).__name__} takes no cache of keys ({looked_for}), which a memory rides"))
+    takes_positions = "position_ids" in parameter_names(type(trunk))
     if getattr(text, "alibi", False) or not takes_positions:
         positions = None
     elif any("Rotary" in type(module).__name__ for module in trunk.modules()):
@@ -80,7 +97,37 @@ def examine(model: nn.Module) -> Anatomy:
     else:
         positions = text.max_position_embeddings
     slides = getattr(text, "sliding_window", None) is not None
-    return Anatomy(trunk, lists[0], text.hidden_size, trunk.dtype, causal, positions, takes_positions, slides)
+    return Anatomy(
+        trunk,
+        lists[0],
+        text.hidden_size,
+        trunk.dtype,
+        causal,
+        positions,
+        takes_positions,
+        slides,
+        cache_name(trunk) or "",
+    )
+
+
+def _check_attention(name: str, blocks: nn.ModuleList) -> None:
+    """Raises `ValueError` where some block has no attention."""
+    lacking = [i for i, block in enumerate(blocks) if not any("Attention" in type(m).__name__ for m in block.modules())]
+    if lacking:
+        raise ValueError(
+            f"{name} has blocks without attention (block {lacking[0]} is the first), whose recurrent cache mnemic does "
+            "not serve yet"
+        )
+
+
+def _check_keys(name: str, config: Any) -> None:
+    """Raises `ValueError` where some block keeps something other than keys and values from call to call."""
+    for place, layer in enumerate(DynamicCache(config=config).layers):
+        # subclasses of these keep a recurrent state or an index beside the keys
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+            raise ValueError(
+                newer(f"{name} keeps a {type(layer).__name__} for block {place}; mnemic serves keys and values only")
+            )
 
 
 def _is_causal(trunk: PreTrainedModel, model_type: str) -> bool:
@@ -103,8 +150,9 @@ def fingerprint(model: nn.Module) -> str:
     """A short hash that tells one base model from another: its class, parameter names, shapes and a sample of values.
 
     Values enter in bfloat16, 32 from each parameter, so a model loaded in float32 and in bfloat16 is the same base,
-    and a memory or an adapter attached to it changes nothing. Offloaded weights are read from where they are; sharded
-    ones are gathered one by one, so all processes must ask at once.
+    and a memory or an adapter attached to it changes nothing. One whose wider weights were rounded to float16 is
+    another: what float16 rounds, bfloat16 rounds again. Offloaded weights are read from where they are; sharded ones
+    are gathered one by one, so all processes must ask at once.
 
     Raises:
         ValueError: weights on the meta device that were never loaded.
@@ -119,10 +167,19 @@ def _fingerprint(base: nn.Module) -> str:
     for name, weight in sorted(weights(base, MEMORY_NAME).items()):
         if name not in tied:
             digest.update(f"{name}{tuple(weight.parameter.shape)}".encode())
-            flat = weight.value().flatten()
-            sample = flat[:: max(1, flat.numel() // 32)][:32].to(torch.bfloat16).view(torch.uint8)
-            digest.update(sample.cpu().numpy().tobytes())
+            digest.update(_sample(weight.value()))
     return digest.hexdigest()[:16]
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Values from all over a tensor of any dtype and strides, in bfloat16 where torch can compute with them."""
+    flat = tensor.flatten()
+    try:
+        few = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to(torch.bfloat16)
+    except NotImplementedError:  # several numbers packed into a byte
+        flat = flat.view(torch.uint8)
+        few = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+    return few.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

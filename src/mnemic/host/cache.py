@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer
 
 from mnemic.history import Log
+from mnemic.host.release import Cache, DummyLayer, DynamicCache, DynamicLayer
 from mnemic.stream import Stream
 
 
@@ -230,7 +230,7 @@ class KeysTakenError(Exception):
 class MemoryCache(DynamicCache):
     """A stream's whole past: the memory, and the base's keys and values of the last `window` tokens.
 
-    Calls pass only new tokens, as does `model.generate(new_ids, past_key_values=cache)`: the history lives here, and so
+    Calls pass only new tokens, as does `model.generate(new_ids, cache=cache)`: the history lives here, and so
     do its padding and positions. To callers the cache therefore reports length 0; inside the model's forward it
     reports the keys it holds.
     """
@@ -357,12 +357,14 @@ class MemoryCache(DynamicCache):
             there = [own for cache in caches if isinstance(own := cache.layers[index], DynamicLayer)]
             some = next((own for own in there if own.is_initialized), None)
             if isinstance(layer, DynamicLayer) and some is not None:
+                held: list[Tensor] = []
                 for name in ("keys", "values"):
                     empty = getattr(some, name)[:, :, :0]
                     parts = [getattr(own, name) if own.is_initialized else empty for own in there]
                     padded = [torch.nn.functional.pad(t, (0, 0, joined.window.kept - t.shape[2], 0)) for t in parts]
-                    setattr(layer, name, torch.cat(padded))
-                layer.dtype, layer.device, layer.is_initialized = some.dtype, some.device, True
+                    held.append(torch.cat(padded))
+                layer.lazy_initialization(*held)
+                layer.keys, layer.values = held
         return joined
 
     def row(self, row: int) -> MemoryCache:

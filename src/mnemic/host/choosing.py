@@ -12,6 +12,7 @@ from transformers import StoppingCriteria
 from transformers.generation.configuration_utils import GenerationMode
 
 from mnemic.host.cache import MemoryCache
+from mnemic.host.release import GENERATE_CACHE
 
 
 def ways(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +100,7 @@ class Choosing:
         if kwargs.get("custom_generate") is not None:
             raise ValueError("custom_generate is for Session.generate; here one token is chosen after another")
         # the cache is looked at and not written to: what is prepared depends on what generate finds there
-        own = {"past_key_values": cache.fork(), "custom_generate": catch}
+        own = {GENERATE_CACHE: cache.fork(), "custom_generate": catch}
         model.generate(ids, **own, **ways(model, kwargs))  # pyright: ignore[reportCallIssue]
         config = caught["config"]
         mode = config.get_generation_mode(kwargs.get("assistant_model"))

@@ -56,11 +56,11 @@ class WithoutDropout(TorchFunctionMode):
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within it, this thread runs `model` as in evaluation."""
-    training = [module for module in model.modules() if module.training]
-    if not training:
+    modules = list(model.modules())
+    if not any(module.training for module in modules):
         yield
         return
-    with WithoutDropout(), _set_aside(training):
+    with WithoutDropout(), _set_aside(modules):
         yield
 
 
