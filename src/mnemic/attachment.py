@@ -40,6 +40,17 @@ class Attachment:
     def __init__(self, model: nn.Module, config: MemoryConfig) -> None:
         self.model, self.config = model, config
 
+    def __repr__(self) -> str:
+        try:
+            size = f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters"
+        except RuntimeError:
+            size = "detached"
+        window = self.config.window or self.config.segment_length
+        return (
+            f"<mnemic.Attachment {self.config.kind} on {type(self.model).__name__}: {size}, segments of "
+            f"{self.config.segment_length:,} tokens, window {window:,}>"
+        )
+
     @property
     def anatomy(self) -> Anatomy:
         """The host's parts."""
