@@ -27,6 +27,8 @@ from mnemic.state import META_LIMIT, StateError, nbytes, read_file, strict_json,
 CONFIG_FILE, WEIGHTS_FILE = "memory_config.json", "memory_model.safetensors"
 PAGED = "init_continuous_batching"
 """What all of paged generation begins with; there an error is raised in the caller's thread."""
+WINDOW = 2048
+"""Tokens whose keys a session keeps unless it is told otherwise."""
 LARGEST = 2**30
 """Most bytes of what a memory from a file begins with beside its weights."""
 
@@ -358,6 +360,20 @@ def check_fingerprint(model: nn.Module, description: dict[str, Any], path: objec
             f"{path} was written for base model {description.get('base_model')!r} ({expected}), this one is {found}"
             f"{narrow}; load the base it was trained on, or pass strict=False if you know they fit"
         )
+
+
+def default_window(model: nn.Module) -> int:
+    """How many of the latest tokens a session's base sees where nobody says: the window of the memory's config, or
+    `WINDOW`, at least four segments, and no more than the base was trained for.
+
+    One segment where memory tokens stand beside it: they are made for a base that sees no earlier words.
+    """
+    router, trained = router_of(model), trained_positions(model)
+    length = router.segment_length
+    if router.config.window is not None or router.memory.beside:
+        return router.config.window or length
+    wanted = max(WINDOW, 4 * length)
+    return wanted if trained is None else min(wanted, trained)
 
 
 def memory_cache(model: nn.Module, window: int | None = None) -> MemoryCache:
