@@ -72,6 +72,17 @@ class Attachment:
         """What training moves."""
         return list(self.memory.parameters())
 
+    @property
+    def trained(self) -> bool:
+        """Whether its weights are others than it was made with; True where it has none.
+
+        A new memory tells the model nothing: a projection of it is 0. Those without one are told by a mark of what they
+        were made with, which a memory that was saved untrained does not have.
+        """
+        memory = self.memory
+        zero = any(parameter.ndim > 1 and not bool(parameter.any()) for parameter in memory.parameters())
+        return not zero and (_mark(memory) != self.router.made_with or not list(memory.parameters()))
+
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters train, of how many."""
         own = sum(parameter.numel() for parameter in self.parameters())
@@ -193,11 +204,18 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
     for parameter in frozen:
         parameter.requires_grad_(False)
+    router.made_with = _mark(memory)
     router.frozen = frozen  # a list of the router's own, so that copies of a model know theirs
     router.install(anatomy)
     vars(unwrapped(model))[PAGED] = refuse_paged
     _save_apart(model)
     return Attachment(model, config)
+
+
+def _mark(memory: Memory) -> list[float]:
+    """A few values of each weight, from its middle."""
+    few = [parameter.detach().flatten()[parameter.numel() // 2 :][:4] for parameter in memory.parameters()]
+    return torch.cat(few).float().tolist() if few else []
 
 
 def check_segment(model: nn.Module, config: MemoryConfig, beside: int = 0) -> None:

@@ -142,14 +142,14 @@ class Session:
         log = self._log
         return [] if log is None else log.records()
 
-    def show(self) -> Shown:
+    def show(self, *, histograms: bool = False) -> Shown:
         """What the session holds, as `mnemic inspect` shows it: as the page in a notebook, else as in the terminal.
 
         With `keep_text` and a tokenizer it tells in words what was written.
         """
         from mnemic.analysis.show import Shown  # what looks at sessions stands above them
 
-        return Shown.of(self)
+        return Shown.of(self, histograms=histograms)
 
     def _begun(self) -> Stream:
         """The stream, or a new one with its history."""

@@ -69,7 +69,8 @@ class Turns:
         if setting(model, kwargs, "eos_token_id") is None and own is not None:
             missing["eos_token_id"] = own
         if setting(model, kwargs, "pad_token_id") is None:
-            missing["pad_token_id"] = self.tokenizer.pad_token_id or own or 0
+            ids = (self.tokenizer.pad_token_id, own, 0)
+            missing["pad_token_id"] = next(each for each in ids if each is not None)
         if not {"max_new_tokens", "max_length", "generation_config"} & kwargs.keys():
             missing["max_new_tokens"] = MOST_NEW_TOKENS
         return {**missing, **kwargs}

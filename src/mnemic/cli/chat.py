@@ -241,6 +241,10 @@ class Chat:
         """what the memory holds: its slots or engrams, and what wrote them"""
         console.print(self.session.show())
 
+    def histograms(self) -> None:
+        """the same, and how norms, similarities, ages and lifespans are spread"""
+        console.print(self.session.show(histograms=True))
+
     def cost(self) -> None:
         """bytes, tokens and seconds"""
         from mnemic.state import nbytes
@@ -324,6 +328,5 @@ class Chat:
         console.file.flush()
 
 
-COMMANDS: dict[str, Callable[[Chat], None]] = {
-    name: getattr(Chat, name) for name in ("memory", "cost", "reset", "forget", "reload", "overwrite", "help")
-}
+_NAMES = ("memory", "histograms", "cost", "reset", "forget", "reload", "overwrite", "help")
+COMMANDS: dict[str, Callable[[Chat], None]] = {name: getattr(Chat, name) for name in _NAMES}
