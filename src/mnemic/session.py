@@ -23,7 +23,7 @@ from mnemic.host.choosing import Choosing, TextPieces
 from mnemic.host.release import GENERATE_CACHE, DynamicLayer
 from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
-from mnemic.host.wrappers import as_forward, whole
+from mnemic.host.wrappers import as_forward, unwrapped, whole
 from mnemic.state import StateError, from_bytes, read_file, to_bytes, write_file
 from mnemic.stream import Stream
 from mnemic.unrolling import obstacle_to_parallel, read_segments
@@ -372,7 +372,12 @@ class Session:
 
     def _fill(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         router = self._router
-        tensors = {name: tensor.to(router.device) for name, tensor in tensors.items()}
+        # keys of a base in float32 go on in the same base in bfloat16
+        dtype: Any = unwrapped(self.model).dtype
+        tensors = {
+            name: tensor.to(router.device, dtype if name.startswith(("keys.", "values.")) else tensor.dtype)
+            for name, tensor in tensors.items()
+        }
         if (ledger := meta.get("stream")) is not None:
             state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
             noted = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("history.")}
