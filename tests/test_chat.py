@@ -20,7 +20,7 @@ import mnemic
 from families import make
 from helpers import CONFIGS, assert_equal_stream, shake
 from mnemic.cli import app
-from mnemic.cli.turns import Turns
+from mnemic.turns import Turns
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -9,6 +9,7 @@ from mnemic.lazy import lazily
 if TYPE_CHECKING:
     from mnemic.attachment import Attachment, attach, attached, from_pretrained, memory_cache
     from mnemic.batching import SessionBatch, batch
+    from mnemic.checkpoints import FetchError, fetch
     from mnemic.data import SegmentCollator, Streams, collate
     from mnemic.host.cache import MemoryCache
     from mnemic.memories.armt import ARMTConfig
@@ -43,6 +44,7 @@ __all__ = [
     "Conflict",
     "EMTConfig",
     "FastWeightsConfig",
+    "FetchError",
     "InfinityFormerConfig",
     "KNNConfig",
     "MemoriaConfig",
@@ -70,6 +72,7 @@ __all__ = [
     "batch",
     "calibrate",
     "collate",
+    "fetch",
     "from_pretrained",
     "memory_cache",
     "read_segments",
@@ -80,6 +83,7 @@ __all__ = [
 _HOMES = {
     "attachment": ("Attachment", "attach", "attached", "from_pretrained", "memory_cache"),
     "batching": ("SessionBatch", "batch"),
+    "checkpoints": ("FetchError", "fetch"),
     "data": ("SegmentCollator", "Streams", "collate"),
     "host.cache": ("MemoryCache",),
     "memories": ("CONFIGS", "Memory", *(name for name in __all__ if name.endswith("Config"))),

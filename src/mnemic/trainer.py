@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from mnemic.attachment import WEIGHTS_FILE, Attachment, attached, router_of
+from mnemic.attachment import WEIGHTS_FILE, Attachment, attached, check_settings, check_weights, router_of
 from mnemic.controls import CONTROLS, measure
 from mnemic.data import SegmentCollator
 from mnemic.host.anatomy import MEMORY_NAME
 from mnemic.host.router import Router
-from mnemic.state import StateError, read_file
+from mnemic.state import read_file
 from mnemic.unrolling import base_trains, unroll
 
 STATE_FILE = "trainer_state.json"
@@ -274,12 +274,11 @@ class Trainer(transformers.Trainer):
         if not self.args.should_save:
             return
         folder, model = output_dir or self.args.output_dir or ".", self._attachment.model
-        if hasattr(model, "peft_config"):
+        adapted, whole = hasattr(model, "peft_config"), base_trains(model)
+        if adapted or not whole:
+            self._attachment.save_pretrained(folder)  # first, as it refuses what could not be loaded
+        if adapted or whole:
             model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-        elif base_trains(model):
-            own = {name: tensor for name, tensor in model.state_dict().items() if f"{MEMORY_NAME}." not in name}
-            model.save_pretrained(folder, state_dict=own)  # pyright: ignore[reportCallIssue]
-        self._attachment.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         whole = self._attachment.model
@@ -315,13 +314,10 @@ def load_memory(model: nn.Module, folder: Path) -> None:
         FileNotFoundError: no saved memory in the folder.
         StateError: they are of another memory, or the file is damaged.
     """
-    tensors, description = read_file(folder / WEIGHTS_FILE)
-    router = router_of(model)
-    if description.get("memory") != router.config.to_dict():
-        raise StateError(
-            f"{folder} holds {description.get('memory')}, the model has {router.config.to_dict()}; attach the memory "
-            "that was trained"
-        )
+    path, router = folder / WEIGHTS_FILE, router_of(model)
+    tensors, description = read_file(path)
+    check_settings(description.get("memory"), router.config, path)
+    check_weights(tensors, router.memory, path)
     router.memory.load_state_dict(tensors)
 
 

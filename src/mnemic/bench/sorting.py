@@ -320,8 +320,8 @@ def evaluate_sorting(
     model.eval()
     own = next((rule for rule in RULES if config.with_rule(rule) == config), "")
     variants = {
-        "working memory": config.replace(reminded_stm=0, reminded_ltm=0, random_ltm_seeds=0),
-        "working and short-term memory": config.replace(reminded_ltm=0, random_ltm_seeds=0),
+        "working memory": config.with_rule("paper").replace(reminded_stm=0, reminded_ltm=0),
+        "working and short-term memory": config.with_rule("paper").replace(reminded_ltm=0),
         **{f"rule {rule}": config.with_rule(rule) for rule in RULES if rule != own},
     }
     test = task.examples(rows, "test", seed)

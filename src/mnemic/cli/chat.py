@@ -31,7 +31,7 @@ def chat(
         Path | None, typer.Option(help="Folder of a trained memory; without one little is remembered.")
     ] = None,
     session: Annotated[str, typer.Option(help="The name that this conversation is kept under.")] = "default",
-    store: Annotated[str, typer.Option(help="sqlite:///FILE or postgresql+psycopg://...")] = "sqlite:///memories.db",
+    store: Annotated[str, typer.Option(help="A path (SQLite), or postgresql+psycopg://...")] = "memories.db",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the most probable token.")] = False,
     keep_text: Annotated[
@@ -128,16 +128,11 @@ class Chat:
         keep_text: bool = False,
         ways: dict[str, Any] | None = None,
     ) -> None:
-        from mnemic.cli.turns import Turns
+        from mnemic.turns import Turns
 
         self.model, self.tokenizer, self.store, self.name = model, tokenizer, store, name
         self.keep_text, self.turns = keep_text, Turns(tokenizer)
-        self.ways = dict(ways or {})
-        config = model.generation_config
-        if getattr(config, "eos_token_id", None) is None and tokenizer.eos_token_id is not None:
-            self.ways["eos_token_id"] = tokenizer.eos_token_id
-        if getattr(config, "pad_token_id", None) is None:
-            self.ways["pad_token_id"] = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        self.ways = self.turns.ways(model, ways or {})
         self.spent: tuple[int, float] | None = None
         self.unsaved = False
         self.session = self._stored() or self._new()
@@ -185,7 +180,7 @@ class Chat:
         begun, said = time.monotonic(), []
         with interrupts() as stop:
             try:
-                prompt = self.turns.message(text, first=self.session.stream is None)
+                prompt = self.turns.message(text, first=self.session.is_new)
                 pieces = TextPieces(self.tokenizer)
                 with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C, in the middle of a step
                     for token in self.session.answer(prompt, **self.ways):

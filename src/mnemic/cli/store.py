@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 store_app = typer.Typer(no_args_is_help=True, help="Sessions by name: what is kept, and taking it out or away.")
 
-Url = Annotated[str, typer.Option("--store", help="sqlite:///file.db or postgresql+psycopg://...")]
+Url = Annotated[str, typer.Option("--store", help="A path (SQLite), or postgresql+psycopg://...")]
 Name = Annotated[str, typer.Argument(help="The session's name.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-DEFAULT = "sqlite:///memories.db"
+DEFAULT = "memories.db"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -28,6 +28,8 @@ from mnemic.host.release import (
 from mnemic.host.remembered import remembered
 from mnemic.host.wrappers import MEMORY_NAME, own_class, unwrapped, weights
 
+SAMPLE = 32
+"""Values of each parameter in a base's fingerprint."""
 COMPUTED_ROTARY_LIMIT = 2**17
 """Rotary angles are computed in float32: past this position neighbours are no longer told apart to 0.01 rad."""
 
@@ -148,8 +150,9 @@ def fingerprint(model: nn.Module) -> str:
     """A short hash that tells one base model from another: its class, parameter names, shapes and a sample of values.
 
     Values enter in bfloat16, 32 from each parameter, so a model loaded in float32 and in bfloat16 is the same base,
-    and a memory or an adapter attached to it changes nothing. Offloaded weights are read from where they are; sharded
-    ones are gathered one by one, so all processes must ask at once.
+    and a memory or an adapter attached to it changes nothing. One whose wider weights were rounded to float16 is
+    another: what float16 rounds, bfloat16 rounds again. Offloaded weights are read from where they are; sharded ones
+    are gathered one by one, so all processes must ask at once.
 
     Raises:
         ValueError: weights on the meta device that were never loaded.
@@ -164,10 +167,19 @@ def _fingerprint(base: nn.Module) -> str:
     for name, weight in sorted(weights(base, MEMORY_NAME).items()):
         if name not in tied:
             digest.update(f"{name}{tuple(weight.parameter.shape)}".encode())
-            flat = weight.value().flatten()
-            sample = flat[:: max(1, flat.numel() // 32)][:32].to(torch.bfloat16).view(torch.uint8)
-            digest.update(sample.cpu().numpy().tobytes())
+            digest.update(_sample(weight.value()))
     return digest.hexdigest()[:16]
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Values from all over a tensor of any dtype and strides, in bfloat16 where torch can compute with them."""
+    flat = tensor.flatten()
+    try:
+        few = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to(torch.bfloat16)
+    except NotImplementedError:  # several numbers packed into a byte
+        flat = flat.view(torch.uint8)
+        few = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+    return few.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -45,6 +45,7 @@ class Router(nn.Module):
         super().__init__()
         self.memory = memory
         self.config, self.segment_length = config, config.segment_length
+        self.settings = config.to_dict()  # as they were attached: a config can be edited
         self.depth, self.width, self.causal = len(anatomy.blocks), anatomy.width, anatomy.causal
         self.positions, self.takes_positions, self.slides = anatomy.positions, anatomy.takes_positions, anatomy.slides
         self.dtype, self.cache_name = anatomy.dtype, anatomy.cache_name
