@@ -55,8 +55,8 @@ class Session:
     """One stream through a model with a memory: read any length, generate, save, load, fork, reset.
 
     `window` is the number of the latest tokens whose keys the base keeps; by default that of the memory's config, or as
-    many as `default_window` says: until they are full the base sees all that was read. Text needs a `tokenizer`; token ids `[1, T]` do not. Sessions of one model
-    share nothing, and run as in evaluation whatever mode the model is in.
+    many as `default_window` says: until they are full the base sees all that was read. Text needs a `tokenizer`; token
+    ids `[1, T]` do not. Sessions of one model share nothing, and run as in evaluation whatever mode the model is in.
 
     With `keep_text` the ids of all tokens are kept with the session and its file, 4 bytes a token, so that `show` and
     `mnemic inspect` can tell in words what was written; without, nothing of the text but positions.

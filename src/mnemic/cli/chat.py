@@ -142,8 +142,8 @@ class Chat:
         kind = mnemic.attached(self.model).config
         if memory is None:
             self.say(
-                "No --memory: this one is not trained, so nothing is remembered beyond the window. `mnemic train` makes "
-                "one.",
+                "No --memory: this one is not trained, so nothing is remembered beyond the window. "
+                "`mnemic train` makes one.",
                 "yellow",
             )
         seen = self.session.stream.seen[0] if self.session.stream is not None else 0
