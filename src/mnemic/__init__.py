@@ -97,14 +97,16 @@ _HOMES = {
 _find = lazily(__name__, {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names})
 
 
-def __getattr__(name: str) -> Any:
-    """Everything on first use: nobody waits for what they do not need, such as databases or the Trainer."""
-    if name in _HOMES["trainer"]:
-        try:
-            import accelerate  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"mnemic.{name} needs accelerate: pip install 'mnemic[train]'") from error
-    return _find(name)
+if not TYPE_CHECKING:  # a name that is not there stays an error to type checkers
+
+    def __getattr__(name: str) -> Any:
+        """Everything on first use: nobody waits for what they do not need, such as databases or the Trainer."""
+        if name in _HOMES["trainer"]:
+            try:
+                import accelerate  # noqa: F401
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(f"mnemic.{name} needs accelerate: pip install 'mnemic[train]'") from error
+        return _find(name)
 
 
 def __dir__() -> list[str]:
