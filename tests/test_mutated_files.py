@@ -118,7 +118,10 @@ EMT = CONFIGS["emt-0"]
         (say("running", "context", [-1]), "of the wrong kind: running is"),
         (say(None, "window", 3), "has a window that this model cannot have: segment_length 8 is longer"),
         (say(None, "window", None), "its window is None; decoders have one"),
-        (say(None, "code", "import os"), "says 'code', which this release of mnemic does not know: it was written by a later one"),
+        (
+            say(None, "code", "import os"),
+            "says 'code', which this release of mnemic does not know: it was written by a later one",
+        ),
         (lambda _, meta: meta.pop("base_model"), "does not say base_model, which every session does"),
         (say(None, "keep_text", True), "keep_text is True, and its history has no text"),
         (put("history.text", torch.zeros(3, dtype=torch.int32)), "keep_text is False, and its history has text"),

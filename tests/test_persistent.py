@@ -28,7 +28,9 @@ OWN = {"hebbian": {"dim": 12}, "slots": {"top": 2}}
 
 
 def configured(method, **settings):
-    return PersistentConfig(**{"segment_length": SEGMENT, "method": method, "rows": 6, **OWN.get(method, {}), **settings})
+    return PersistentConfig(
+        **{"segment_length": SEGMENT, "method": method, "rows": 6, **OWN.get(method, {}), **settings}
+    )
 
 
 def build(method, width=16, depth=2, shaken=True, **settings):
@@ -391,8 +393,14 @@ def test_an_encoder_can_read_behind_its_blocks(method):
         ({"decay": 1.5}, r"decay is 1\.5"),
         ({"method": "slots", "rows": 4}, "top is 8, but there are 4 slots; set top to at most that"),
         ({"method": "slots", "decay": 1.0}, "decay is 1, and 1 - decay of a slot is written"),
-        ({"method": "hebbian", "keys": "content"}, "keys is 'content', but nothing here uses it; leave it out, or use a method that writes rows"),
-        ({"method": "gated", "write_mask": False}, "write_mask is False, but nothing here uses it; leave it out, or use a method that writes means"),
+        (
+            {"method": "hebbian", "keys": "content"},
+            "keys is 'content', but nothing here uses it; leave it out, or use a method that writes rows",
+        ),
+        (
+            {"method": "gated", "write_mask": False},
+            "write_mask is False, but nothing here uses it; leave it out, or use a method that writes means",
+        ),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -634,7 +634,10 @@ def test_as_context_is_for_decoders():
         ({"context": "tokens", "queries": 0}, "queries is 0; it must be at least 1"),
         ({"context": "tokens", "persistent": -1}, "persistent is -1; use 0 for no persistent tokens, or more"),
         ({"persistent": 0}, "persistent is 0, but nothing here uses it; leave it out, or set context='tokens'"),
-        ({"context": "layer", "queries": 3}, "queries is 3, but nothing here uses it; leave it out, or set context='tokens'"),
+        (
+            {"context": "layer", "queries": 3},
+            "queries is 3, but nothing here uses it; leave it out, or set context='tokens'",
+        ),
         ({"segment_length": 0}, "segment_length is 0"),
     ],
 )
