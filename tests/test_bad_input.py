@@ -27,6 +27,7 @@ from helpers import (
     trained,
 )
 from mnemic import EMTConfig
+from mnemic.host.release import GENERATE_CACHE as CACHE
 
 CONFIG = CONFIGS["emt-0"]
 WINDOW = 2 * SEGMENT
@@ -139,7 +140,7 @@ def refuse_call(model, message, *, window, error=ValueError, rows=2, **inputs):
         feed(model, tokens(rows, 21), carried=each)
     before = stream(carried)
     with pytest.raises(error, match=message):
-        model(past_key_values=carried, **inputs)
+        model(**{CACHE: carried}, **inputs)
     assert stream(carried) is before
     assert not mnemic.attached(model).router.calls
     more = tokens(rows, 5, 4)
@@ -217,9 +218,9 @@ def test_padding_may_be_anything(config):
     real = mask[0].bool()
     embeddings = model.get_input_embeddings()(tokens(1, 35)).clone()
     plain, spoilt = carrier(model), carrier(model)
-    model(inputs_embeds=embeddings[:, real], past_key_values=plain)
+    model(inputs_embeds=embeddings[:, real], **{CACHE: plain})
     embeddings[0, ~real] = 1e4
-    model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions_of(mask), past_key_values=spoilt)
+    model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions_of(mask), **{CACHE: spoilt})
     assert stream(plain).written == (3,)
     assert_same_stream(stream(spoilt), stream(plain))
 
@@ -268,7 +269,7 @@ def test_checkpointing_with_keys_of_earlier_calls():
     feed(model, tokens(1, 5), carried=cache)
     model.train()
     with pytest.raises(ValueError, match=r"gradient checkpointing drops the base's keys.*window=segment_length \(8\)"):
-        model(tokens(1, 3), past_key_values=cache)
+        model(tokens(1, 3), **{CACHE: cache})
 
 
 def test_attention_weights_across_segments():
@@ -278,5 +279,5 @@ def test_attention_weights_across_segments():
     feed(model, tokens(1, 5), carried=cache)
     before = stream(cache)
     with pytest.raises(ValueError, match="attention weights cannot be joined across segments; call without"):
-        model(tokens(1, 20), past_key_values=cache, output_attentions=True)
+        model(tokens(1, 20), **{CACHE: cache}, output_attentions=True)
     assert stream(cache) is before

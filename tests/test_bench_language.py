@@ -17,6 +17,7 @@ from mnemic.bench import language
 from mnemic.bench.language import Bits, Experiment, Recipe, apart, difference, fit, measure, small_model, spans, texts
 from mnemic.bench.results import records
 from mnemic.cli import app
+from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.tasks.documents import Tokens
 
@@ -84,7 +85,7 @@ def test_conditions_are_what_they_say():
         cache = mnemic.memory_cache(base, LENGTH)
         cache.memory.stream = stream
         part = ids[segment * LENGTH :][:LENGTH]
-        logits = base(input_ids=part[None], past_key_values=cache, use_cache=True).logits[0]
+        logits = base(input_ids=part[None], **{CACHE: cache}, use_cache=True).logits[0]
         targets = ids[segment * LENGTH + 1 :][:LENGTH]
         nats = F.cross_entropy(logits[: len(targets)], targets, reduction="sum")
         return float(nats) / math.log(2), cache.memory.stream

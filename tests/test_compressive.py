@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import mnemic
 from families import make
 from helpers import SEGMENT, assert_differ, assert_near, feed, shake, tokens
+from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.memories.compressive import CompressiveConfig
 from mnemic.memories.transformer_xl import TransformerXLConfig
 from mnemic.state import nbytes
@@ -414,7 +415,7 @@ def test_keys_and_values_learn_after_the_first_compression(name, keys, objective
         cache.memory.stream = mnemic.attached(model).router.new_stream(2, mnemic.state.detach(state))
         model.zero_grad()
         ids = tokens(2, SEGMENT, 5)
-        model(ids, labels=ids, past_key_values=cache).loss.backward()
+        model(ids, labels=ids, **{CACHE: cache}).loss.backward()
         gradients.append({key: p.grad.clone() for key, p in weights.items()})
     for key in weights:
         assert_differ(gradients[0][key], gradients[1][key], 1e-5)
@@ -429,10 +430,10 @@ def test_a_block_sees_compressed_states_then_tokens_then_words():
     model = make("llama")
     memory = mnemic.attach(model, CompressiveConfig(SEGMENT, size=4, compressed=5, rate=2)).memory
     ids, cache = tokens(1, 2 * SEGMENT), mnemic.memory_cache(model)
-    model(ids[:, :SEGMENT], past_key_values=cache)
+    model(ids[:, :SEGMENT], **{CACHE: cache})
     state, seen = cache.memory.stream.state, []
     handle = model.model.layers[0].self_attn.k_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    model(ids[:, SEGMENT:], past_key_values=cache)
+    model(ids[:, SEGMENT:], **{CACHE: cache})
     handle.remove()
     block, words = model.model.layers[0], model.model.embed_tokens(ids[:, SEGMENT:])
     both = torch.cat([state["compressed"][..., :64], state["memory"][..., :64], words], 1)

@@ -14,6 +14,7 @@ from families import WIDTH
 from helpers import CONFIGS, SEGMENT, TRAINED, assert_near, every_config, host, other, tokens
 from mnemic import history
 from mnemic.history import ENTRIES, PER_PLACE, SHARED, TOKENS, WRITES, Log, Told
+from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.state import read_file, write_file
 
 STAR = 7
@@ -286,7 +287,7 @@ def test_tokens_that_came_as_embeddings_are_marked_unknown():
     session = mnemic.Session(model, keep_text=True)
     session.read([11, 12])
     embedded = model.get_input_embeddings()(tokens(1, 3))
-    model(inputs_embeds=embedded, past_key_values=session.cache)
+    model(inputs_embeds=embedded, **{CACHE: session.cache})
     assert session._log.ids == [11, 12]
     session.read([13])
     assert session._log.ids == [11, 12, -1, -1, -1, 13]
@@ -435,6 +436,6 @@ def test_a_file_without_a_history_still_loads(tmp_path):
 def test_streams_without_a_session_have_none():
     model = host("llama", CONFIGS["emt-0"])
     cache = mnemic.memory_cache(model, SEGMENT)
-    model(input_ids=tokens(2, 2 * SEGMENT), past_key_values=cache)
+    model(input_ids=tokens(2, 2 * SEGMENT), **{CACHE: cache})
     assert cache.memory.stream.logs == (None, None)
     assert mnemic.unroll(model, tokens(2, 2 * SEGMENT), tokens(2, 2 * SEGMENT)).stream.logs == (None, None)

@@ -18,6 +18,7 @@ import mnemic
 from families import make
 from helpers import CONFIGS, SEGMENT, assert_near, feed, host, shake, tokens, trained
 from helpers import stream as stream_of
+from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.memories.memoria import Memoria, MemoriaConfig, engrams
 from mnemic.memories.memoria.graph import counts
 from mnemic.memories.memoria.remind import advance, correlate, remind
@@ -300,7 +301,7 @@ def test_departure_14_a_step_is_a_segment():
     """
     model, ids = host("gpt2", CONFIGS["memoria-0"]), tokens(2, 11)
     cache = DynamicCache(config=model.config)
-    model.generate(ids, past_key_values=cache, max_new_tokens=15, min_new_tokens=15, do_sample=False)
+    model.generate(ids, **{CACHE: cache}, max_new_tokens=15, min_new_tokens=15, do_sample=False)
     stream = stream_of(cache)
     # the last token is said, but not read
     assert stream.seen == (25, 25)
@@ -336,7 +337,7 @@ def test_departure_15_gradient_checkpointing():
         if checkpointing:
             model.gradient_checkpointing_enable()
         cache = mnemic.memory_cache(model, SEGMENT)
-        loss = sum(model(part, labels=part, past_key_values=cache).loss for part in ids.split(SEGMENT, 1))
+        loss = sum(model(part, labels=part, **{CACHE: cache}).loss for part in ids.split(SEGMENT, 1))
         loss.backward()
         gradients.append([parameter.grad for parameter in attachment.parameters()])
         assert ran["forward"] == (6 if checkpointing else 3)

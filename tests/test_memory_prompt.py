@@ -11,6 +11,7 @@ from torch import nn
 import mnemic
 from families import make
 from helpers import SEGMENT, assert_differ, assert_near, shake, tokens
+from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.memories.memory_prompt import MemoryPromptConfig
 from mnemic.state import nbytes
 
@@ -111,9 +112,9 @@ def test_prompts_stand_before_the_words_as_embeddings(name, dim):
     model, attachment = attached(name, dim=dim)
     one, two = tokens(2, SEGMENT), tokens(2, SEGMENT, 1)
     cache = mnemic.memory_cache(model, SEGMENT)
-    first = model(one, past_key_values=cache).logits
+    first = model(one, **{CACHE: cache}).logits
     memory, state = attachment.memory, cache.memory.stream.state
-    logits = model(two, past_key_values=cache).logits
+    logits = model(two, **{CACHE: cache}).logits
     attachment.detach()
     assert torch.equal(first, model(one).logits)
     prompts = memory.tokens_before(state).embeddings

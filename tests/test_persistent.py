@@ -12,6 +12,7 @@ from transformers import DynamicCache
 import mnemic
 from families import make
 from helpers import SEGMENT, assert_differ, assert_equals_naive, assert_near, shake, tokens
+from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.memories.persistent import Method, PersistentConfig
 from mnemic.state import nbytes
 
@@ -331,8 +332,8 @@ def test_an_empty_memory_is_not_there():
 def streamed(model, one, two):
     """Logits of two segments, and the memory between them."""
     cache = mnemic.memory_cache(model, SEGMENT)
-    first = model(one, past_key_values=cache).logits
-    return first, cache.memory.stream.state, model(two, past_key_values=cache).logits
+    first = model(one, **{CACHE: cache}).logits
+    return first, cache.memory.stream.state, model(two, **{CACHE: cache}).logits
 
 
 @by_tokens
@@ -362,7 +363,7 @@ def test_the_base_attends_to_the_memory_with_its_own_projections(method):
             _, key, value = block.attn.c_attn(block.ln_1(asked @ memory.project)).split(64, 2)
             key, value = (each.unflatten(2, (4, -1)).transpose(1, 2) for each in (key, value))
             cache.update(key, value, layer)
-        expected = model(two, past_key_values=cache).logits
+        expected = model(two, **{CACHE: cache}).logits
     assert_near(logits, expected, 1e-4)
     assert_differ(logits, model(two).logits, 1e-2)
 

@@ -9,6 +9,7 @@ import mnemic
 from families import make
 from helpers import SEGMENT, assert_differ, assert_near, carrier, feed, host, stream, tokens, trained
 from mnemic import RMTConfig
+from mnemic.host.release import GENERATE_CACHE as CACHE
 
 CONFIG = RMTConfig(segment_length=SEGMENT, tokens=3)
 
@@ -127,10 +128,10 @@ def test_refusals(settings, message):
 @torch.no_grad()
 def test_a_cache_that_it_cannot_join_is_refused():
     model, ids = make("llama"), tokens(1, 5)
-    used = model(ids, use_cache=True).past_key_values
+    used = model(ids, use_cache=True)[CACHE]
     mnemic.attach(model, CONFIG)
-    with pytest.raises(ValueError, match=r"cannot join a DynamicCache of 5 tokens; pass past_key_values=mnemic"):
-        model(ids, past_key_values=used)
+    with pytest.raises(ValueError, match=rf"cannot join a DynamicCache of 5 tokens; pass {CACHE}=mnemic"):
+        model(ids, **{CACHE: used})
     gpt = host("gpt2", CONFIG)
     with pytest.raises(ValueError, match="memory tokens have no token_type_ids"):
         gpt(ids, token_type_ids=torch.zeros_like(ids))

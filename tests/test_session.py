@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import mnemic
-from families import DECODERS, ENCODERS
+from families import DECODERS, ENCODERS, make
 from helpers import (
     CONFIGS,
     SEGMENT,
@@ -20,6 +22,7 @@ from helpers import (
     host,
     matrix,
     other,
+    shake,
     tokens,
 )
 from mnemic.state import nbytes
@@ -233,3 +236,33 @@ def test_a_session_reads_while_the_memory_is_disabled(model):
 def test_the_default_window_is_that_of_the_config(name):
     assert mnemic.Session(host(name, CONFIGS["emt-0"])).window == 8
     assert mnemic.Session(host(name, CONFIGS["emt-0"].replace(window=24))).window == 24
+
+
+def test_a_session_and_a_memory_say_what_they_are(model):
+    session = mnemic.Session(model)
+    session.read(tokens(1, 20))
+    read = "20 tokens read, 2 segments of 8 written, window 8"
+    assert repr(session) == f"<mnemic.Session emt of LlamaForCausalLM: {read}, {session.nbytes:,} bytes>"
+    bert = mnemic.Session(host("bert", CONFIGS["emt-0"]))
+    assert repr(bert) == "<mnemic.Session emt of BertForMaskedLM: 0 tokens read, 0 segments of 8 written, 0 bytes>"
+    memory = mnemic.attached(model)
+    size = sum(parameter.numel() for parameter in memory.parameters())
+    assert repr(memory) == (
+        f"<mnemic.Attachment emt on LlamaForCausalLM: {size:,} parameters, segments of 8 tokens, window 8>"
+    )
+    memory.detach()
+    assert "detached" in repr(memory)
+
+
+@every_config
+def test_a_memory_knows_whether_it_is_trained(config):
+    model = make("llama")
+    memory = mnemic.attach(model, config)
+    if not memory.parameters():
+        assert memory.trained
+        return
+    assert not memory.trained
+    assert not mnemic.attached(copy.deepcopy(model)).trained
+    shake(memory.memory)
+    assert memory.trained
+    assert mnemic.attached(copy.deepcopy(model)).trained

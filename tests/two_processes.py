@@ -19,6 +19,7 @@ from example_scripts import run
 from families import make
 from helpers import CONFIGS, SEGMENT, tokens, trained
 from mnemic.host.anatomy import fingerprint
+from mnemic.host.release import GENERATE_CACHE as CACHE
 
 STEPS = 3
 Found = dict[str, Any]
@@ -68,7 +69,7 @@ def unrolled(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
 def called(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     """One call of the model: on a cache with a window its segments run one after another inside."""
     cache = mnemic.memory_cache(model, SEGMENT)
-    return model(input_ids=ids, labels=labels, past_key_values=cache, use_cache=True).loss
+    return model(input_ids=ids, labels=labels, **{CACHE: cache}, use_cache=True).loss
 
 
 # --- jobs: each gives the same in one process and in two -------------------------------------------------------------

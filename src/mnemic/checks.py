@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicLayer
 
 from mnemic.attachment import check_unedited, config_of, memory_cache, router_of
 from mnemic.history import Log
 from mnemic.host.anatomy import examine
+from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
+from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
 from mnemic.state import State, StateError, is_finite
 from mnemic.stream import waiting_width
@@ -221,7 +222,7 @@ def key_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             cache = memory_cache(model)
             ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-            examine(model).trunk(input_ids=ids, past_key_values=cache, use_cache=True)
+            examine(model).trunk(input_ids=ids, **with_cache(examine(model).trunk, cache))
         shapes = {name: (tensor.shape[1], tensor.shape[3]) for name, tensor in keys_of(cache).items()}
         if not shapes:
             raise StateError("the model keeps no keys now (gradient checkpointing in training); call model.eval()")

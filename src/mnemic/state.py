@@ -105,10 +105,12 @@ def level(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def grow(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     """A tensor padded with zeros to `sizes` in every dimension but the first."""
-    missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
-    if not any(missing):
-        return tensor
-    return torch.nn.functional.pad(tensor, [amount for gap in reversed(missing) for amount in (0, gap)])
+    for dim, size in enumerate(sizes, 1):
+        if size != tensor.shape[dim]:
+            # not `pad`: that of torch 2.8 refuses a tensor that is empty in another dimension
+            missing = [*tensor.shape[:dim], size - tensor.shape[dim], *tensor.shape[dim + 1 :]]
+            tensor = torch.cat([tensor, tensor.new_zeros(missing)], dim)
+    return tensor
 
 
 def shrink(state: State, least: State) -> State:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,9 @@ class Trainer(transformers.Trainer):
     `train(resume_from_checkpoint=True)` takes the last checkpoint that was written to its end.
 
     `evaluate` and `predict` report loss (nats a labelled token) and accuracy with the stream's own memory, and under
-    `controls`: with the memory switched off, with every value of it zero, and with that of another row of the batch,
-    which is left out where a batch has a single row. Each control costs about one more pass.
+    `controls`, some of `mnemic.controls.CONTROLS`: with the memory switched off, with every value of it zero, with that
+    of another row of the batch, which is left out, with a warning, where a batch has a row without another; `fresh` is
+    a memory that begins with each segment. Each control costs about one more pass.
 
     Raises:
         RuntimeError: the model has no memory.
@@ -94,7 +96,7 @@ class Trainer(transformers.Trainer):
         *given: Any,
         window: int | None = None,
         bptt_segments: int | None = None,
-        controls: Sequence[str] = CONTROLS,
+        controls: Sequence[str] = ("no_memory", "zeroed", "other_stream"),
         **options: Any,
     ) -> None:
         if unknown := set(controls) - set(CONTROLS):
@@ -215,7 +217,13 @@ class Trainer(transformers.Trainer):
             count, *sums = torch.cat(self._counted).sum(0).tolist()
             for place, name in enumerate(names):
                 nats, right = sums[place], sums[len(names) + place]
-                if not math.isnan(nats):  # no other stream in a batch of one row
+                if math.isnan(nats):
+                    warnings.warn(
+                        f"{metric_key_prefix}_loss{name} is left out: a batch had a row and no other, with another "
+                        "text, to take a memory from; set per_device_eval_batch_size so that every batch has two",
+                        stacklevel=2,
+                    )
+                else:
                     output.metrics[f"{metric_key_prefix}_loss{name}"] = nats / max(count, 1)
                     output.metrics[f"{metric_key_prefix}_accuracy{name}"] = right / max(count, 1)
         self._counted = []

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mnemic.attachment import memory_cache, router_of
 from mnemic.host.anatomy import base_parameters, examine
+from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward, inner_of
@@ -181,6 +182,17 @@ def obstacle_to_parallel(model: nn.Module, window: int) -> str | None:
     return None
 
 
+def can_read_ahead(model: nn.Module, cache: MemoryCache | None, stream: Stream | None) -> bool:
+    """Whether whole segments of what comes next may go through the base as one batch: no row has begun one, and none
+    depends on another. `cache` is None for encoders.
+    """
+    if cache is None or (size := cache.settings[0]) is None:
+        return False
+    counts = stream.counts if stream is not None else ()
+    running = cache.window.running if cache.window is not None else ()  # it moves on while the memory is disabled, too
+    return not any((*counts, *running)) and obstacle_to_parallel(model, size) is None
+
+
 # --- one after another -----------------------------------------------------------------------------------------------
 
 
@@ -201,7 +213,7 @@ def _one_after_another(
 
     def run(cache: MemoryCache, s: int) -> Tensor:
         part = ids[s, :, :used] if s == len(ids) - 1 else ids[s]
-        logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=part, **with_cache(model, cache)).logits
         return F.pad(logits, (0, 0, 0, ids.shape[2] - part.shape[1]))
 
     if reach is None:
@@ -283,7 +295,7 @@ def _all_at_once(
     asked = concatenate(recent)
     cache = memory_cache(model, length)
     cache.memory.stream = router.new_stream(len(labelled) * batch, asked)
-    logits = model(input_ids=ids[labelled, :, :used].flatten(0, 1), past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=ids[labelled, :, :used].flatten(0, 1), **with_cache(model, cache)).logits
     return logits.unflatten(0, (len(labelled), batch)), stream.after(states[-1], count, length)
 
 

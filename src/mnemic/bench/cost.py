@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from mnemic.attachment import attach, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record
+from mnemic.host.arguments import with_cache
 from mnemic.memories.emt import EMTConfig
 from mnemic.session import Session
 
@@ -187,7 +188,7 @@ def endless(
     while seen < tokens:
         count = min(call, tokens - seen)
         ids = torch.randint(0, 256, (1, count), generator=source)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=ids, **with_cache(model, cache), logits_to_keep=1).logits
         finite += int(bool(torch.isfinite(logits).all()))
         seen += count
         stream = cache.memory.stream

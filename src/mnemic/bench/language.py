@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from mnemic.attachment import Attachment, attach, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
+from mnemic.host.arguments import with_cache
 from mnemic.memories.base import MemoryConfig
 from mnemic.memories.memoria import Memoria, MemoriaConfig
 from mnemic.state import StateError, read_file, write_file
@@ -347,7 +348,7 @@ def read(attachment: Attachment, ids: Tensor, stream: Stream | None) -> tuple[Te
     """Logits of one segment read with the memory of `stream`, and the stream behind it."""
     cache = memory_cache(attachment.model, attachment.router.segment_length)
     cache.memory.stream = stream
-    logits = attachment.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    logits = attachment.model(input_ids=ids, **with_cache(attachment.model, cache)).logits
     assert cache.memory.stream is not None
     return logits, cache.memory.stream
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from mnemic.attachment import attach, memory_cache
 from mnemic.bench.cost import Progress, alternate, gpt2_small, ratio
 from mnemic.bench.results import Record
+from mnemic.host.arguments import with_cache
 from mnemic.memories.memoria import MemoriaConfig, engrams, graph
 from mnemic.memories.memoria.remind import advance
 from mnemic.state import State, nbytes
@@ -142,7 +143,7 @@ def _peak() -> int:
 def apart(function: str, **arguments: Any) -> dict[str, Any]:
     """The result of a function of this module in a new process."""
     program = (
-        "import json, sys; from mnemic.bench import memoria as m; from mnemic.memories import MemoriaConfig; "
+        "import json, sys; from mnemic.bench import memoria as m; from mnemic.memories.memoria import MemoriaConfig; "
         "import torch; a = json.loads(sys.argv[2]); torch.set_num_threads(a.pop('threads')); "
         "a['config'] = MemoriaConfig.from_dict(a['config']); print(json.dumps(getattr(m, sys.argv[1])(**a)))"
     )
@@ -335,7 +336,7 @@ def overhead(
         def with_memory(model: Any = model, cache: Any = cache, stream: Any = stream, ids: Tensor = ids) -> Any:
             fresh = cache.fork()
             fresh.memory.stream = stream
-            return model(ids, past_key_values=fresh, use_cache=True)
+            return model(ids, **with_cache(model, fresh))
 
         def base(model: Any = model, attachment: Any = attachment, ids: Tensor = ids) -> Any:
             with attachment.disabled():

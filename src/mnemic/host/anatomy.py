@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from mnemic.host.release import (
+    CACHE_NAMES,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    GradientCheckpointingLayer,
+    cache_name,
+    newer,
+    parameter_names,
+)
 from mnemic.host.remembered import remembered
 from mnemic.host.wrappers import MEMORY_NAME, own_class, unwrapped, weights
 
@@ -33,7 +43,8 @@ class Anatomy:
 
     `positions` is how many positions the host has (None where positions are relative to the keys at hand, ALiBi);
     `takes_positions` whether its forward accepts `position_ids`; `causal` is False for encoders;
-    `slides` is True where some layers see only the latest keys, counted as they lie.
+    `slides` is True where some layers see only the latest keys, counted as they lie; `cache_name` is what the trunk
+    calls the cache that it takes ("" for an encoder that takes none).
     """
 
     trunk: PreTrainedModel
@@ -44,6 +55,7 @@ class Anatomy:
     positions: int | None
     takes_positions: bool
     slides: bool
+    cache_name: str
 
 
 def examine(model: nn.Module) -> Anatomy:
@@ -68,13 +80,16 @@ def examine(model: nn.Module) -> Anatomy:
         and all(isinstance(getattr(block, "_orig_mod", block), GradientCheckpointingLayer) for block in module)
     ]
     if len(lists) != 1:
-        raise ValueError(f"{name} has {len(lists)} stacks of {text.num_hidden_layers} blocks where mnemic expects one")
-    arguments = inspect.signature(inspect.unwrap(type(trunk).forward)).parameters
+        stacks = f"{name} has {len(lists)} stacks of {text.num_hidden_layers} blocks where mnemic expects one"
+        raise ValueError(newer(stacks))
     causal = _is_causal(trunk, text.model_type)
-    attends = [any("Attention" in type(module).__name__ for module in block.modules()) for block in lists[0]]
-    if not all(attends) or (causal and "past_key_values" not in arguments):
-        raise ValueError(f"{name} has blocks without attention, whose recurrent cache mnemic does not serve yet")
-    takes_positions = "position_ids" in arguments
+    _check_attention(name, lists[0])
+    if causal:
+        _check_keys(name, text)
+    if causal and cache_name(trunk) is None:
+        looked_for = " or ".join(CACHE_NAMES)
+        raise ValueError(newer(f"{type(trunk).__name__} takes no cache of keys ({looked_for}), which a memory rides"))
+    takes_positions = "position_ids" in parameter_names(type(trunk))
     if getattr(text, "alibi", False) or not takes_positions:
         positions = None
     elif any("Rotary" in type(module).__name__ for module in trunk.modules()):
@@ -82,7 +97,37 @@ def examine(model: nn.Module) -> Anatomy:
     else:
         positions = text.max_position_embeddings
     slides = getattr(text, "sliding_window", None) is not None
-    return Anatomy(trunk, lists[0], text.hidden_size, trunk.dtype, causal, positions, takes_positions, slides)
+    return Anatomy(
+        trunk,
+        lists[0],
+        text.hidden_size,
+        trunk.dtype,
+        causal,
+        positions,
+        takes_positions,
+        slides,
+        cache_name(trunk) or "",
+    )
+
+
+def _check_attention(name: str, blocks: nn.ModuleList) -> None:
+    """Raises `ValueError` where some block has no attention."""
+    lacking = [i for i, block in enumerate(blocks) if not any("Attention" in type(m).__name__ for m in block.modules())]
+    if lacking:
+        raise ValueError(
+            f"{name} has blocks without attention (block {lacking[0]} is the first), whose recurrent cache mnemic does "
+            "not serve yet"
+        )
+
+
+def _check_keys(name: str, config: Any) -> None:
+    """Raises `ValueError` where some block keeps something other than keys and values from call to call."""
+    for place, layer in enumerate(DynamicCache(config=config).layers):
+        # subclasses of these keep a recurrent state or an index beside the keys
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+            raise ValueError(
+                newer(f"{name} keeps a {type(layer).__name__} for block {place}; mnemic serves keys and values only")
+            )
 
 
 def _is_causal(trunk: PreTrainedModel, model_type: str) -> bool:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
 
 from mnemic.host.cache import MemoryLayer
+from mnemic.host.release import GENERATE_CACHE, Cache, ModelOutput, cache_name, parameter_names, renamed
+from mnemic.host.wrappers import unwrapped
 from mnemic.stream import Piece
 
 
 def bound(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a trunk's forward by name, as positional ones are passed by some heads."""
-    names = list(inspect.signature(inspect.unwrap(type(trunk).forward)).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    """All arguments of a module's forward by its own names: some callers pass them by place, some by an older name."""
+    return renamed(trunk, {**dict(zip(parameter_names(type(trunk)), args, strict=False)), **kwargs})
+
+
+def with_cache(model: nn.Module, cache: Cache) -> dict[str, Any]:
+    """The arguments that give a model a cache, by the name that its forward has for one."""
+    return {cache_name(unwrapped(model)) or GENERATE_CACHE: cache, "use_cache": True}
 
 
 def check_batch(carried: int, given: int) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.generic import ModelOutput
 
 from mnemic.host.anatomy import COUNTS_FROM_PADDING
+from mnemic.host.release import ModelOutput
 from mnemic.memories.base import MemoryTokens
 
 

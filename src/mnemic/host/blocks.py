@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mnemic.host.arguments import bound
 from mnemic.host.beside import Beside, for_queries
 from mnemic.host.cache import KeysTakenError, MemoryCache
-from mnemic.host.call import Call, RecordedError, eager, thread
+from mnemic.host.call import Call, eager, thread
 from mnemic.state import State
 from mnemic.stream import Piece, Stream, check_finite, cut
 
@@ -60,11 +60,11 @@ def _keys_apart(
     del arguments[name]
     cache.taking = True
     try:
-        with torch.compiler.set_stance("force_eager"):  # what was compiled cannot be left on the way
-            block(
-                beside.before.inputs[layer].to(hidden_btd),
-                **for_queries(arguments, slice(0, beside.first), cache.window.kept, hidden_btd),
-            )
+        # what was compiled cannot be left on the way: the block's own eager code
+        block._call_impl(
+            beside.before.inputs[layer].to(hidden_btd),
+            **for_queries(arguments, slice(0, beside.first), cache.window.kept, hidden_btd),
+        )
     except KeysTakenError:
         pass
     finally:
@@ -77,9 +77,10 @@ def _keys_apart(
 def at_block(router: Router, layer: int, hidden_btd: Tensor) -> Tensor:
     """What block `layer` puts out, after the memory wrote and read there; -1 is what enters the first."""
     memory = router.memory
-    if thread.recording is router and layer == memory.write_layer:
-        raise RecordedError(hidden_btd)
-    if not router.enabled or not router.calls or thread.recording is router:
+    if (watch := thread.watch) is not None and watch.router is router:
+        watch.at(layer, hidden_btd)
+        return hidden_btd
+    if not router.enabled or not router.calls:
         return hidden_btd
     call = router.calls[-1]
     if layer in memory.written_layers:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from mnemic.host.beside import Beside, Wordless
 from mnemic.host.cache import MemoryLayer
+from mnemic.host.release import Cache
 from mnemic.state import State
 from mnemic.stream import Piece, Stream
 
@@ -41,14 +42,33 @@ class Call:
     time: int = 0
 
 
+@dataclass
+class Watch:
+    """What the base alone puts out at `layers` in the call that this thread makes next: `seen[layer] [b, t, d]`, -1 for
+    what enters the first block. With `leaves` the trunk is left as soon as all of it is there.
+    """
+
+    router: object
+    layers: frozenset[int]
+    leaves: bool = False
+    seen: dict[int, Tensor] = field(default_factory=dict)
+
+    def at(self, layer: int, hidden_btd: Tensor) -> None:
+        """Notes what it waits for; raises `SeenError` where nothing more is wanted of the trunk."""
+        if layer in self.layers:
+            self.seen[layer] = hidden_btd
+            if self.leaves and self.seen.keys() == self.layers:
+                raise SeenError
+
+
 class Thread(threading.local):
     """What belongs to this thread alone: two threads may call one model at the same time."""
 
     def __init__(self) -> None:
         self.calls: dict[int, list[Call]] = {}
         """Of every router (by id) its running calls, innermost last."""
-        self.recording: object | None = None
-        """The router that wants what its write layer puts out, and nothing else."""
+        self.watch: Watch | None = None
+        """What is to be seen of the base alone, and nothing else."""
         self.carried: MemoryLayer | None = None
         """What encoders read and write."""
         self.wordless: Wordless | None = None
@@ -64,12 +84,28 @@ def eager(function: Function) -> Function:
     return cast(Function, torch.compiler.disable(function))
 
 
-class RecordedError(Exception):
-    """Leaves the trunk at the write layer with what was wanted there."""
+class SeenError(Exception):
+    """Leaves the trunk when a `Watch` has all that it waits for."""
 
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
+
+_disabled: ContextVar[frozenset[int]] = ContextVar("disabled", default=frozenset())
+"""The routers (by id) that are switched off here: in this thread, or in this asynchronous task."""
+
+
+@contextlib.contextmanager
+def disabling(router: object) -> Iterator[None]:
+    """Within it a router is switched off, for this thread or task alone."""
+    before = _disabled.get()
+    _disabled.set(before | {id(router)})
+    try:
+        yield
+    finally:
+        _disabled.set(before)
+
+
+def is_disabled(router: object) -> bool:
+    """Whether `disabling` holds here."""
+    return id(router) in _disabled.get()
 
 
 @contextlib.contextmanager

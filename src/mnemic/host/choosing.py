@@ -2,14 +2,71 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import StoppingCriteria
 from transformers.generation.configuration_utils import GenerationMode
 
 from mnemic.host.cache import MemoryCache
+from mnemic.host.release import GENERATE_CACHE
+
+
+def ways(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` on a session's cache, which no config may leave out or replace."""
+    kwargs = dict(kwargs)
+    if (config := kwargs.get("generation_config")) is not None:
+        kwargs["generation_config"] = config = copy.deepcopy(config)
+        config.use_cache = True
+    else:
+        kwargs["use_cache"] = True
+    if setting(model, kwargs, "cache_implementation") is not None:
+        kwargs["cache_implementation"] = None
+    return kwargs
+
+
+def setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
+    """What `generate` goes by: its argument, else that of the config it is given, else that of the model's."""
+    if name in kwargs:
+        return kwargs[name]
+    configs = kwargs.get("generation_config"), getattr(model, "generation_config", None)
+    return next((found for config in configs if (found := getattr(config, name, None)) is not None), None)
+
+
+def rows_of(model: nn.Module, kwargs: dict[str, Any]) -> int:
+    """How many rows `generate` makes of one prompt."""
+    return max(setting(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
+
+
+def one_by_one(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether `generate` chooses one token after another, and returns nothing else."""
+    more = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "return_dict_in_generate")
+    more += ("dola_layers", "penalty_alpha", "constraints", "force_words_ids")
+    return rows_of(model, kwargs) == 1 and not any(setting(model, kwargs, name) for name in more)
+
+
+def check_taken(model: nn.Module, taken: int, expected: int) -> None:
+    """Raises `RuntimeError` where a model gave a session other tokens than those it was called with."""
+    if taken != expected:
+        raise RuntimeError(
+            f"{type(model).__name__} gave the session {taken:,} token(s) where {expected:,} were to be read, as models "
+            "do that put tokens of their own before every call (prompt and prefix tuning) or leave the cache that they "
+            "are given; nothing was read. Use the model without that"
+        )
+
+
+class Counting(StoppingCriteria):
+    """Ends nothing: it notes how long the rows of `generate` are, the last token included; None before the first."""
+
+    length: int | None = None
+
+    def __call__(self, input_ids: Int[Tensor, "b t"], scores: Any, **kwargs: Any) -> Any:
+        """No row is done."""
+        self.length = input_ids.shape[1]
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class Choosing:
@@ -25,9 +82,6 @@ class Choosing:
         """
         if kwargs.get("streamer") is not None:
             raise ValueError("a streamer is for Session.generate; here the tokens come to the caller as they are made")
-        for name in ("attention_mask", "position_ids", "inputs_embeds"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is the session's own; leave it out")
         caught: dict[str, Any] = {}
 
         def catch(
@@ -43,8 +97,11 @@ class Choosing:
             )
             return input_ids
 
+        if kwargs.get("custom_generate") is not None:
+            raise ValueError("custom_generate is for Session.generate; here one token is chosen after another")
         # the cache is looked at and not written to: what is prepared depends on what generate finds there
-        model.generate(ids, past_key_values=cache.fork(), custom_generate=catch, **kwargs)  # pyright: ignore
+        own = {GENERATE_CACHE: cache.fork(), "custom_generate": catch}
+        model.generate(ids, **own, **ways(model, kwargs))  # pyright: ignore[reportCallIssue]
         config = caught["config"]
         mode = config.get_generation_mode(kwargs.get("assistant_model"))
         several = max(config.num_beams or 1, config.num_return_sequences or 1)

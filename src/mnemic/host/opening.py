@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
 
 from mnemic.host.arguments import check_batch, document_starts, kept_tokens, refined
 from mnemic.host.beside import Beside, Wordless, encoder_positions
 from mnemic.host.cache import MemoryCache, memory_layer, snapshot
 from mnemic.host.call import Call, thread
+from mnemic.host.release import CHECKPOINTS_WITHOUT_GRADIENT, Cache, DynamicCache
+from mnemic.host.wrappers import compiled_inside
 from mnemic.memories.base import MemoryTokens
 from mnemic.stream import Piece, cut, waiting_width
 
@@ -32,11 +33,17 @@ def open_call(router: Router, call: Call, trunk: nn.Module, arguments: dict[str,
     call.keep = call.stream = call.before = None
     call.ids = arguments.get("input_ids")
     call.pieces, call.states, call.traces, call.written, call.beside = [], [], {}, {}, None
-    cache = arguments.get("past_key_values")
     if not router.causal:
         _open_encoder(router, call, trunk, arguments, inputs)
         return
-    call.checkpointing = trunk.training and any(getattr(m, "gradient_checkpointing", False) for m in trunk.modules())
+    cache = arguments.get(router.cache_name)
+    if router.enabled and cache is not None and not isinstance(cache, Cache):
+        refuse_paged(type(cache).__name__)
+    call.checkpointing = (
+        trunk.training
+        and (torch.is_grad_enabled() or CHECKPOINTS_WITHOUT_GRADIENT)
+        and any(getattr(m, "gradient_checkpointing", False) for m in trunk.modules())
+    )
     wanted = arguments.get("use_cache")
     wanted = getattr(trunk.config, "use_cache", False) if wanted is None else wanted  # pyright: ignore
     packed = document_starts(arguments, call.time) if cache is None else None
@@ -45,7 +52,7 @@ def open_call(router: Router, call: Call, trunk: nn.Module, arguments: dict[str,
             _refuse_packed(router)
         cache = _own_cache(router, call, arguments, bool(wanted))
     if cache is None and wanted and not call.checkpointing and packed is None and router.enabled:
-        cache = arguments["past_key_values"] = DynamicCache(config=trunk.config)  # pyright: ignore
+        cache = arguments[router.cache_name] = DynamicCache(config=trunk.config)  # pyright: ignore
     call.cache = cache if isinstance(cache, Cache) else None
     if call.cache is not None and not call.earlier:
         call.restore = cache.snapshot() if isinstance(cache, MemoryCache) else snapshot(call.cache)
@@ -79,6 +86,15 @@ def open_call(router: Router, call: Call, trunk: nn.Module, arguments: dict[str,
         return
     call.pieces = refined(cut(call.stream.counts, call.time, router.segment_length, call.keep, packed), cuts)
     call.states = [call.stream.state]
+
+
+def refuse_paged(*cache: object, **settings: object) -> NoReturn:
+    """Raises `ValueError`: a paged cache holds keys of many requests in one row, and nothing of their streams."""
+    kind = cache[0] if cache else "paged cache (generate_batch, continuous batching)"
+    raise ValueError(
+        f"a {kind} carries no memory; use mnemic.batch([session, ...]).generate(...) or model.generate, or detach the "
+        "memory first"
+    )
 
 
 def goes_by_segment(router: Router, call: Call) -> bool:
@@ -170,7 +186,7 @@ def _bring_stream(router: Router, call: Call, batch: int) -> None:
 
 def _own_cache(router: Router, call: Call, arguments: dict[str, Any], wanted: bool) -> MemoryCache:
     """The cache for a memory with tokens beside its segments: the caller's own turned into one, or a new one."""
-    given, cache = arguments.get("past_key_values"), router.new_cache(router.config.window or router.segment_length)
+    given, cache = arguments.get(router.cache_name), router.new_cache(router.config.window or router.segment_length)
     if given is None:
         call.private_cache = not wanted
     elif type(given) is DynamicCache and not given.get_seq_length():
@@ -179,9 +195,9 @@ def _own_cache(router: Router, call: Call, arguments: dict[str, Any], wanted: bo
     else:
         raise ValueError(
             f"a memory with tokens beside its segments cannot join a {type(given).__name__} of "
-            f"{int(given.get_seq_length())} tokens; pass past_key_values=mnemic.memory_cache(model)"
+            f"{int(given.get_seq_length())} tokens; pass {router.cache_name}=mnemic.memory_cache(model)"
         )
-    arguments["past_key_values"], arguments["use_cache"] = cache, True
+    arguments[router.cache_name], arguments["use_cache"] = cache, True
     return cache
 
 
@@ -220,6 +236,7 @@ def _add_tokens(router: Router, call: Call, trunk: nn.Module, arguments: dict[st
         and len(before.inputs) == router.depth
         and not call.checkpointing
         and trunk.config._attn_implementation in ("sdpa", "eager")  # pyright: ignore
+        and not compiled_inside(trunk)
     )
     call.beside, arguments["inputs_embeds"] = beside, embeddings
 

@@ -12,21 +12,24 @@ Memory tokens join the words of such a call as embeddings, before and behind the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
 from mnemic.host.anatomy import MEMORY_NAME, Anatomy
-from mnemic.host.arguments import bound, flat_mask, joined, part_of
+from mnemic.host.arguments import bound, flat_mask, joined, part_of, with_cache
 from mnemic.host.beside import Wordless, words_of
 from mnemic.host.blocks import at_block, before_block
 from mnemic.host.cache import MemoryCache
-from mnemic.host.call import Call, RecordedError, eager, thread
+from mnemic.host.call import Call, SeenError, Watch, disabling, eager, is_disabled, thread
+from mnemic.host.guard import Guard
 from mnemic.host.opening import arrange, goes_by_segment, open_call
+from mnemic.host.release import OUTPUT_CACHE, DynamicCache
+from mnemic.host.ropes import length_dependent, rotations
 from mnemic.host.wrappers import check_present, check_whole, gather_for_gradient, misplaced, warn_frozen
 from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.state import State
@@ -45,13 +48,14 @@ class Router(nn.Module):
         self.settings = config.to_dict()  # as they were attached: a config can be edited
         self.depth, self.width, self.causal = len(anatomy.blocks), anatomy.width, anatomy.causal
         self.positions, self.takes_positions, self.slides = anatomy.positions, anatomy.takes_positions, anatomy.slides
-        self.dtype = anatomy.dtype
+        self.dtype, self.cache_name = anatomy.dtype, anatomy.cache_name
         if memory.span is not None and (self.slides or self.positions is None):
             raise ValueError(
                 f"a span of {memory.span} keys cannot join a model that has its own (sliding layers, ALiBi); "
                 "leave it out"
             )
-        self.enabled = True
+        self.frozen: list[nn.Parameter] = []
+        self.made_with: list[float] = []
         layers = range(self.depth) if memory.beside else {*memory.read_layers, *memory.written_layers}
         self.taps = nn.ModuleDict({str(layer): Tap(layer, self) for layer in sorted({max(0, each) for each in layers})})
 
@@ -68,12 +72,15 @@ class Router(nn.Module):
                 block = anatomy.blocks[int(layer)]
                 handles.append(block.register_forward_pre_hook(tap.before, with_kwargs=True))
             handles.append(anatomy.blocks[int(layer)].register_forward_hook(tap.after, with_kwargs=True, prepend=True))
+        for rotary in length_dependent(anatomy.trunk):
+            handles.append(rotary.register_forward_hook(self.rotate, with_kwargs=True))
         object.__setattr__(self, "handles", handles)
         setattr(anatomy.trunk, MEMORY_NAME, self)
+        Guard.install(anatomy.trunk)
 
     def remove(self, anatomy: Anatomy) -> None:
         """Takes the hooks away again. They are found by their owner, so this works on copies of a model too."""
-        for module in (anatomy.trunk, *anatomy.blocks):
+        for module in (anatomy.trunk, *anatomy.blocks, *length_dependent(anatomy.trunk)):
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key, hook in list(hooks.items()):
                     if getattr(hook, "__self__", None) in (self, *self.taps.values()):
@@ -84,7 +91,17 @@ class Router(nn.Module):
                             module._forward_pre_hooks_with_kwargs,
                         ):
                             marks.pop(key, None)
+        Guard.remove(anatomy.trunk)
         delattr(anatomy.trunk, MEMORY_NAME)
+
+    @property
+    def enabled(self) -> bool:
+        """False within `Attachment.disabled`, in the thread or task that is in it."""
+        return not is_disabled(self)
+
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Within it nothing is read or written, in this thread or task alone."""
+        return disabling(self)
 
     # --- one call ----------------------------------------------------------------------------------------------------
 
@@ -101,9 +118,13 @@ class Router(nn.Module):
         call = Call()
         call.wordless, thread.wordless = thread.wordless, None
         self.calls.append(call)
-        arguments = bound(trunk, args, kwargs)
-        if thread.recording is self:
-            return (), arguments
+        with self.undone_when_interrupted(call):
+            return (), self._opened(call, trunk, bound(trunk, args, kwargs))
+
+    def _opened(self, call: Call, trunk: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the call's last segment, when all before it have run."""
+        if thread.watch is not None and thread.watch.router is self:
+            return arguments
         if (found := trunk._modules.get(MEMORY_NAME)) is not self:
             raise misplaced(found)
         if torch.is_grad_enabled():
@@ -112,7 +133,7 @@ class Router(nn.Module):
         open_call(self, call, trunk, arguments)
         if len(call.pieces) > 1 and goes_by_segment(self, call):
             if call.cache is None:
-                call.cache = arguments["past_key_values"] = DynamicCache(config=trunk.config)  # pyright: ignore
+                call.cache = arguments[self.cache_name] = DynamicCache(config=trunk.config)  # pyright: ignore
                 arguments["use_cache"] = call.private_cache = True
             if arguments.get("output_attentions", trunk.config.output_attentions):  # pyright: ignore
                 raise ValueError(
@@ -130,7 +151,22 @@ class Router(nn.Module):
             open_call(self, call, trunk, arguments)
         if isinstance(call.cache, MemoryCache):
             arrange(self, call, trunk, arguments)
-        return (), arguments
+        return arguments
+
+    @contextlib.contextmanager
+    def undone_when_interrupted(self, call: Call) -> Iterator[None]:
+        """Takes a call back when something other than an `Exception` leaves it (Ctrl-C, `SystemExit`): torch's hooks do
+        not run then.
+        """
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            if call in self.calls:
+                self.calls.remove(call)
+            call.restore()
+            raise
 
     @eager
     def after(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -139,6 +175,14 @@ class Router(nn.Module):
         if output is None:
             call.restore()
             return None
+        try:
+            return self._closed(call, output)
+        except BaseException:
+            call.restore()
+            raise
+
+    def _closed(self, call: Call, output: Any) -> Any:
+        """The output of the whole call, when its stream and its window have moved on."""
         if call.layer is not None and call.stream is not None:
             call.layer.stream = call.stream.leave(call.traces, call.keep).read(call.ids, call.keep)
         if isinstance(call.cache, MemoryCache):
@@ -157,8 +201,19 @@ class Router(nn.Module):
         if call.earlier:
             output = joined([*call.earlier, output])
         if call.private_cache:
-            output["past_key_values"] = None
+            output[OUTPUT_CACHE] = None
         return output
+
+    @eager
+    def rotate(self, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The hook of rotary embeddings that change with the length of what is seen: that is the window's, not the
+        stream's.
+        """
+        cache = self.calls[-1].cache if self.calls else None
+        if not isinstance(cache, MemoryCache):
+            return output
+        size, _, _, beside = cache.settings
+        return rotations(rotary, args, kwargs, None if size is None else size + beside)
 
     def new_cache(self, window: int | None) -> MemoryCache:
         """A cache for new streams, with keys of the last `window` tokens."""
@@ -181,7 +236,7 @@ class Router(nn.Module):
         nothing = torch.empty(stream.batch, 0, self.width, dtype=self.dtype, device=self.device)
         thread.wordless = wordless
         try:
-            trunk(inputs_embeds=nothing, past_key_values=cache, use_cache=True)
+            trunk(inputs_embeds=nothing, **with_cache(trunk, cache))
         finally:
             thread.wordless = None
 
@@ -196,42 +251,26 @@ class Router(nn.Module):
         """What the base alone puts out at some blocks `[b, t, d]`, for rows that it sees on their own; -1 is what
         enters the first.
         """
-        seen: dict[int, Tensor] = {}
-
-        def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[-1] = (args[0] if args else kwargs["hidden_states"]).detach()
-
-        def leave(layer: int) -> Callable[..., None]:
-            def keep(block: nn.Module, args: Any, output: Any) -> None:
-                seen[layer] = (output[0] if isinstance(output, tuple) else output).detach()
-
-            return keep
-
-        handles = [
-            anatomy.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
-            if layer == -1
-            else anatomy.blocks[layer].register_forward_hook(leave(layer))
-            for layer in layers
-        ]
-        enabled, self.enabled = self.enabled, False
-        try:
-            anatomy.trunk(input_ids=input_ids, use_cache=False)
-        finally:
-            self.enabled = enabled
-            for handle in handles:
-                handle.remove()
-        return seen
+        seen = self._seen(anatomy.trunk, input_ids, Watch(self, frozenset(layers)))
+        return {layer: hidden_btd.detach() for layer, hidden_btd in seen.items()}
 
     def record(self, trunk: nn.Module, input_ids: Tensor) -> Tensor:
         """What the write layer puts out `[b, t, d]` for rows the base sees on their own; later blocks do not run."""
-        thread.recording = self
+        write = self.memory.write_layer
+        return self._seen(trunk, input_ids, Watch(self, frozenset({write}), leaves=True))[write]
+
+    def _seen(self, trunk: nn.Module, input_ids: Tensor, watch: Watch) -> dict[int, Tensor]:
+        """What a watch saw in a call of the base alone; raises `ValueError` for blocks the memory does not touch."""
+        thread.watch = watch
         try:
             trunk(input_ids=input_ids, use_cache=False)
-        except RecordedError as recorded:
-            return recorded.hidden
+        except SeenError:
+            pass
         finally:
-            thread.recording = None
-        raise RuntimeError(f"block {self.memory.write_layer} did not run")
+            thread.watch = None
+        if unseen := sorted(watch.layers - watch.seen.keys()):
+            raise ValueError(f"blocks {unseen} cannot be watched: this memory neither reads nor writes there")
+        return watch.seen
 
     @property
     def device(self) -> torch.device:

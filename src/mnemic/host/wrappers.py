@@ -15,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mnemic.host.release import GradientCheckpointingLayer
+
 Result = TypeVar("Result")
 
 MEMORY_NAME = "mnemic"
@@ -53,6 +55,17 @@ def refuse_late(model: nn.Module) -> None:
         wrapper = "fully_shard"
     if wrapper is not None:
         raise ValueError(f"{wrapper} has prepared the model without a memory; attach it before")
+
+
+def compiled_inside(trunk: nn.Module) -> bool:
+    """Whether parts of a trunk's blocks, smaller than a block, are compiled by themselves."""
+    blocks = [module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return any(
+        isinstance(part, OptimizedModule) or part._compiled_call_impl is not None
+        for block in blocks
+        for part in block.modules()
+        if part is not block
+    )
 
 
 # --- as one forward pass ---------------------------------------------------------------------------------------------

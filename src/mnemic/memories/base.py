@@ -19,22 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mnemic.memories.registry import CONFIGS, Card
 from mnemic.state import State, nbytes
-
-CONFIGS: dict[str, type[MemoryConfig]] = {}
-"""Every mechanism by its kind; a subclass of `MemoryConfig` that names a `kind` enters by being defined."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What `mnemic list` and the documentation say of a mechanism."""
-
-    title: str
-    seam: str
-    trains: str
-    bytes_law: str
-    paper: str
-    citation: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +61,8 @@ class MemoryConfig(ABC):
     """Settings of a mechanism: plain values (numbers, text, lists of them), each of the type it is declared with.
 
     `segment_length` is the number of a row's real tokens between two writes. `window` is how many of the latest tokens
-    the base itself sees while the memory is trained and used; one segment by default.
+    the base itself sees while the memory is trained and used. By default that is one segment in training, so that all
+    that is earlier must come through the memory, and in a session as much as `mnemic.attachment.default_window` says.
     """
 
     kind: ClassVar[str]

@@ -5,9 +5,9 @@ others are distractors. The haystack is repeated noise, other needles, or given 
 
 Rules. Every line stands between two sentences of the haystack. Where, is uniform over all gaps, or nearest to a fixed
 `depth` in per cent, for a map of lengths and depths (`haystack.grid`). Keys differ within a stream, and so do the
-values of one key. Nothing else in a stream has a key's form, so nothing unlabelled can be taken for a needle. Several values of a
-key are asked in the order they were told, and each counts: the score is the share of values that are right, as in
-RULER, where their order does not matter.
+values of one key. Nothing else in a stream has a key's form, so nothing unlabelled can be taken for a needle. Several
+values of a key are asked in the order they were told, and each counts: the score is the share of values that are right,
+as in RULER, where their order does not matter.
 
 The layout is ours: `length` tokens of context, in whole segments, then one segment that asks:
 

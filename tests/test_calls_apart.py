@@ -1,0 +1,213 @@
+"""What belongs to a call stays with it: whoever else calls the model at the same time, and however the call ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+
+import mnemic
+from families import make
+from helpers import CONFIGS, SEGMENT, assert_near, feed, host, tokens, trained
+from mnemic.host.release import GENERATE_CACHE as CACHE
+from mnemic.host.release import GradientCheckpointingLayer
+
+EMT = CONFIGS["emt-0"]
+ENDS = (KeyboardInterrupt, SystemExit, RuntimeError)
+
+
+def meanwhile(function):
+    """Runs `function` in another thread, to its end, and gives what it returned."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+# --- other threads and tasks -----------------------------------------------------------------------------------------
+
+
+def test_disabling_holds_for_its_own_thread_alone():
+    model = host("llama", EMT)
+    ids = tokens(1, 3 * SEGMENT)
+    expected = feed(model, ids)
+    with mnemic.attached(model).disabled():
+        assert_near(meanwhile(lambda: feed(model, ids)), expected, 0.0)
+        assert not torch.equal(feed(model, ids), expected)
+    assert torch.equal(feed(model, ids), expected)
+
+
+def test_disabling_holds_for_its_own_task_alone():
+    model = host("llama", EMT)
+    ids = tokens(1, 3 * SEGMENT)
+    expected = feed(model, ids)
+
+    async def without(inside: asyncio.Event, done: asyncio.Event):
+        with mnemic.attached(model).disabled():
+            inside.set()
+            await done.wait()
+            return feed(model, ids)
+
+    async def both():
+        inside, done = asyncio.Event(), asyncio.Event()
+        other = asyncio.create_task(without(inside, done))
+        await inside.wait()
+        own = feed(model, ids)
+        done.set()
+        return own, await other
+
+    own, other = asyncio.run(both())
+    assert torch.equal(own, expected)
+    assert not torch.equal(other, expected)
+
+
+def test_disabling_nests_and_ends_with_an_error():
+    model = host("llama", EMT)
+    memory = mnemic.attached(model)
+    with memory.disabled():
+        with contextlib.suppress(KeyboardInterrupt), memory.disabled():
+            raise KeyboardInterrupt
+        assert not memory.router.enabled
+    assert memory.router.enabled
+
+
+def test_watching_the_base_leaves_calls_of_other_threads_alone():
+    model = host("llama", EMT)
+    memory = mnemic.attached(model)
+    ids, strange = tokens(1, SEGMENT), tokens(1, SEGMENT, seed=5)
+    layer = memory.memory.write_layer
+    expected, alone = feed(model, strange), memory.router.watch(memory.anatomy, ids, [layer])[layer]
+    found = []
+
+    def stop_and_look(*_):
+        # in the middle of the watched call another thread makes one of its own
+        handle.remove()
+        found.append(meanwhile(lambda: feed(model, strange)))
+
+    handle = memory.anatomy.blocks[0].register_forward_pre_hook(stop_and_look)
+    seen = memory.router.watch(memory.anatomy, ids, [layer])[layer]
+    assert torch.equal(seen, alone)
+    assert torch.equal(found[0], expected)
+
+
+def test_a_block_that_the_memory_does_not_touch_cannot_be_watched():
+    model = host("llama", EMT)
+    memory = mnemic.attached(model)
+    touched = {memory.memory.write_layer, *memory.memory.read_layers}
+    (other,) = {0, 1} - touched
+    with pytest.raises(ValueError, match=rf"blocks \[{other}\] cannot be watched"):
+        memory.router.watch(memory.anatomy, tokens(1, SEGMENT), [other])
+
+
+def test_memory_tokens_leave_the_process_compiling_as_it_did(monkeypatch):
+    def refused(*_):
+        raise AssertionError("the stance is the whole process's")
+
+    monkeypatch.setattr(torch.compiler, "set_stance", refused)
+    feed(host("llama", CONFIGS["transformer-xl-0"]), tokens(1, 3 * SEGMENT))
+
+
+# --- however it ends -------------------------------------------------------------------------------------------------
+
+
+def interrupted(model, place, error):
+    """Makes the model raise at its last block, or where its stack ends or begins, once."""
+    memory = mnemic.attached(model)
+    module = memory.anatomy.blocks[-1] if place == "block" else memory.anatomy.trunk.get_input_embeddings()
+
+    def strike(*_):
+        handle.remove()
+        raise error
+
+    handle = module.register_forward_pre_hook(strike)
+
+
+@pytest.mark.parametrize("error", ENDS)
+@pytest.mark.parametrize("place", ["block", "embeddings"])
+@pytest.mark.parametrize("kind", ["emt-0", "rmt-0", "transformer-xl-0", "memoria-0"])
+def test_whatever_ends_a_call_leaves_nothing_behind(kind, place, error):
+    model, ids = host("llama", CONFIGS[kind]), tokens(1, 3 * SEGMENT)
+    cache = mnemic.memory_cache(model, SEGMENT)
+    model(ids, **{CACHE: cache})
+    copied = cache.fork()
+    expected = model(ids, **{CACHE: copied}).logits
+    session = mnemic.Session(model)
+    session.read(ids)
+    for call in (lambda: model(ids, **{CACHE: cache}), lambda: model(ids), lambda: session.forward(ids)):
+        interrupted(model, place, error)
+        with pytest.raises(error):
+            call()
+        assert mnemic.attached(model).router.calls == []
+    assert session.stream.seen[0] == ids.shape[1]
+    assert cache.get_seq_length() == 0
+    assert_near(model(ids, **{CACHE: cache}).logits, expected, 1e-6)
+    assert_near(session.forward(ids).logits, expected, 1e-6)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_guarded_too_and_detached_ones_are_free(way):
+    model = way(host("llama", EMT))
+    interrupted(model, "block", KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens(1, SEGMENT))
+    memory = mnemic.attached(model)
+    assert memory.router.calls == []
+    memory.detach()
+    assert "forward" not in vars(model.model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_any_handle_gives_back_exactly_what_attaching_froze():
+    model = make("llama")
+    model.lm_head.weight.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    mnemic.attach(model, EMT)
+    mnemic.attached(copy.deepcopy(model)).detach()
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".mnemic." not in n)
+    mnemic.attached(model).detach()
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    mnemic.attach(model, EMT, freeze=False)
+    mnemic.attached(model).detach()
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+def test_what_stood_in_place_of_forward_stands_there_again():
+    model = make("llama")
+    inner, called = model.model.forward, []
+
+    def moved(*args, **kwargs):
+        called.append(1)
+        return inner(*args, **kwargs)
+
+    model.model.forward = moved
+    expected = model(tokens(1, SEGMENT)).logits
+    memory = mnemic.attach(model, EMT)
+    assert torch.equal(model(tokens(1, SEGMENT)).logits, expected)
+    assert len(called) == 2
+    memory.detach()
+    assert model.model.forward is moved
+
+
+# --- paged generation ------------------------------------------------------------------------------------------------
+
+
+def test_paged_generation_is_refused_until_the_memory_is_gone():
+    model = make("llama")
+    for _ in range(2):
+        trained(model, EMT)
+        with pytest.raises(ValueError, match=r"paged cache .* carries no memory; use mnemic\.batch"):
+            model.generate_batch([tokens(1, 5)[0].tolist()])
+        with pytest.raises(ValueError, match=r"a list carries no memory"):
+            model(tokens(1, 5), **{CACHE: [1]})
+        mnemic.attached(model).detach()
+    assert "init_continuous_batching" not in vars(model)
+
+
+def test_blocks_are_what_the_release_calls_them():
+    assert all(isinstance(block, GradientCheckpointingLayer) for block in make("llama").model.layers)
