@@ -49,12 +49,19 @@ def one_by_one(model: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 
 def check_taken(model: nn.Module, taken: int, expected: int) -> None:
-    """Raises `RuntimeError` where a model gave a session other tokens than those it was called with."""
+    """Raises `RuntimeError` where a model gave a session other tokens than those it was called with, or joined some of
+    its own to them: a session would get these with every call anew.
+    """
+    name = type(model).__name__
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise RuntimeError(
+            f"{name} puts tokens of its own before every call (PEFT's prompt and prefix tuning), of which a session "
+            "would have as many as calls; nothing was read. Use adapters that change weights, such as LoRA"
+        )
     if taken != expected:
         raise RuntimeError(
-            f"{type(model).__name__} gave the session {taken:,} token(s) where {expected:,} were to be read, as models "
-            "do that put tokens of their own before every call (prompt and prefix tuning) or leave the cache that they "
-            "are given; nothing was read. Use the model without that"
+            f"{name} gave the session {taken:,} token(s) where {expected:,} were to be read: it fed some again, added "
+            "some, or left the cache that it was given; nothing was read"
         )
 
 
