@@ -331,7 +331,8 @@ def test_without_a_memory_it_says_what_that_means(folder, tmp_path):
     talk = Talk(folder, tmp_path / "m.db")
     talk.arguments = talk.arguments[:-2]
     output = talk("who?")
-    assert "nothing is remembered beyond the last 256 tokens" in output
+    assert "nothing is remembered beyond the window" in output
+    assert "Window: the last 256 tokens, as they were. Memory (emt): 0 segments of 64 written." in output
     assert "goes on after" in talk("and?")  # its sessions are taken back all the same
 
 

@@ -17,6 +17,8 @@ from mnemic.cli import app
 from mnemic.cli.inspect import changes
 from mnemic.state import StateError, nbytes, read_file, write_file
 
+pytestmark = pytest.mark.small  # what is tested of the oldest and newest networkx
+
 
 def run(*words):
     return CliRunner().invoke(app, ["inspect", *(str(word) for word in words)])

@@ -75,7 +75,7 @@ def test_a_model_with_tokens_of_its_own_in_every_call_is_refused(settings):
     session = session_of(model)
     before = session.stream
     for use in [use for name, use in USES.items() if name != "read"]:  # which runs the stack below such tokens
-        with pytest.raises(RuntimeError, match=r"puts tokens of its own before every call.*such as LoRA"):
+        with pytest.raises(RuntimeError, match=r"puts tokens of its own before every call.*prefix"):
             use(session)
         assert session.stream is before
 

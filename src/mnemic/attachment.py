@@ -22,11 +22,13 @@ from mnemic.host.opening import refuse_paged
 from mnemic.host.router import Router
 from mnemic.host.wrappers import check_whole, execution_device, misplaced, refuse_late, unwrapped, whole
 from mnemic.memories.base import Memory, MemoryConfig, UnknownSetting
-from mnemic.state import META_LIMIT, StateError, nbytes, read_file, strict_json, to_bytes, write_all
+from mnemic.state import META_LIMIT, StateError, is_finite, nbytes, read_file, strict_json, to_bytes, write_all
 
 CONFIG_FILE, WEIGHTS_FILE = "memory_config.json", "memory_model.safetensors"
 PAGED = "init_continuous_batching"
 """What all of paged generation begins with; there an error is raised in the caller's thread."""
+WINDOW = 2048
+"""Tokens whose keys a session keeps unless it is told otherwise."""
 LARGEST = 2**30
 """Most bytes of what a memory from a file begins with beside its weights."""
 
@@ -191,7 +193,8 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     """
     anatomy = examine(model)
     refuse_late(model)
-    config = copy.deepcopy(config)  # a later change to the caller's is none to the memory
+    # checked again, as it may have been edited; and a copy, as a later change to the caller's is none to the memory
+    config = copy.deepcopy(config).replace()
     if hasattr(anatomy.trunk, MEMORY_NAME):
         raise ValueError(f"{type(model).__name__} already has a memory; detach it first")
     check_segment(model, config)
@@ -359,7 +362,7 @@ def check_weights(weights: dict[str, Tensor], memory: Memory, source: object) ->
         if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
             found = f"{list(tensor.shape)} of {tensor.dtype}"
             raise StateError(f"{source}: {name} is {found}, by its config it is {list(wanted.shape)} of {wanted.dtype}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise StateError(f"{source}: {name} is NaN or infinite somewhere")
 
 
@@ -376,6 +379,20 @@ def check_fingerprint(model: nn.Module, description: dict[str, Any], path: objec
             f"{path} was written for base model {description.get('base_model')!r} ({expected}), this one is {found}"
             f"{narrow}; load the base it was trained on, or pass strict=False if you know they fit"
         )
+
+
+def default_window(model: nn.Module) -> int:
+    """How many of the latest tokens a session's base sees where nobody says: the window of the memory's config, or
+    `WINDOW`, at least four segments, and no more than the base was trained for.
+
+    One segment where memory tokens stand beside it: they are made for a base that sees no earlier words.
+    """
+    router, trained = router_of(model), trained_positions(model)
+    length = router.segment_length
+    if router.config.window is not None or router.memory.beside:
+        return router.config.window or length
+    wanted = max(WINDOW, 4 * length)
+    return wanted if trained is None else min(wanted, trained)
 
 
 def memory_cache(model: nn.Module, window: int | None = None) -> MemoryCache:

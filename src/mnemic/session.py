@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mnemic.attachment import check_fingerprint, check_settings, memory_cache, router_of
+from mnemic.attachment import check_fingerprint, check_settings, default_window, memory_cache, router_of
 from mnemic.checks import check_contents, check_description, check_written, keys_of
 from mnemic.generating import answer, generate
 from mnemic.history import Log
@@ -21,7 +21,7 @@ from mnemic.host.anatomy import examine, fingerprint
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer, Window
 from mnemic.host.call import carrying
-from mnemic.host.choosing import Choosing, TextPieces, check_taken
+from mnemic.host.choosing import Choosing, TextPieces, check_taken, refuse_prompts
 from mnemic.host.evaluating import evaluating
 from mnemic.host.release import DynamicLayer
 from mnemic.host.remembered import remembered
@@ -54,9 +54,9 @@ class Stored:
 class Session:
     """One stream through a model with a memory: read any length, generate, save, load, fork, reset.
 
-    `window` is the number of the latest tokens whose keys the base keeps; by default the window of the memory's config,
-    which is the one it was trained with. Text needs a `tokenizer`; token ids `[1, T]` do not. Sessions of one model
-    share nothing, and run as in evaluation whatever mode the model is in.
+    `window` is the number of the latest tokens whose keys the base keeps; by default that of the memory's config, or as
+    many as `default_window` says: until they are full the base sees all that was read. Text needs a `tokenizer`; token
+    ids `[1, T]` do not. Sessions of one model share nothing, and run as in evaluation whatever mode the model is in.
 
     With `keep_text` the ids of all tokens are kept with the session and its file, 4 bytes a token, so that `show` and
     `mnemic inspect` can tell in words what was written; without, nothing of the text but positions.
@@ -75,7 +75,7 @@ class Session:
         self.model, self.tokenizer, self.keep_text = model, tokenizer, keep_text
         router = router_of(model)
         if window is None and router.causal:
-            window = router.config.window or router.segment_length
+            window = default_window(model)
         self.window = window
         self._cache: MemoryCache | None = memory_cache(model, window) if router.causal else None
         self._layer = MemoryLayer() if self._cache is None else self._cache.memory
@@ -197,6 +197,7 @@ class Session:
 
     def _feed(self, module: nn.Module, ids: Tensor, **kwargs: Any) -> Any:
         """What `module` puts out for tokens that the session takes in, each of them once."""
+        refuse_prompts(module)
         stream, before = self.stream, self._taken
         if self._cache is not None:
             output = module(input_ids=ids, **with_cache(module, self._cache), **kwargs)

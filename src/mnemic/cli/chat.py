@@ -142,12 +142,18 @@ class Chat:
         kind = mnemic.attached(self.model).config
         if memory is None:
             self.say(
-                f"No --memory: this one is not trained, so nothing is remembered beyond the last {kind.window:,} "
-                "tokens. `mnemic train` makes one.",
+                "No --memory: this one is not trained, so nothing is remembered beyond the window. "
+                "`mnemic train` makes one.",
                 "yellow",
             )
         seen = self.session.stream.seen[0] if self.session.stream is not None else 0
         stands = f"goes on after {seen:,} tokens" if seen else "is new"
+        self.say(
+            f"Window: the last {self.session.window or seen:,} tokens, as they were. Memory ({kind.kind}): "
+            f"{self.session.stream.written[0] if seen and self.session.stream else 0:,} segments of "
+            f"{kind.segment_length:,} written.",
+            QUIET,
+        )
         how = "" if self.turns.template else " The model has no chat template: it continues what you write."
         self.say(f"Session {self.name!r} in {self.store.url} {stands}.{how} /help lists commands.", QUIET)
 

@@ -142,7 +142,7 @@ def look_inside(model: nn.Module, out: Path, seed: int = 0, fillers: int = 16) -
     from mnemic.tasks.facts import SymbolRecall
 
     task, generator = SymbolRecall(), torch.Generator().manual_seed(seed)
-    told = task.tell(1, generator).told
+    told = task.tell(1, generator).told[:, 0]
     session = Session(model, Symbols(), keep_text=True)
     session.read(torch.cat([told, task.filler(1, fillers, generator)], 1))
     out.mkdir(parents=True, exist_ok=True)

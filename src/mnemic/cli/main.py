@@ -18,6 +18,7 @@ from mnemic.cli.analyse import analyse
 from mnemic.cli.bench import bench
 from mnemic.cli.capacity import capacity
 from mnemic.cli.chat import chat
+from mnemic.cli.fetch import fetch
 from mnemic.cli.inspect import inspect, look_inside
 from mnemic.cli.peers import peers
 from mnemic.cli.show import Show, console, listing
@@ -41,6 +42,7 @@ app.add_typer(tasks_app, name="tasks", rich_help_panel=RESEARCH)
 app.add_typer(store_app, name="store")
 app.command()(chat)
 app.command()(train)
+app.command()(fetch)
 app.command()(inspect)
 
 
@@ -63,12 +65,14 @@ def demo(
 ) -> None:
     """Trains a tiny base and a memory on the spot, then asks beyond the window: minutes, nothing downloaded."""
     from mnemic.analysis.curves import recall_curve
+    from mnemic.bench.recall import beyond_chance
     from mnemic.bench.settings import demo_experiment
 
     begun = time.monotonic()
     experiment, make_base = demo_experiment(seed)
     console.print(
-        "A tiny GPT-2 sees 32 tokens at a time. Each stream tells it 4 pairs, then filler, then asks for the pairs.\n"
+        "A tiny GPT-2 sees 32 tokens at a time. One or two segments of a stream tell it 4 pairs each, the second also\n"
+        "new values for old keys; filler lies before, between and after them; the last segment asks for the pairs.\n"
         "The base is trained in its window first and then frozen; only the memory learns to carry the pairs.\n"
     )
     with Show("answers exactly right, %") as show:
@@ -79,12 +83,7 @@ def demo(
     picture = recall_curve([record], out / "recall.png", "EMT on a frozen GPT-2 with a window of 32 tokens")
     attachment.save_pretrained(out / "memory")
     page = look_inside(model, out, seed)
-    chance = record.scores[0].floors["chance"]
-    controls = {
-        name: sum(score.controls[name] for score in record.scores) / len(record.scores)
-        for name in record.scores[0].controls
-    }
-    above = [f"{name} {100 * value:.1f} %" for name, value in controls.items() if value > chance + 0.03]
+    above = [f"{name} {100 * share:.1f} %" for name, share in beyond_chance(record.scores).items()]
     console.print(
         f"\nBeyond chance: {', '.join(above)}. Do not believe this run."
         if above

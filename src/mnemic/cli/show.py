@@ -28,7 +28,7 @@ class Table(RichTable):
         super().add_column(*given, **{"overflow": "fold", **options})
 
 
-def listing(entries: Iterable[tuple[str | Text, str | Text, Mapping[str, str | Text]]]) -> Table:
+def listing(entries: Iterable[tuple[str | Text, str | Text, Mapping[str, str | Text]]]) -> RichTable:
     """Entries one below another: a name, what it is called, and facts by name."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bright_black")
@@ -58,11 +58,9 @@ class Show:
             console=console,
         )
         self.table = Table(title=title, title_justify="left", title_style="bold")
-        self.table.add_column("filler segments", justify="right")
-        self.table.add_column("tokens", justify="right")
-        for name in CONDITIONS:
+        self.table.add_column("asked for")
+        for name in ("filler before", "after", *CONDITIONS, "without binding"):
             self.table.add_column(name, justify="right", style="bold" if name == "memory" else "dim")
-        self.table.add_column("chance", justify="right", style="dim")
         self.live = Live(Group(self.progress), console=console, refresh_per_second=4)
         self.task = None
         self.printed = time.monotonic()
@@ -90,7 +88,7 @@ class Show:
     def advance(self, steps: int, **values: float) -> None:
         """Moves the bar and shows the values beside it."""
         assert self.task is not None
-        note = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        note = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
         self.progress.advance(self.task, steps)
         if note:
             self.progress.update(self.task, note=note)
@@ -102,8 +100,14 @@ class Show:
 
     def score(self, score: Score) -> None:
         """A new row."""
-        cells = [score.score, *score.controls.values(), score.floors["chance"]]
-        self.table.add_row(f"{score.length:,}", f"{score.tokens:,}", *(f"{100 * value:.1f}" for value in cells))
+        from mnemic.bench.recall import UNBOUND, asked_for, places_of
+
+        places, asked = places_of(score), asked_for(score)
+        cells = [score.score, *score.controls.values(), score.floors[UNBOUND]]
+        filler = ("any", "any") if places.anywhere else (f"{places.before:,}", f"{places.after:,}")
+        self.table.add_row(asked, *filler, *(f"{100 * value:.1f}" for value in cells))
+        if "old" in score.details:
+            self.table.add_row("", "", "", f"[dim]{100 * score.details['old']:.1f} the old value[/dim]")
         self.live.update(Group(self.progress, self.table))
         if not console.is_terminal:
-            console.print(f"after {score.length:,} fillers: {100 * score.score:.2f} % right")
+            console.print(f"{asked}, filler {' before, '.join(filler)} after: {100 * score.score:.2f} % right")
