@@ -74,12 +74,26 @@ def test_a_model_with_tokens_of_its_own_in_every_call_is_refused(settings):
     trained(model, EMT)
     session = session_of(model)
     before = session.stream
-    for name, use in USES.items():
-        if name != "read":
-            with pytest.raises(RuntimeError, match=r"puts tokens of its own before every call .*prefix"):
-                use(session)
-        if name != "read":
-            assert session.stream is before
+    for use in [use for name, use in USES.items() if name != "read"]:  # which runs the stack below such tokens
+        with pytest.raises(RuntimeError, match=r"puts tokens of its own before every call.*prefix"):
+            use(session)
+        assert session.stream is before
+
+
+def test_a_model_that_feeds_tokens_again_is_refused():
+    model = host("llama", EMT)
+    session = session_of(model)
+    plain, before = model.forward, session.stream
+
+    def again(**given):
+        plain(**given)
+        return plain(**given)
+
+    model.forward = again
+    for use in [use for name, use in USES.items() if name != "read"]:
+        with pytest.raises(RuntimeError, match=r"gave the session \d+ token\(s\) where \d+ were to be read"):
+            use(session)
+        assert session.stream is before
 
 
 def test_a_model_that_leaves_its_cache_is_right_or_refused():
@@ -92,7 +106,7 @@ def test_a_model_that_leaves_its_cache_is_right_or_refused():
     by_hand.read(torch.cat([PROMPT, session.generate(PROMPT, **GREEDY)], 1))
     assert session.stream.seen == by_hand.stream.seen == (21 + 5 + 6,)
     before = session.stream
-    with pytest.raises(RuntimeError, match="leave the cache that they are given"):
+    with pytest.raises(RuntimeError, match="left the cache that it was given"):
         session.generate(PROMPT, num_beams=2, **GREEDY)
     assert session.stream is before
 

@@ -245,7 +245,7 @@ class Rows:
         output = module(input_ids=ids, **with_cache(module, self.cache), **more, **kwargs)
         after = self.cache.window.taken if self.cache.window is not None else before
         for now, then, count in zip(after, before, keep.sum(1).tolist(), strict=True):
-            check_taken(self.model, now - then, count)
+            check_taken(module, now - then, count)
         return output, keep
 
     def part_with(self, places: Sequence[int]) -> None:

@@ -205,7 +205,7 @@ class Session:
             with carrying(self._layer):
                 output = module(input_ids=ids, **kwargs)
         if self._cache is not None or self.stream is not stream:  # an encoder that is switched off takes in nothing
-            check_taken(self.model, self._taken - before, ids.shape[1])
+            check_taken(module, self._taken - before, ids.shape[1])
         return output
 
     @property

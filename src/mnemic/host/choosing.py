@@ -63,9 +63,8 @@ def check_taken(model: nn.Module, taken: int, expected: int) -> None:
     """Raises `RuntimeError` where a model gave a session other tokens than those it was called with."""
     if taken != expected:
         raise RuntimeError(
-            f"{type(model).__name__} gave the session {taken:,} token(s) where {expected:,} were to be read, as models "
-            "do that put tokens of their own before every call (prompt and prefix tuning) or leave the cache that they "
-            "are given; nothing was read. Use the model without that"
+            f"{type(model).__name__} gave the session {taken:,} token(s) where {expected:,} were to be read: it fed some "
+            "again, added some, or left the cache that it was given; nothing was read"
         )
 
 
