@@ -45,7 +45,7 @@ WINDOW = 2 * SEGMENT
         ({"dim": 60, "heads": 7}, "dim 60 is not divisible by 7 heads; set heads= to a divisor"),
         ({"write": "page"}, "write is 'page'; use 'segment' or 'token'"),
         ({"feedback": 0.0}, "feedback is 0.0; it must lie in (0, 1]"),
-        ({"update_rate": 1.5}, "update_rate is 1.5; it must lie in (0, 1]"),
+        ({"write": "token", "update_rate": 1.5}, "update_rate is 1.5; it must lie in (0, 1]"),
         ({"read_layers": []}, "read_layers is empty; name at least one block"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ import mnemic
 from families import make
 from mnemic.bench import cost, results
 from mnemic.bench.experiments import Curriculum, Experiment, LanguageCurriculum, Recipe
+from mnemic.bench.recall import Places, asked_for
 from mnemic.bench.results import Record, Score, digest, problems, records
 from mnemic.cli import app
+from mnemic.tasks.base import generator
 from mnemic.tasks.facts import SymbolRecall
 from mnemic.training import Step
 from mnemic.unrolling import IGNORED
@@ -111,7 +114,7 @@ def test_a_step_has_the_same_batch_again():
 
 
 def test_long_streams_come_in_smaller_batches():
-    curriculum = Curriculum(TASK, Recipe(steps=1, rows=8, longest=30, segments=24, pool=8), 0)
+    curriculum = Curriculum(TASK, Recipe(steps=1, rows=8, longest=30, several=0.0, segments=24, pool=8), 0)
     curriculum.notes["longest"] = 30.0
     seen = {}
     for number in range(60):
@@ -120,6 +123,17 @@ def test_long_streams_come_in_smaller_batches():
     assert min(seen) == 0
     assert 20 < max(seen) <= 30
     assert seen == {count: max(2, min(8, 24 // (count + 1))) for count in seen}
+
+
+def test_facts_lie_in_two_segments_once_one_is_remembered():
+    curriculum = Curriculum(TASK, Recipe(steps=1, pool=8), 0)
+    source = generator(1)
+    assert {curriculum.told(source) for _ in range(40)} == {(1, 0)}
+    curriculum.notes["longest"] = 1.0
+    drawn = Counter(curriculum.told(source) for _ in range(400))
+    assert set(drawn) == {(1, 0), (2, 0), (2, 1), (2, 2)}
+    assert drawn[1, 0] == pytest.approx(200, abs=40)
+    assert drawn[2, 0] == pytest.approx(100, abs=35)
 
 
 def test_sentences_go_through_three_stages():
@@ -135,7 +149,7 @@ def test_sentences_go_through_three_stages():
     curriculum.advance(step(True))
     assert (notes["stage"], notes["names"], notes["accuracy"]) == (1, 0, 0.5)
     batch = curriculum.batch(1)
-    assert batch.input_ids.shape == (12, 128)
+    assert batch.input_ids.shape == (12, 128), "facts and question"
     assert (batch.labels != IGNORED).sum(1).tolist() == [1] * 10 + [4] * 2
     for _ in range(300):
         curriculum.advance(step(False, True, rows=[9, 10]))
@@ -149,6 +163,9 @@ def test_sentences_go_through_three_stages():
         curriculum.batch(2)
         curriculum.advance(step(True))
     assert notes["longest"] >= 1
+    asked = [curriculum.batch(number) for number in range(3, 30)]
+    assert {batch.input_ids.shape[1] // 64 for batch in asked} >= {2, 3, 4}, "one or two segments of facts, and filler"
+    assert {int((batch.labels != IGNORED).sum()) for batch in asked} == {12, 10 + 2 * 4}, "two segments are not recited"
 
 
 # --- from beginning to end -------------------------------------------------------------------------------------------
@@ -174,21 +191,22 @@ class Heard:
 def test_an_experiment_makes_a_record(tmp_path):
     heard, model = Heard(), make("gpt2")
     base = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    experiment = Experiment(TASK, CONFIG, RECIPE, (0, 2), rows=8, batch=5, seed=4)
+    experiment = Experiment(TASK, CONFIG, RECIPE, (Places(), Places(2, 0, 1, segments=2)), rows=8, batch=5, seed=4)
     attachment, made = experiment.run(model, "tiny GPT-2", heard, tmp_path / "run.safetensors")
     assert (made.task, made.mechanism, made.host, made.seed) == ("recall-symbols", "emt", "tiny GPT-2", 4)
     assert made.config["memory"] == CONFIG.to_dict()
     assert made.config["recipe"]["steps"] == 5
     assert made.state_bytes == 4 * 16 * 4
-    assert [(score.length, score.tokens, score.examples) for score in made.scores] == [(0, 0, 16), (2, 32, 16)]
+    assert [asked_for(score) for score in made.scores] == ["facts", "first facts", "second facts"]
+    assert [(score.length, score.tokens, score.examples) for score in made.scores] == [(0, 16, 16), *[(3, 80, 16)] * 2]
     for score in made.scores:
         assert set(score.controls) == CONTROLS
         assert score.score == score.outcomes["memory"].count("1") / 16
         assert all(len(outcome) == 16 for outcome in score.outcomes.values())
     assert set(made.seconds) == {"training", "evaluation"}
     assert min(made.seconds.values()) > 0
-    assert heard.phases == [("train the memory", 5), ("ask after 0 fillers", 0), ("ask after 2 fillers", 16)]
-    assert heard.steps == [5, 0, 16]
+    assert heard.phases == [("train the memory", 5), ("ask", 8 * 6)]
+    assert heard.steps == [5, 48]
     assert heard.scores == made.scores
     for name, parameter in model.named_parameters():
         if name in base:
@@ -204,7 +222,9 @@ def test_an_experiment_makes_a_record(tmp_path):
 
 
 def test_an_experiment_is_reproducible():
-    pairs = [Experiment(TASK, CONFIG, RECIPE, (1,), rows=4, seed=2).run(make("gpt2"), "tiny") for _ in range(2)]
+    pairs = [
+        Experiment(TASK, CONFIG, RECIPE, (Places(after=1),), rows=4, seed=2).run(make("gpt2"), "tiny") for _ in range(2)
+    ]
     (one, first), (two, second) = pairs
     for name, tensor in one.memory.state_dict().items():
         assert torch.equal(tensor, two.memory.state_dict()[name]), name
@@ -215,11 +235,11 @@ def test_an_experiment_tests_on_the_test_task():
     asked = []
 
     class Watched(SymbolRecall):
-        def tell(self, rows, generator):
+        def tell(self, rows, *given, **more):
             asked.append(rows)
-            return super().tell(rows, generator)
+            return super().tell(rows, *given, **more)
 
-    experiment = Experiment(TASK, CONFIG, RECIPE, (0,), rows=4, test_task=Watched(16, 2))
+    experiment = Experiment(TASK, CONFIG, RECIPE, (Places(),), rows=4, test_task=Watched(16, 2))
     experiment.run(make("gpt2"), "tiny")
     assert asked == [4, 4], "once for the streams, once for the ceiling"
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
 import pytest
 from typer.testing import CliRunner
 
 import mnemic
 from mnemic.analysis.curves import recall_curve
 from mnemic.analysis.report import fill, markdown, tables
+from mnemic.bench.recall import UNBOUND, Places
 from mnemic.bench.results import Record, Score
 from mnemic.cli import app
+from mnemic.cli.show import Table, console
+from mnemic.tasks import TASKS
+
+pytestmark = pytest.mark.small  # what is tested of the oldest and newest typer, rich and matplotlib
 
 CONTROLS = ("zeroed", "other stream", "fresh", "no memory")
 
@@ -18,14 +28,24 @@ def mnemic_command(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def score(length, share):
+def score(places, asked, share, old=None):
     details = {"margin_nats": 1.0, "found_in_8_tokens": share, "tokens_until_value": 1.0, "state_bytes": 256}
-    controls = dict.fromkeys(CONTROLS, 0.0625)
-    return Score(length, 32 * length, 64, share, controls, {"chance": 0.0625, "stored": 0.3}, 0.995, details)
+    details |= {"asked": asked, **asdict(places)} | ({} if old is None else {"old": old})
+    controls = {**dict.fromkeys(CONTROLS, 0.0625), "fresh": 0.07 + places.before / 400}
+    floors = {"chance": 0.0625, UNBOUND: 0.3}
+    return Score(places.fillers, 32 * places.total, 64, share, controls, floors, 0.995, details)
 
 
-def record(seed=0, shares=(0.9, 0.8)):
-    scores = [score(length, share) for length, share in zip((4, 16), shares, strict=True)]
+def record(seed=0, less=0.0):
+    """Every kind of question at two amounts of filler, and one in any order; the more filler, the less is right."""
+    scores = []
+    for count, share in ((4, 0.9), (16, 0.8)):
+        share -= less
+        scores.append(score(Places(count, count, count), 0, share))
+        scores += [score(Places(count, count, count, 2), asked, share - 0.1) for asked in (1, 2)]
+        scores += [score(Places(count, count, count, 2, 2), asked, share - 0.2) for asked in (1, 2)]
+        scores.append(score(Places(count, count, count, 2, 2), 3, share - 0.3, old=0.15))
+    scores.append(score(Places(16, 16, 16, anywhere=True), 0, 0.7))
     return Record("recall-symbols", "emt", "tiny", seed, {}, scores, seconds={"training": 90.0}, command="mnemic demo")
 
 
@@ -46,7 +66,7 @@ def root(tmp_path):
 def test_a_recall_curve_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     one = recall_curve([record()], tmp_path / "new" / "one.png", "title")
-    two = recall_curve([record(), record(1, (0.2, 0.1))], tmp_path / "two.png", "title")
+    two = recall_curve([record(), record(1, 0.2)], tmp_path / "two.png", "title")
     for path in (one, two):
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG\r\n")
@@ -87,18 +107,24 @@ def test_fill_with_a_table_that_nobody_makes(tmp_path):
 
 
 def test_tables_tell_the_numbers(tmp_path):
-    for number in (record(0), record(1, (0.7, 0.6))):
+    for number in (record(0), record(1, 0.2)):
         number.save(tmp_path)
     made = tables(tmp_path)
-    assert "| 4 | 128 | **80.0 (70.0-90.0)** | 6.2 | 6.2 | 6.2 | 6.2 |" in made["recall-symbols"]
-    assert "| 16 | 512 | **70.0 (60.0-80.0)** |" in made["recall-symbols"]
-    assert (
-        "Floors: chance 6.2; stored 30.0. Ceiling, everything in one window without a memory: 99.5."
-        in (made["recall-symbols"])
-    )
-    assert "Training: 1.5 minutes" in made["recall-symbols"]
-    assert "seeds 0, 1" in made["recall-symbols"]
-    assert "the score moves by 10.0 points" in made["recall-symbols-claims"]
+    short, full = made["recall-symbols"], made["recall-symbols-full"]
+    four, sixteen = "80.0 (70.0-90.0)", "70.0 (60.0-80.0)"
+    two, corrected = "70.0 (60.0-80.0)", "50.0 (40.0-60.0)"
+    assert f"| 4 | 4 | **{four}** | **{two}** | **{two}** | **{corrected}** | 15.0 | 8.0 |" in short
+    assert "| any | any | **70.0** | - | - | - | - | 11.0 |" in short
+    assert f"| facts | 4 | - | 4 | 288 | **{four}** | 6.2 | 6.2 | 8.0 | 6.2 | 30.0 |" in full
+    assert f"| facts | 16 | - | 16 | 1,056 | **{sixteen}** | 6.2 | 6.2 | 11.0 | 6.2 | 30.0 |" in full
+    assert f"| corrected facts | 4 | 4 | 4 | 448 | **{corrected}** | 6.2 |" in full
+    assert "| first facts, beside corrected | 4 | 4 | 4 |" in full
+    for table in (short, full):
+        assert f"Floors: chance 6.2; {UNBOUND} 30.0. Ceiling, everything in one window without a memory: 99.5." in table
+        assert "Training: 1.5 minutes" in table
+        assert "seeds 0, 1" in table
+    assert "| 4 | 4 | 80.0 (70.0-90.0) | 1.00 |" in made["recall-symbols-claims"]
+    assert "the score moves by 15.0 (10.0-20.0) points" in made["recall-symbols-claims"]
     assert "Not measured yet" in made["recall-language"]
     assert all(f"`{kind}`" in made["mechanisms"] for kind in mnemic.CONFIGS)
 
@@ -121,10 +147,42 @@ def test_help_names_every_command():
     )
 
 
-def test_list_names_every_mechanism():
-    result = mnemic_command("list")
-    assert result.exit_code == 0
-    assert all(kind in result.output for kind in mnemic.CONFIGS)
+def test_help_has_what_users_need_before_what_research_needs():
+    output = mnemic_command("--help").output
+    places = [output.index(f" {name} ") for name in ("chat", "train", "inspect", "demo", "list", "store")]
+    research = output.index(" Research ")
+    assert max(places) < research < min(output.index(f" {name} ", research) for name in ("bench", "tasks", "report"))
+
+
+def test_help_and_list_do_not_wait_for_pytorch():
+    code = "import json, sys\nfrom mnemic.cli import app\nfor words in {}: app(words, standalone_mode=False)\n"
+    code = code.format([["--help"], ["bench", "--help"], ["chat", "--help"], ["store", "--help"], ["list"]])
+    code += "print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "numpy", "jaxtyping", "sqlalchemy", "matplotlib"}
+    assert not heavy & set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_lists_cut_nothing_off_in_a_narrow_terminal(monkeypatch, width):
+    monkeypatch.setattr(console, "width", width)
+    for command, kinds in (["list"], mnemic.CONFIGS), (["tasks", "list"], TASKS):
+        result = mnemic_command(*command)
+        assert result.exit_code == 0, result.output
+        assert max(map(len, result.output.splitlines())) <= width
+        whole = "".join(result.output.split())  # a word that is longer than its column goes on in the next line
+        for name, kind in kinds.items():
+            for text in (name, kind.card.title, kind.card.paper):
+                assert "".join(text.split()) in whole, name
+
+
+def test_a_table_folds_what_is_too_long(monkeypatch):
+    monkeypatch.setattr(console, "width", 30)
+    table = Table("name", "source")
+    table.add_row("x" * 20, "y" * 20)
+    with console.capture() as captured:
+        console.print(table)
+    assert (captured.get().count("x"), captured.get().count("y")) == (20, 20)
 
 
 def test_report_fills_and_check_tells_what_is_stale(root):
@@ -146,8 +204,8 @@ def test_report_fills_and_check_tells_what_is_stale(root):
     assert (root / "docs" / "images" / "recall.png").stat().st_size > 10_000
     assert not (root / "docs" / "images" / "recall-language.png").exists()
     result = mnemic_command("report", "--check", *options)
-    assert (result.exit_code, result.output) == (0, "")
-    record(0, (0.5, 0.4)).save(root / "results")
+    assert (result.exit_code, result.output.strip()) == (0, "")
+    record(0, 0.4).save(root / "results")
     assert mnemic_command("report", "--check", *options).exit_code == 1, "new results are not noticed"
 
 

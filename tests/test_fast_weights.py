@@ -208,7 +208,7 @@ def silent(memory):
 @torch.no_grad()
 def test_decay_keeps_a_share_with_every_token():
     for rule, kept in (("decay", 0.9), ("sum", 1.0), ("delta", 1.0)):
-        memory = silent(build(rule=rule, decay=0.9))
+        memory = silent(build(rule=rule, **({"decay": kept} if rule == "decay" else {})))
         state = {"matrix": torch.randn(2, 2, 8, 8)}
         keep = torch.arange(SEGMENT) < torch.tensor([[3], [SEGMENT]])
         after = memory.write(torch.randn(2, SEGMENT, 32), state, keep)
@@ -354,7 +354,7 @@ def test_placement():
         assert (memory.read_layers, memory.write_layer) == ((middle,), middle)
         assert not memory.writes_see_reads
         assert memory.starts_empty
-    memory = FastWeightsConfig(read_layers=[-1, 0, 11], write_layer=-12).build(64, 12)
+    memory = FastWeightsConfig(read_layers=[-1, 0], write_layer=-12).build(64, 12)
     assert (memory.read_layers, memory.write_layer) == ((0, 11), 0)
     assert FastWeightsConfig(read_layers=[0], write_layer=1).build(64, 2).writes_see_reads
     memory = FastWeightsConfig(read_layers=[0], write_layer="embeddings").build(64, 2)
@@ -413,15 +413,15 @@ def test_bytes_law():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rule": "hebb"}, "rule is 'hebb'; use one of 'sum', 'decay', 'delta'"),
-        ({"features": "relu"}, "features is 'relu'; use one of 'l2', 'elu1'"),
-        ({"correct": "never"}, "correct is 'never'; use one of 'token', 'segment'"),
+        ({"rule": "hebb"}, "rule is 'hebb'; use 'sum' or 'decay' or 'delta'"),
+        ({"features": "relu"}, "features is 'relu'; use 'l2' or 'elu1'"),
+        ({"correct": "never"}, "correct is 'never'; use 'token' or 'segment'"),
         ({"heads": 0}, "heads is 0; it must be at least 1"),
         ({"dim": 10}, "dim 10 is not divisible by 4 heads; set heads= to a divisor"),
-        ({"decay": 1.0}, r"decay is 1.0; the share that a token keeps lies in \(0, 1\)"),
+        ({"rule": "decay", "decay": 1.0}, r"decay is 1.0; the share that a token keeps lies in \(0, 1\)"),
         ({"features": "elu1"}, "features 'elu1' need Infini-attention's normaliser, which rule 'delta' lacks"),
         ({"correct": "segment"}, "correct='segment' is stable with rule='infini delta' and features='elu1' only"),
-        ({"write_layer": "head"}, "write_layer is 'head'; use the index of a block, or 'embeddings'"),
+        ({"write_layer": "head"}, "write_layer is 'head'; use int or 'embeddings' or None"),
         ({"read_layers": []}, "read_layers is empty; name at least one block"),
         ({"segment_length": 0}, "segment_length is 0"),
     ],

@@ -24,8 +24,14 @@ STUDY = {"keys": "content", "trained_write": False}
 """The study's own writes."""
 
 
+OWN = {"hebbian": {"dim": 12}, "slots": {"top": 2}}
+"""Settings that one method alone has."""
+
+
 def configured(method, **settings):
-    return PersistentConfig(**{"segment_length": SEGMENT, "method": method, "rows": 6, "dim": 12, "top": 2, **settings})
+    return PersistentConfig(
+        **{"segment_length": SEGMENT, "method": method, "rows": 6, **OWN.get(method, {}), **settings}
+    )
 
 
 def build(method, width=16, depth=2, shaken=True, **settings):
@@ -335,7 +341,7 @@ def streamed(model, one, two):
 def test_the_base_attends_to_the_memory_with_its_own_projections(method):
     model = make("gpt2")
     torch.manual_seed(0)
-    attachment = mnemic.attach(model, configured(method, top=6))
+    attachment = mnemic.attach(model, configured(method, **({"top": 6} if method == "slots" else {})))
     shake(attachment.memory)
     memory, (one, two) = attachment.memory, (tokens(2, SEGMENT, seed) for seed in (0, 1))
     first, state, logits = streamed(model, one, two)
@@ -379,17 +385,23 @@ def test_an_encoder_can_read_behind_its_blocks(method):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "suffix"}, "method is 'suffix'; use one of 'prefix'"),
-        ({"keys": "none"}, "keys is 'none'; use one of 'rows', 'content'"),
+        ({"method": "suffix"}, "method is 'suffix'; use 'prefix' or"),
+        ({"keys": "none"}, "keys is 'none'; use 'rows' or 'content'"),
         ({"rows": 0}, "rows is 0; it must be at least 1"),
-        ({"dim": 0}, "dim is 0"),
-        ({"top": 0}, "top is 0"),
+        ({"method": "hebbian", "dim": 0}, "dim is 0"),
+        ({"method": "slots", "top": 0}, "top is 0"),
         ({"decay": 0.0}, r"decay is 0\.0"),
         ({"decay": 1.5}, r"decay is 1\.5"),
         ({"method": "slots", "rows": 4}, "top is 8, but there are 4 slots; set top to at most that"),
         ({"method": "slots", "decay": 1.0}, "decay is 1, and 1 - decay of a slot is written"),
-        ({"method": "hebbian", "keys": "content"}, "a Hebbian matrix has no rows to choose from"),
-        ({"method": "gated", "write_mask": False}, "method 'gated' writes sums"),
+        (
+            {"method": "hebbian", "keys": "content"},
+            "keys is 'content', but nothing here uses it; leave it out, or use a method that writes rows",
+        ),
+        (
+            {"method": "gated", "write_mask": False},
+            "write_mask is False, but nothing here uses it; leave it out, or use a method that writes means",
+        ),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -406,6 +418,7 @@ def test_encoders_are_refused_where_tokens_stand_before_the_text(method):
 @every_method
 def test_small_takes_a_size(method):
     for size in (1, 5, 40):
-        memory = PersistentConfig.small(32, 64, size).replace(method=method).build(64, 2)
+        own = {"hebbian": {"dim": size}, "slots": {"top": 1}}.get(method, {})
+        memory = PersistentConfig.small(32, 64, size).replace(method=method, **own).build(64, 2)
         expected = size * size if method == "hebbian" else size * 64
         assert nbytes(memory.init_state(1)) == 4 * expected

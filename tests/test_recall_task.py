@@ -57,13 +57,22 @@ def contains(row, part):
     return sum(row[i : i + len(part)] == part for i in range(len(row) - len(part) + 1))
 
 
+def pairs_of(task, row):
+    """The facts a segment tells, in their order."""
+    if isinstance(task, SymbolRecall):
+        return [(row[i] - 4, row[i + 1] - 20) for i in range(len(row) - 1) if 4 <= row[i] < 20]
+    sentences = [(k, v, fact) for k, facts in enumerate(task.facts) for v, fact in enumerate(facts)]
+    places = [(i, k, v) for k, v, fact in sentences for i in range(len(row)) if row[i : i + len(fact)] == fact]
+    return [(k, v) for _, k, v in sorted(places)]
+
+
 # --- both forms ------------------------------------------------------------------------------------------------------
 
 
 @every_task
 def test_the_seed_alone_decides_the_streams(task):
-    one, same, third = (task.stream(8, 3, generator(seed)) for seed in (5, 5, 6))
-    assert one[0].shape == one[1].shape == (8, 5 * task.segment_length)
+    one, same, third = (task.stream(8, 3, generator(seed), segments=2, corrected=1) for seed in (5, 5, 6))
+    assert one[0].shape == one[1].shape == (8, 6 * task.segment_length)
     assert torch.equal(one[0], same[0])
     assert torch.equal(one[1], same[1])
     assert (one[0][:, : task.segment_length] != third[0][:, : task.segment_length]).any(1).all()
@@ -85,18 +94,67 @@ def test_only_the_last_segment_has_labels_and_they_repeat_the_ids(task):
 def test_fillers_come_from_the_pool(task):
     pool = task.filler(4, 1, generator(9))
     ids, _ = task.stream(16, 3, generator(1), pool)
-    middle = ids.unflatten(1, (-1, task.segment_length))[:, 1:-1].flatten(0, 1)
-    found = (middle[:, None] == pool[None]).all(-1)
-    assert found.any(1).all()
-    assert found.any(0).all()
+    laid = ids.unflatten(1, (-1, task.segment_length))[:, :-1]
+    found = (laid[:, :, None] == pool).all(-1)
+    assert (found.any(2).sum(1) == 3).all(), "one of four segments tells the facts"
+    assert found.flatten(0, 1).any(0).all()
+
+
+@every_task
+def test_facts_stand_anywhere(task):
+    """Both in the first segment and in the last before the question, next to each other and apart."""
+    pool = task.filler(4, 1, generator(9))
+    ids, _ = task.stream(200, 2, generator(1), pool, segments=2)
+    laid = ids.unflatten(1, (-1, task.segment_length))[:, :-1]
+    told = ~(laid[:, :, None] == pool).all(-1).any(2)
+    orders = {tuple(row) for row in told.int().tolist()}
+    assert len(orders) == 6, "two of four segments"
+    share = told.double().mean(0)
+    assert share.tolist() == pytest.approx([0.5] * 4, abs=4 * (0.25 / 200) ** 0.5)
 
 
 @every_task
 def test_take_keeps_the_rows_together(task):
-    episode = task.tell(6, generator(2))
+    episode = task.tell(6, generator(2), segments=2, corrected=1)
     part = episode.take(slice(2, 4))
-    for name in ("keys", "values", "told"):
+    for name in ("keys", "values", "told", "said", "since", "before"):
         assert torch.equal(getattr(part, name), getattr(episode, name)[2:4])
+
+
+@every_task
+@pytest.mark.parametrize("corrected", [0, 1, 2])
+def test_what_holds_is_what_was_told_last(task, corrected):
+    """The segments, read in order, end in the episode's keys and values."""
+    episode = task.tell(32, generator(3), segments=3, corrected=corrected)
+    assert episode.told.shape[:2] == (32, 3)
+    assert episode.keys.shape == (32, task.pairs + 2 * (task.pairs - corrected))
+    changed = 0
+    for row in range(32):
+        holds, since, before = {}, {}, {}
+        for segment, told in enumerate(episode.told[row].tolist()):
+            facts = pairs_of(task, told)
+            assert len({key for key, _ in facts}) == task.pairs
+            assert sorted(value for _, value in facts) == sorted(episode.said[row, segment].tolist())
+            again = [key for key, _ in facts if key in holds]
+            assert len(again) == (corrected if segment else 0)
+            for key, value in facts:
+                assert holds.get(key) != value, "a correction gives another value"
+                before[key], since[key] = holds.get(key, -1), segment
+                holds[key] = value
+        keys = episode.keys[row].tolist()
+        assert dict(zip(keys, episode.values[row].tolist(), strict=True)) == holds
+        assert dict(zip(keys, episode.since[row].tolist(), strict=True)) == since
+        assert dict(zip(keys, episode.before[row].tolist(), strict=True)) == before
+        changed += sum(value >= 0 for value in before.values())
+    assert (changed > 0) == (corrected > 0)
+
+
+@every_task
+def test_facts_that_do_not_fit(task):
+    with pytest.raises(ValueError, match=r"segments tell of \d+ keys; there are"):
+        task.tell(1, generator(0), segments=9)
+    with pytest.raises(ValueError, match=f"corrected is {task.pairs + 1}; a segment tells {task.pairs} facts"):
+        task.tell(1, generator(0), segments=2, corrected=task.pairs + 1)
 
 
 @every_task
@@ -131,14 +189,6 @@ def test_facts_and_question_share_the_window(task):
             assert contains(question.ids[row, : run[0] - 1].tolist(), key_and_value[-(len(run) + 1) :]) >= 1
 
 
-def test_floors():
-    symbols, sentences = SymbolRecall(pairs=4), language(pairs=2)
-    assert symbols.floors["chance"] == 1 / 16
-    assert symbols.floors["a stored value at random"] == pytest.approx(0.25 + 0.75 / 16)
-    assert sentences.floors["chance"] == 1 / len(THINGS)
-    assert sentences.floors["a stored value at random"] == pytest.approx(0.5 + 0.5 / len(THINGS))
-
-
 # --- symbols ---------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +203,9 @@ def is_value(ids):
 def test_symbols_told_holds_exactly_the_pairs():
     episode = SymbolRecall(segment_length=16, pairs=3).tell(64, generator(0))
     assert episode.keys.shape == episode.values.shape == (64, 3)
-    for keys, values, told in zip(episode.keys.tolist(), episode.values.tolist(), episode.told.tolist(), strict=True):
+    for keys, values, told in zip(
+        episode.keys.tolist(), episode.values.tolist(), episode.told[:, 0].tolist(), strict=True
+    ):
         assert len(set(keys)) == 3
         pairs = [(told[i] - 4, told[i + 1] - 20) for i in range(15) if 4 <= told[i] < 20]
         assert sorted(pairs) == sorted(zip(keys, values, strict=True))
@@ -207,7 +259,9 @@ def test_sentences_stand_in_the_told_segment(tokenizer):
     task = language(tokenizer)
     episode = task.tell(32, generator(0))
     starts = set()
-    for keys, values, told in zip(episode.keys.tolist(), episode.values.tolist(), episode.told.tolist(), strict=True):
+    for keys, values, told in zip(
+        episode.keys.tolist(), episode.values.tolist(), episode.told[:, 0].tolist(), strict=True
+    ):
         assert len(set(keys)) == 2
         said = "".join(f" {NAMES[k]} has a {THINGS[v]}." for k, v in zip(keys, values, strict=True))
         facts = [task.facts[k][v] for k, v in zip(keys, values, strict=True)]
@@ -274,7 +328,7 @@ def test_a_tokenizer_that_splits_fact_and_question_differently(merge):
 def test_other_things_help_against_such_a_tokenizer():
     tokenizer = by_letters(("l", "."))
     task = language(tokenizer, things=("car", "hat", "dog"))
-    assert task.floors["chance"] == 1 / 3
+    assert len(task.candidates) == 3
 
 
 def test_too_short_filler():
@@ -290,7 +344,7 @@ def test_too_many_sentences_for_the_segment():
 
 def test_names_limits_who_is_spoken_of():
     task = language()
-    assert task.tell(64, generator(0), names=3).keys.unique().tolist() == [0, 1, 2]
+    assert task.tell(64, generator(0), keys=3).keys.unique().tolist() == [0, 1, 2]
     assert task.tell(256, generator(0)).keys.unique().tolist() == list(range(len(NAMES)))
     few = language(names=("Tom", "Ben"), things=("car", "hat"))
     text = by_words().decode(few.tell(16, generator(0)).told.flatten())
@@ -316,12 +370,7 @@ every_stream = pytest.mark.parametrize("task", STREAMS, ids=lambda task: f"{task
 
 def parse(task, row):
     """The facts a segment tells, by their words."""
-    if isinstance(task, SymbolStreams):
-        return [(row[i] - 4, row[i + 1] - 20) for i in range(len(row) - 1) if 4 <= row[i] < 20]
-    parts = task.parts("train")
-    sentences = [(k, v, fact) for k, facts in enumerate(parts.facts) for v, fact in enumerate(facts)]
-    places = [(i, k, v) for k, v, fact in sentences for i in range(len(row)) if row[i : i + len(fact)] == fact]
-    return [(k, v) for _, k, v in sorted(places)]
+    return pairs_of(task.parts("train"), row)
 
 
 @every_stream
@@ -518,39 +567,103 @@ def config():
 def test_an_untrained_memory_scores_at_chance(task, config):
     attachment = mnemic.attach(make("gpt2"), config)
     seen = []
-    score = bench.evaluate(attachment, task, 3, rows=48, batch=32, progress=seen.append)
-    assert (score.length, score.tokens, score.examples) == (3, 48, 96)
+    (score,) = bench.evaluate(attachment, task, bench.Places(1, 0, 2), rows=48, batch=32, progress=seen.append)
+    assert (score.length, score.tokens, score.examples) == (3, 64, 96)
     assert set(score.controls) == CONTROLS
     assert set(score.outcomes) == {"memory", *CONTROLS}
-    assert sum(seen) == 48 * 3
+    assert sum(seen) == 48 * 4
     for name, outcome in score.outcomes.items():
         assert len(outcome) == 96
         assert set(outcome) <= {"0", "1"}
         share = score.score if name == "memory" else score.controls[name]
-        assert share == outcome.count("1") / 96
+        assert share == pytest.approx(outcome.count("1") / 96)
         assert share < 0.25, f"{name} answers without a memory"
         assert outcome == score.outcomes["memory"], "an untrained memory changes nothing"
-    assert score.floors == task.floors
     assert score.details["state_bytes"] == 4 * 16 * 4
     assert 0 <= score.ceiling < 0.25
     assert {"margin_nats", "found_in_8_tokens", "tokens_until_value"} < set(score.details)
+    assert bench.beyond_chance([score]) == {}
 
 
 def test_a_seed_numbers_a_test(task, config):
-    attachment = trained(make("gpt2"), config)
-    scores = [bench.evaluate(attachment, task, 2, rows=8, seed=seed, detail=False) for seed in (0, 0, 1)]
+    attachment, places = trained(make("gpt2"), config), bench.Places(after=2)
+    scores = [bench.evaluate(attachment, task, places, rows=8, seed=seed, detail=False) for seed in (0, 0, 1)]
     assert scores[0] == scores[1]
     told = [task.tell(8, generator(TEST_SEEDS + 10_007 * seed)).told for seed in (0, 1)]
     assert not torch.equal(told[0], told[1])
-    assert set(scores[0].details) == {"state_bytes"}
+    assert "margin_nats" not in scores[0][0].details
+
+
+def test_every_kind_of_question_has_a_score(task, config):
+    attachment = mnemic.attach(make("gpt2"), config)
+    places = bench.Places(1, 2, 0, segments=2, corrected=1)
+    scores = bench.evaluate(attachment, task, places, rows=12, batch=8)
+    kinds = [bench.asked_for(score) for score in scores]
+    assert kinds == ["first facts, beside corrected", "second facts, beside corrected", "corrected facts"]
+    assert [score.examples for score in scores] == [12] * 3, "of two and two facts one is corrected"
+    assert all(bench.places_of(score) == places for score in scores)
+    assert ["old" in score.details for score in scores] == [False, False, True]
+    plain = bench.evaluate(attachment, task, bench.Places(segments=2), rows=4, detail=False)
+    assert [bench.asked_for(score) for score in plain] == ["first facts", "second facts"]
+
+
+@pytest.mark.parametrize("anywhere", [False, True])
+def test_places(anywhere):
+    places = bench.Places(2, 3, 1, segments=2, anywhere=anywhere)
+    assert (places.fillers, places.total) == (6, 8)
+    drawn = places.draw(200, generator(0))
+    assert (drawn[:, 0] < drawn[:, 1]).all()
+    if anywhere:
+        assert len(drawn.unique(dim=0)) == 28, "all pairs of eight places"
+    else:
+        assert drawn.unique(dim=0).tolist() == [[2, 6]]
+
+
+def test_bad_places():
+    with pytest.raises(ValueError, match="after is -1"):
+        bench.Places(after=-1)
+    with pytest.raises(ValueError, match="segments is 3"):
+        bench.Places(segments=3)
+
+
+def test_the_places_of_a_test_are_all_different():
+    places = bench.test_places((0, 1, 8), 100, 2)
+    assert len(set(places)) == len(places) == 14
+    assert {each.before for each in places} == {each.after for each in places} == {0, 1, 8, 100}
+    assert sum(each.anywhere for each in places) == 3
+
+
+@every_task
+def test_without_binding_the_values_are_known_and_not_whose(task):
+    """Guessing by the told segments alone is right as often as the floor says."""
+    episode = task.tell(400, generator(0), segments=2, corrected=1)
+    for which in range(episode.keys.shape[1]):
+        floors = bench.unbound(task, episode, which)
+        assert floors["chance"].mean() == pytest.approx(1 / len(task.candidates))
+        guessed = []
+        for row in range(400):
+            said = episode.said[row, episode.since[row, which]].tolist()
+            best = [value for value in set(said) if said.count(value) == max(map(said.count, said))]
+            guessed.append((int(episode.values[row, which]) in best) / len(best))
+        assert floors[bench.UNBOUND].tolist() == pytest.approx(guessed)
+        told = (episode.said.flatten(1) == episode.values[:, which, None]).float().mean(1)
+        assert torch.equal(floors["a told value at random"], told)
+        assert floors[bench.UNBOUND].mean() > told.mean() > 2 / len(task.candidates)
+
+
+def test_a_control_above_chance_is_named(task, config):
+    (score,) = bench.evaluate(mnemic.attach(make("gpt2"), config), task, bench.Places(), rows=32, detail=False)
+    score.controls |= {"zeroed": 1 / 16 + 0.01, "fresh": 1 / 16 + 0.2}
+    assert set(bench.beyond_chance([score])) == {"fresh"}
 
 
 def test_conditions(task, config):
     attachment = trained(make("gpt2"), config)
     episode = task.tell(4, generator(0))
-    stream = bench.read_stream(attachment, task, episode, 3, 1, lambda segments: None)
+    laid = task.lay(episode, bench.Places(after=3).draw(4, generator(1)), 4, generator(1))
+    stream = bench.read_stream(attachment, laid, lambda segments: None)
     assert stream.written == (4,) * 4
-    states = bench.conditions(attachment, stream)
+    states = bench.conditions(attachment, stream.state)
     own = stream.state["slots"]
     assert list(states) == list(bench.CONDITIONS)
     assert states["no memory"] is None
@@ -569,8 +682,8 @@ def test_conditions(task, config):
 def test_reading_in_parts_reads_the_same_number(task, config):
     attachment = trained(make("gpt2"), config)
     seen = []
-    stream = bench.read_stream(attachment, task, task.tell(3, generator(0)), 7, 1, seen.append, part=3)
-    assert seen == [9, 9, 3]
+    stream = bench.read_stream(attachment, task.filler(3, 8, generator(0)), seen.append, part=3)
+    assert seen == [9, 9, 6]
     assert stream.seen == (8 * 16,) * 3
 
 
@@ -589,7 +702,7 @@ def test_every_condition_is_scored_under_its_own_name(task, config, monkeypatch)
             return good if state == right else torch.zeros_like(good)
 
         monkeypatch.setattr(bench, "logits_of", logits_of)
-        score = bench.evaluate(attachment, task, 1, rows=8, batch=4, detail=False)
+        (score,) = bench.evaluate(attachment, task, bench.Places(after=1), rows=8, batch=4, detail=False)
         shares = {"memory": score.score, **score.controls}
         assert shares == {name: float(name == right) for name in bench.CONDITIONS}
         assert score.ceiling == 0
@@ -623,3 +736,28 @@ def test_margins(task, sign, monkeypatch):
         for row in range(4):
             assert ids[row, place[row] : place[row] + len(candidate)].tolist() == candidate
             assert torch.equal(ids[row, : place[row]], question.ids[row, : place[row]])
+
+
+@pytest.mark.parametrize("knows", ["the new value", "the old value"])
+def test_old_values_are_told_from_new_ones(knows, task, config, monkeypatch):
+    """A memory that has one of both is right where it should be, and the old value is counted as such."""
+    attachment = mnemic.attach(make("gpt2"), config)
+    new, questions, ask = knows == "the new value", [], task.ask
+
+    def asked(episode, facts, source):
+        questions.append(facts)
+        return ask(episode, facts, source)
+
+    def logits_of(attachment, ids, state):
+        logits = torch.zeros(*ids.shape, 97)
+        old = torch.where(first.before < 0, first.values, first.before)
+        wanted = (first.values if new else old).gather(1, questions[-1])
+        logits.scatter_(2, (wanted + task.first_value)[:, None].expand(-1, ids.shape[1], -1), 5.0)
+        return logits
+
+    first = task.tell(6, generator(TEST_SEEDS), segments=2, corrected=2)
+    monkeypatch.setattr(task, "ask", asked)
+    monkeypatch.setattr(bench, "logits_of", logits_of)
+    (score,) = bench.evaluate(attachment, task, bench.Places(segments=2, corrected=2), rows=6, detail=False)
+    assert bench.asked_for(score) == "corrected facts"
+    assert (score.score, score.details["old"]) == ((1, 0) if new else (0, 1))

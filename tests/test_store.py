@@ -24,6 +24,8 @@ from mnemic.bench.store import children, counts_of, crowd, kill_while_putting, t
 from mnemic.cli import app
 from mnemic.store import LONGEST_NAME, Conflict, NotStored, SessionStore, StoreError
 
+pytestmark = pytest.mark.small  # what is tested of the oldest and newest SQLAlchemy and psycopg
+
 POSTGRES = os.environ.get("MNEMIC_POSTGRES")
 needs_postgres = pytest.mark.skipif(POSTGRES is None, reason="MNEMIC_POSTGRES names no PostgreSQL server to test with")
 
@@ -422,8 +424,9 @@ def test_databases_that_cannot_be(tmp_path, monkeypatch):
     for url in ("sqlite://", "sqlite:///:memory:"):
         with pytest.raises(ValueError, match="a store in SQLite needs a file"):
             SessionStore(url)
-    with pytest.raises(ValueError, match="no database's URL"):
-        SessionStore("memories.db")
+    for url in ("", "sqlite:memories.db", "postgresql:/host/x"):
+        with pytest.raises(ValueError, match=r"no database's URL; use a path such as memories\.db"):
+            SessionStore(url)
     with pytest.raises(ValueError, match=r"mysql://user:\*\*\*@host/x names mysql; use sqlite:///file.db or"):
         SessionStore("mysql://user:secret@host/x")
     with pytest.raises(StoreError, match=r"there is no store at .*none\.db"):
@@ -474,7 +477,7 @@ def test_the_file_is_its_owner_s_alone(file_store, tmp_path, model):
     file_store.put("alice", session_of(model))
     for file in tmp_path.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
-    with file_store._engine.connect() as connection:
+    with file_store._connections.engine.connect() as connection:
         told = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")}
         assert told == {"journal_mode": "wal", "synchronous": 1}
         assert connection.exec_driver_sql("PRAGMA secure_delete").scalar() == 1
@@ -543,7 +546,7 @@ def test_processes_that_open_a_new_store_at_once(url):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    with SessionStore(url) as store, store._engine.connect() as connection:
+    with SessionStore(url) as store, store._connections.engine.connect() as connection:
         assert len(connection.exec_driver_sql("SELECT * FROM mnemic_store").all()) == 1
 
 

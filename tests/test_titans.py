@@ -622,7 +622,7 @@ def test_as_context_is_for_decoders():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"context": "mac"}, "context is 'mac'; use one of 'gate', 'layer', 'tokens'"),
+        ({"context": "mac"}, "context is 'mac'; use 'gate' or 'layer' or 'tokens'"),
         ({"layers": 0}, "layers is 0; it must be at least 1"),
         ({"heads": 0}, "heads is 0; it must be at least 1"),
         ({"expansion": 0}, "expansion is 0; it must be at least 1"),
@@ -633,8 +633,11 @@ def test_as_context_is_for_decoders():
         ({"read_layers": []}, "read_layers is empty; name at least one block"),
         ({"context": "tokens", "queries": 0}, "queries is 0; it must be at least 1"),
         ({"context": "tokens", "persistent": -1}, "persistent is -1; use 0 for no persistent tokens, or more"),
-        ({"persistent": 0}, "persistent is 0, but with context 'gate' no tokens stand before a segment; leave it out"),
-        ({"context": "layer", "queries": 3}, "queries is 3, but with context 'layer' no tokens stand before a segment"),
+        ({"persistent": 0}, "persistent is 0, but nothing here uses it; leave it out, or set context='tokens'"),
+        (
+            {"context": "layer", "queries": 3},
+            "queries is 3, but nothing here uses it; leave it out, or set context='tokens'",
+        ),
         ({"segment_length": 0}, "segment_length is 0"),
     ],
 )

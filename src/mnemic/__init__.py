@@ -1,37 +1,37 @@
 """mnemic: persistent memory for any Hugging Face transformer, measured with its controls."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
-from mnemic.attachment import Attachment, attach, attached, from_pretrained, memory_cache
-from mnemic.batching import SessionBatch, batch
-from mnemic.checkpoints import FetchError, fetch
-from mnemic.data import SegmentCollator, Streams, collate
-from mnemic.host.cache import MemoryCache
-from mnemic.memories import (
-    CONFIGS,
-    ARMTConfig,
-    CompressiveConfig,
-    EMTConfig,
-    FastWeightsConfig,
-    InfinityFormerConfig,
-    KNNConfig,
-    MemoriaConfig,
-    Memory,
-    MemoryConfig,
-    MemoryPromptConfig,
-    PersistentConfig,
-    RMTConfig,
-    TitansConfig,
-    TransformerXLConfig,
-)
-from mnemic.session import Session
-from mnemic.state import State, StateError
-from mnemic.store import Conflict, NotStored, SessionStore, StoreError
-from mnemic.training import Batch, calibrate, train
-from mnemic.unrolling import read_segments, unroll
+from mnemic.lazy import lazily
 
 if TYPE_CHECKING:
+    from mnemic.attachment import Attachment, attach, attached, from_pretrained, memory_cache
+    from mnemic.batching import SessionBatch, batch
+    from mnemic.checkpoints import FetchError, fetch
+    from mnemic.data import SegmentCollator, Streams, collate
+    from mnemic.host.cache import MemoryCache
+    from mnemic.memories.armt import ARMTConfig
+    from mnemic.memories.base import Memory, MemoryConfig
+    from mnemic.memories.compressive import CompressiveConfig
+    from mnemic.memories.emt import EMTConfig
+    from mnemic.memories.fast_weights import FastWeightsConfig
+    from mnemic.memories.infinity_former import InfinityFormerConfig
+    from mnemic.memories.knn import KNNConfig
+    from mnemic.memories.memoria import MemoriaConfig
+    from mnemic.memories.memory_prompt import MemoryPromptConfig
+    from mnemic.memories.persistent import PersistentConfig
+    from mnemic.memories.registry import CONFIGS
+    from mnemic.memories.rmt import RMTConfig
+    from mnemic.memories.titans import TitansConfig
+    from mnemic.memories.transformer_xl import TransformerXLConfig
+    from mnemic.session import Session
+    from mnemic.state import State, StateError
+    from mnemic.store import Conflict, NotStored, SessionStore, StoreError
     from mnemic.trainer import SegmentCurriculum, Trainer
+    from mnemic.training import Batch, calibrate, train
+    from mnemic.unrolling import read_segments, unroll
 
 __version__ = "0.1.0"
 
@@ -80,15 +80,34 @@ __all__ = [
     "unroll",
 ]
 
+_HOMES = {
+    "attachment": ("Attachment", "attach", "attached", "from_pretrained", "memory_cache"),
+    "batching": ("SessionBatch", "batch"),
+    "checkpoints": ("FetchError", "fetch"),
+    "data": ("SegmentCollator", "Streams", "collate"),
+    "host.cache": ("MemoryCache",),
+    "memories": ("CONFIGS", "Memory", *(name for name in __all__ if name.endswith("Config"))),
+    "session": ("Session",),
+    "state": ("State", "StateError"),
+    "store": ("Conflict", "NotStored", "SessionStore", "StoreError"),
+    "trainer": ("SegmentCurriculum", "Trainer"),
+    "training": ("Batch", "calibrate", "train"),
+    "unrolling": ("read_segments", "unroll"),
+}
+_find = lazily(__name__, {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names})
 
-def __getattr__(name: str) -> Any:
-    """`Trainer` and its callback on first use: the Hugging Face Trainer takes long to import, and wants accelerate."""
-    if name not in ("SegmentCurriculum", "Trainer"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        import accelerate  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"mnemic.{name} needs accelerate: pip install 'mnemic[train]'") from error
-    from mnemic import trainer
 
-    return getattr(trainer, name)
+if not TYPE_CHECKING:  # a name that is not there stays an error to type checkers
+
+    def __getattr__(name: str) -> Any:
+        """Everything on first use: nobody waits for what they do not need, such as databases or the Trainer."""
+        if name in _HOMES["trainer"]:
+            try:
+                import accelerate  # noqa: F401
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(f"mnemic.{name} needs accelerate: pip install 'mnemic[train]'") from error
+        return _find(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from mnemic.host.anatomy import MEMORY_NAME, Anatomy, examine, fingerprint, trained_positions
+from mnemic.host.anatomy import MEMORY_NAME, Anatomy, examine, fingerprint, fingerprints, trained_positions
 from mnemic.host.cache import MemoryCache
 from mnemic.host.opening import refuse_paged
 from mnemic.host.router import Router
 from mnemic.host.wrappers import check_whole, execution_device, misplaced, refuse_late, unwrapped, whole
-from mnemic.memories.base import Memory, MemoryConfig
-from mnemic.state import META_LIMIT, StateError, nbytes, read_file, strict_json, write_file
+from mnemic.memories.base import Memory, MemoryConfig, UnknownSetting
+from mnemic.state import META_LIMIT, StateError, is_finite, nbytes, read_file, strict_json, to_bytes, write_all
 
 CONFIG_FILE, WEIGHTS_FILE = "memory_config.json", "memory_model.safetensors"
 PAGED = "init_continuous_batching"
 """What all of paged generation begins with; there an error is raised in the caller's thread."""
+WINDOW = 2048
+"""Tokens whose keys a session keeps unless it is told otherwise."""
 LARGEST = 2**30
 """Most bytes of what a memory from a file begins with beside its weights."""
 
@@ -36,6 +41,17 @@ class Attachment:
 
     def __init__(self, model: nn.Module, config: MemoryConfig) -> None:
         self.model, self.config = model, config
+
+    def __repr__(self) -> str:
+        try:
+            size = f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters"
+        except RuntimeError:
+            size = "detached"
+        window = self.config.window or self.config.segment_length
+        return (
+            f"<mnemic.Attachment {self.config.kind} on {type(self.model).__name__}: {size}, segments of "
+            f"{self.config.segment_length:,} tokens, window {window:,}>"
+        )
 
     @property
     def anatomy(self) -> Anatomy:
@@ -56,6 +72,17 @@ class Attachment:
         """What training moves."""
         return list(self.memory.parameters())
 
+    @property
+    def trained(self) -> bool:
+        """Whether its weights are others than it was made with; True where it has none.
+
+        A new memory tells the model nothing: a projection of it is 0. Those without one are told by a mark of what they
+        were made with, which a memory that was saved untrained does not have.
+        """
+        memory = self.memory
+        zero = any(parameter.ndim > 1 and not bool(parameter.any()) for parameter in memory.parameters())
+        return not zero and (_mark(memory) != self.router.made_with or not list(memory.parameters()))
+
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters train, of how many."""
         own = sum(parameter.numel() for parameter in self.parameters())
@@ -74,6 +101,7 @@ class Attachment:
     def detach(self) -> None:
         """Removes the memory and its hooks; the model is what it was, and trains what it trained before."""
         router = self.router
+        _save_whole(self.model)
         router.remove(self.anatomy)
         vars(unwrapped(self.model)).pop(PAGED, None)
         for parameter in router.frozen:
@@ -83,23 +111,74 @@ class Attachment:
         """Writes `memory_config.json` and `memory_model.safetensors`, without any stream's state.
 
         A model that is sharded (FSDP2) must be saved by all processes at once, as weights are gathered; the first one
-        writes. Raises `ValueError` where PEFT changed the memory's modules or accelerate offloaded its weights.
+        writes.
+
+        Raises:
+            StateError: what `from_pretrained` would refuse, such as weights that are NaN. Nothing is replaced then.
+            ValueError: PEFT changed the memory's modules or accelerate offloaded its weights.
         """
+        self._save(folder)
+
+    def _save(self, folder: str | os.PathLike[str], main: bool = True) -> None:
+        """`save_pretrained` in the `main` process: of a sharded model always the first."""
         check_whole(self.memory)
+        check_unedited(self.router)
         weights = self.memory.state_dict()
         sharded = any(isinstance(tensor, DTensor) for tensor in weights.values())
         name = getattr(unwrapped(self.model).config, "_name_or_path", "") or None  # pyright: ignore
         description = {"memory": self.config.to_dict(), "base_model": name, "base_fingerprint": fingerprint(self.model)}
         weights = {name: whole(tensor) for name, tensor in weights.items()}
-        if not sharded or torch.distributed.get_rank() == 0:
-            self._write(Path(folder), weights, description)
+        _fitting(self.model, description["memory"], weights, "this memory")
+        if torch.distributed.get_rank() == 0 if sharded else main:
+            folder, text = Path(folder), json.dumps(description, indent=2) + "\n"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_all({folder / WEIGHTS_FILE: to_bytes(weights, description), folder / CONFIG_FILE: text.encode()})
         if sharded:
             torch.distributed.barrier()
 
-    def _write(self, folder: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / WEIGHTS_FILE, weights, description)
-        (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+class SavePretrained:
+    """`model.save_pretrained` while a memory is attached: the base alone in Hugging Face's files, as `from_pretrained`
+    of its class loads it, and the memory in its own beside them, as `mnemic.from_pretrained` does.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = weakref.ref(model)  # a model that is let go of is freed at once
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SavePretrained, (self.model(),)  # a copy's is the copied model's
+
+    def __call__(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *given: Any, **options: Any
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`; raises what `Attachment.save_pretrained` does, before anything else."""
+        model = self.model()
+        assert model is not None
+        attached(model)._save(save_directory, is_main_process)
+        type(model).save_pretrained(model, save_directory, is_main_process, *given, **options)
+
+
+def _carriers(model: nn.Module) -> Iterator[tuple[PreTrainedModel, set[str]]]:
+    """The parts of a model that Hugging Face can save, and the names of the memory's weights in each."""
+    for module in unwrapped(model).modules():
+        if isinstance(module, PreTrainedModel):
+            tensors = (*module.named_parameters(), *module.named_buffers())
+            if names := {name for name, _ in tensors if MEMORY_NAME in name.split(".")}:
+                yield module, names
+
+
+def _save_apart(model: nn.Module) -> None:
+    """From now on the memory's weights are not saved among the base's."""
+    for module, names in _carriers(model):
+        module._keys_to_ignore_on_save = {*(module._keys_to_ignore_on_save or ()), *names}
+        module.save_pretrained = SavePretrained(module)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _save_whole(model: nn.Module) -> None:
+    """Undoes `_save_apart`."""
+    for module, names in _carriers(model):
+        module._keys_to_ignore_on_save = {*(module._keys_to_ignore_on_save or ())} - names
+        vars(module).pop("save_pretrained", None)
 
 
 def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> Attachment:
@@ -114,6 +193,8 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     """
     anatomy = examine(model)
     refuse_late(model)
+    # checked again, as it may have been edited; and a copy, as a later change to the caller's is none to the memory
+    config = copy.deepcopy(config).replace()
     if hasattr(anatomy.trunk, MEMORY_NAME):
         raise ValueError(f"{type(model).__name__} already has a memory; detach it first")
     check_segment(model, config)
@@ -124,15 +205,29 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
     for parameter in frozen:
         parameter.requires_grad_(False)
+    router.made_with = _mark(memory)
     router.frozen = frozen  # a list of the router's own, so that copies of a model know theirs
     router.install(anatomy)
     vars(unwrapped(model))[PAGED] = refuse_paged
+    _save_apart(model)
     return Attachment(model, config)
 
 
+def _mark(memory: Memory) -> list[float]:
+    """A few values of each weight, from its middle."""
+    few = [parameter.detach().flatten()[parameter.numel() // 2 :][:4] for parameter in memory.parameters()]
+    return torch.cat(few).float().tolist() if few else []
+
+
 def check_segment(model: nn.Module, config: MemoryConfig, beside: int = 0) -> None:
-    """Raises `ValueError` for a segment that is longer than the model's positions, with memory tokens `beside` it."""
+    """Raises `ValueError` for a segment that is longer than the model's positions, with memory tokens `beside` it, and
+    for a window of an encoder.
+    """
     trained = trained_positions(model)
+    if config.window is not None and not examine(model).causal:
+        raise ValueError(
+            f"window is {config.window}, but {type(model).__name__} is an encoder and keeps no keys; leave it out"
+        )
     if trained is not None and config.segment_length > trained:
         raise ValueError(
             f"segment_length {config.segment_length} is longer than the model's {trained} positions; "
@@ -173,16 +268,15 @@ def from_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, strict:
     tensors, description = read_file(folder / WEIGHTS_FILE)
     check_beside(folder / CONFIG_FILE, description)
     kinds = {"memory": dict, "base_model": str | None, "base_fingerprint": str}
+    source = folder / WEIGHTS_FILE
     if description.keys() != kinds.keys() or not all(isinstance(description[name], kinds[name]) for name in kinds):
-        raise StateError(f"{folder / WEIGHTS_FILE} does not describe a memory's weights; save_pretrained writes them")
+        raise StateError(
+            f"{source} does not describe a memory's weights as this release of mnemic does; load what its "
+            "save_pretrained wrote"
+        )
     check_fingerprint(model, description, folder, strict=strict)
-    config = _fitting(model, description["memory"], tensors, folder / WEIGHTS_FILE)
-    attachment = attach(model, config)
-    try:
-        attachment.memory.load_state_dict(tensors)
-    except RuntimeError as error:
-        attachment.detach()
-        raise StateError(f"{folder / WEIGHTS_FILE} does not fit its own config: {error}") from error
+    attachment = attach(model, _fitting(model, description["memory"], tensors, source))
+    attachment.memory.load_state_dict(tensors)
     return attachment
 
 
@@ -200,45 +294,105 @@ def check_beside(path: Path, description: dict[str, Any]) -> None:
         raise StateError(f"{path} does not belong to {WEIGHTS_FILE} beside it: it was edited or mixed up")
 
 
-def _fitting(model: nn.Module, settings: dict[str, Any], weights: dict[str, Tensor], path: Path) -> MemoryConfig:
+def config_of(settings: object, source: object) -> MemoryConfig:
+    """The config that a file tells of; raises `StateError`. A setting that it does not name has its default."""
+    if not isinstance(settings, dict):
+        raise StateError(f"{source} does not say which memory it is of")
+    try:
+        return MemoryConfig.from_file(settings)
+    except UnknownSetting as error:
+        raise StateError(
+            f"{source} was written by a later release of mnemic (or with a mechanism that was not imported), or it is "
+            f"damaged: {error}"
+        ) from error
+    except Exception as error:  # whatever a config does that nobody would write
+        raise StateError(f"{source} has a config that makes no memory: {str(error)[:500]}") from error
+
+
+def check_settings(settings: object, config: MemoryConfig, source: object) -> None:
+    """Raises `StateError` unless a file's settings are those of a memory's config."""
+    if (found := config_of(settings, source)) != config:
+        told = _differences(found.to_dict(), config.to_dict(), "there", "here")
+        raise StateError(f"{source} was written with another memory ({told}); load the memory it was written with")
+
+
+def check_unedited(router: Router) -> None:
+    """Raises `StateError` where a config was changed after it was attached: the memory is not what it says."""
+    if (now := router.config.to_dict()) != router.settings:
+        told = _differences(router.settings, now, "then", "now")
+        raise StateError(
+            f"the config was edited after it was attached ({told}), which changes no memory; detach, and attach "
+            "config.replace(...)"
+        )
+
+
+def _differences(theirs: dict[str, Any], mine: dict[str, Any], there: str, here: str) -> str:
+    names = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
+    return ", ".join(f"{name} {theirs.get(name)!r} {there}, {mine.get(name)!r} {here}" for name in names)
+
+
+def _fitting(model: nn.Module, settings: object, weights: dict[str, Tensor], source: object) -> MemoryConfig:
     """The config that a file tells of, once `weights` are those of such a memory on this model; raises `StateError`.
 
     The memory is built without values, so settings that would fill the machine fill nothing.
     """
-    anatomy = examine(model)
+    anatomy, config = examine(model), config_of(settings, source)
     try:
-        config = MemoryConfig.from_dict(settings)
         check_segment(model, config)
         with torch.device("meta"):
             memory = config.build(anatomy.width, len(anatomy.blocks), anatomy.causal)
         check_segment(model, config, memory.beside)
-        expected = memory.state_dict()
         besides = nbytes(dict(memory.named_buffers())) + nbytes(memory.init_state(1, torch.device("meta")))
-    except Exception as error:  # whatever a config does that nobody would write
-        raise StateError(f"{path} has a config that makes no memory of this model: {str(error)[:500]}") from error
+    except Exception as error:  # likewise
+        raise StateError(f"{source} has a config that makes no memory of this model: {str(error)[:500]}") from error
     if besides > LARGEST:
-        raise StateError(f"{path} has a config whose memory begins with {besides:,} bytes; the most are {LARGEST:,}")
+        raise StateError(f"{source} has a config whose memory begins with {besides:,} bytes; the most are {LARGEST:,}")
+    check_weights(weights, memory, source)
+    return config
+
+
+def check_weights(weights: dict[str, Tensor], memory: Memory, source: object) -> None:
+    """Raises `StateError` unless `weights` are such as `memory` has, and finite."""
+    expected = memory.state_dict()
     if weights.keys() != expected.keys():
         names = ", ".join(sorted(weights.keys() ^ expected.keys()))
-        raise StateError(f"{path} does not fit its own config, by which there is or is not {names[:500]}")
+        raise StateError(f"{source} does not fit its own config, by which there is or is not {names[:500]}")
     for name, tensor in weights.items():
         wanted = expected[name]
         if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
             found = f"{list(tensor.shape)} of {tensor.dtype}"
-            raise StateError(f"{path}: {name} is {found}, by its config it is {list(wanted.shape)} of {wanted.dtype}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise StateError(f"{path}: {name} is NaN or infinite somewhere")
-    return config
+            raise StateError(f"{source}: {name} is {found}, by its config it is {list(wanted.shape)} of {wanted.dtype}")
+        if not is_finite(tensor):
+            raise StateError(f"{source}: {name} is NaN or infinite somewhere")
 
 
 def check_fingerprint(model: nn.Module, description: dict[str, Any], path: object, *, strict: bool) -> None:
     """Raises `StateError` when something saved for one base model is loaded into another."""
-    expected, found = description["base_fingerprint"], fingerprint(model)
-    if strict and expected != found:
+    expected, (found, earlier) = description["base_fingerprint"], fingerprints(model)
+    if strict and expected not in (found, earlier):
+        narrow = ""
+        if unwrapped(model).dtype == torch.float16:
+            narrow = (
+                " in float16, whose rounding makes another base of wider weights (bfloat16 and float32 are the same)"
+            )
         raise StateError(
-            f"{path} was written for base model {description.get('base_model')!r} ({expected}), this one is {found}; "
-            "load the base it was trained on, or pass strict=False if you know they fit"
+            f"{path} was written for base model {description.get('base_model')!r} ({expected}), this one is {found}"
+            f"{narrow}; load the base it was trained on, or pass strict=False if you know they fit"
         )
+
+
+def default_window(model: nn.Module) -> int:
+    """How many of the latest tokens a session's base sees where nobody says: the window of the memory's config, or
+    `WINDOW`, at least four segments, and no more than the base was trained for.
+
+    One segment where memory tokens stand beside it: they are made for a base that sees no earlier words.
+    """
+    router, trained = router_of(model), trained_positions(model)
+    length = router.segment_length
+    if router.config.window is not None or router.memory.beside:
+        return router.config.window or length
+    wanted = max(WINDOW, 4 * length)
+    return wanted if trained is None else min(wanted, trained)
 
 
 def memory_cache(model: nn.Module, window: int | None = None) -> MemoryCache:

@@ -1,26 +1,27 @@
-"""What a session's file may hold: checked against what this model and its memory make, before anything is loaded.
+"""What a session's file may hold: checked before anything is loaded, and before anything is written.
 
 A checksum tells of accidents. Whoever can write a file can write its checksum too, so nothing in one is believed: the
-description's types, the names, shapes and dtypes of the tensors, and the numbers that point into them.
+description's types, the names, shapes and dtypes of the tensors, and the numbers that point into them. What is to be
+written must pass the same checks, so that no good version is replaced by one that nobody can load.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from mnemic.attachment import memory_cache, router_of
+from mnemic.attachment import check_unedited, config_of, memory_cache, router_of
 from mnemic.history import Log
 from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
 from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
-from mnemic.state import State, StateError
+from mnemic.state import State, StateError, is_finite
 from mnemic.stream import waiting_width
 
 MOST = 2**62
@@ -53,7 +54,10 @@ def check_description(meta: Mapping[str, Any], source: object) -> None:
             f"{source} does not say {', '.join(missing)}, which every session does; restore it from a copy"
         )
     if unknown := sorted(meta.keys() - {"content", *fields}):
-        raise StateError(f"{source} says what no session says: {', '.join(unknown)[:200]!r}; restore it from a copy")
+        raise StateError(
+            f"{source} says {', '.join(unknown)[:200]!r}, which this release of mnemic does not know: it was written "
+            "by a later one, or is damaged"
+        )
     if wrong := [name for name, right in fields.items() if not right]:
         said = ", ".join(f"{name} is {str(meta.get(name))[:80]!r}" for name in wrong)
         raise StateError(f"{source} has a description of the wrong kind: {said}; restore it from a copy")
@@ -61,29 +65,89 @@ def check_description(meta: Mapping[str, Any], source: object) -> None:
 
 def check_contents(tensors: State, meta: Mapping[str, Any], model: nn.Module, source: object) -> None:
     """Raises `StateError` unless the tensors are such as `model` and its memory make in a session with the meta's
-    window. `meta` has passed `check_description`; the history's tensors are checked where they are read.
+    window. `meta` has passed `check_description`.
     """
-    history = {name: tensor for name, tensor in tensors.items() if name in HISTORY}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in HISTORY}
     try:
-        _check_history(history, meta)
-        if (meta["window"] is None) is router_of(model).causal:
-            raise StateError(f"its window is {meta['window']}; decoders have one, encoders have none")
-        expected = _stream(tensors, meta, model) | _window(tensors, meta, model)
-        if unknown := sorted(tensors.keys() - expected.keys()):
-            raise StateError(f"nothing here keeps {', '.join(unknown)[:200]!r}")
-        if missing := sorted(expected.keys() - tensors.keys()):
-            raise StateError(f"it lacks {', '.join(missing)}")
-        for name, (shape, dtypes) in expected.items():
-            tensor = tensors[name]
-            if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-                found = f"{list(tensor.shape)} of {tensor.dtype}"
-                raise StateError(f"{name} is {found}, here it would be {list(shape)} of {dtypes[0]}")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise StateError(f"{name} is NaN or infinite somewhere")
-        _check_numbers(tensors, meta, router_of(model))
+        _check_fit(tensors, meta, model, key_shapes)
     except StateError as error:
         raise StateError(f"{source} does not fit this model and its memory: {error}; restore it from a copy") from error
+
+
+def check_written(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> None:
+    """Raises `StateError` for a session that could not be loaded again, whatever its model or its owner did to it."""
+
+    def own(_: nn.Module) -> dict[str, tuple[int, int]]:
+        # as the base has just made them: it need not run for this
+        return {name: (tensor.shape[1], tensor.shape[3]) for name, tensor in tensors.items() if _is_key(name)}
+
+    try:
+        check_description(meta, "it")
+        check_unedited(router_of(model))
+        if meta["window"] is not None:
+            memory_cache(model, meta["window"])
+        _check_fit(tensors, meta, model, own)
+    except ValueError as error:
+        raise StateError(f"this session could not be loaded again: {error}. Nothing was written") from error
+
+
+def check_bytes(tensors: State, meta: Mapping[str, Any], source: object) -> None:
+    """Raises `StateError` for what cannot be a session, as far as that can be told without a model."""
+    check_description(meta, source)
+    config = config_of(meta["memory"], source)
+    try:
+        _check_history(tensors, meta)
+        if unknown := sorted(name for name in tensors if not _has_place(name, meta)):
+            raise StateError(f"nothing here keeps {', '.join(unknown)[:200]!r}")
+        _check_finite(tensors)
+        _check_numbers(tensors, meta, config.segment_length)
+    except StateError as error:
+        raise StateError(f"{source} is no session that could be loaded: {error}") from error
+
+
+def _check_fit(
+    tensors: State,
+    meta: Mapping[str, Any],
+    model: nn.Module,
+    keys: Callable[[nn.Module], dict[str, tuple[int, int]]],
+) -> None:
+    """Raises `StateError` unless tensors and counts are such as the model and its memory make; `keys` gives the heads
+    and width of the keys and values.
+    """
+    router = router_of(model)
+    _check_history(tensors, meta)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in HISTORY}
+    if (meta["window"] is None) is router.causal:
+        raise StateError(f"its window is {meta['window']}; decoders have one, encoders have none")
+    expected = _stream(tensors, meta, router) | _window(tensors, meta, model, keys)
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise StateError(f"nothing here keeps {', '.join(unknown)[:200]!r}")
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise StateError(f"it lacks {', '.join(missing)}")
+    for name, (shape, dtypes) in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            found = f"{list(tensor.shape)} of {tensor.dtype}"
+            raise StateError(f"{name} is {found}, here it would be {list(shape)} of {dtypes[0]}")
+    _check_finite(tensors)
+    _check_numbers(tensors, meta, router.segment_length)
+    if (stream := meta.get("stream")) is not None:
+        state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
+        router.memory.check_state(state, stream["written"][0])
+    if (running := meta.get("running")) is not None:
+        position, limit = running["position"][0], router.new_cache(meta["window"]).settings[2]
+        if limit is not None and position > limit:
+            raise StateError(f"the next key of its window stands at position {position} of {limit}")
+
+
+def _is_key(name: str) -> bool:
+    return name.startswith(("keys.", "values."))
+
+
+def _has_place(name: str, meta: Mapping[str, Any]) -> bool:
+    """Whether a tensor belongs to something that the description tells of."""
+    if name == "window.valid" or _is_key(name):
+        return meta.get("running") is not None
+    return name in HISTORY or (meta.get("stream") is not None and (name == "waiting" or name.startswith("state.")))
 
 
 def _count(value: object) -> bool:
@@ -99,11 +163,10 @@ def _ledger(value: object, names: tuple[str, ...]) -> bool:
     )
 
 
-def _stream(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> dict[str, Kind]:
+def _stream(tensors: State, meta: Mapping[str, Any], router: Router) -> dict[str, Kind]:
     """What a session's stream is made of: nothing before the first token."""
     if meta.get("stream") is None:
         return {}
-    router = router_of(model)
     waiting = (1, meta["stream"]["counts"][0], waiting_width(router.memory, router.width))
     expected: dict[str, Kind] = {"waiting": (waiting, (router.dtype, *FLOATS))}
     for name, first in router.memory.init_state(1).items():
@@ -115,7 +178,12 @@ def _stream(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> dict[s
     return expected
 
 
-def _window(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> dict[str, Kind]:
+def _window(
+    tensors: State,
+    meta: Mapping[str, Any],
+    model: nn.Module,
+    keys: Callable[[nn.Module], dict[str, tuple[int, int]]],
+) -> dict[str, Kind]:
     """What a session's window is made of: the base's keys, where it has any."""
     if meta.get("running") is None:
         return {}
@@ -125,7 +193,7 @@ def _window(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> dict[s
     kept = tensors["window.valid"].shape[-1] if "window.valid" in tensors and tensors["window.valid"].ndim else 0
     expected: dict[str, Kind] = {"window.valid": ((1, kept), (torch.bool,))}
     if kept:
-        for name, (heads, width) in key_shapes(model).items():
+        for name, (heads, width) in keys(model).items():
             expected[name] = ((1, heads, kept, width), (router.dtype, *FLOATS))
     return expected
 
@@ -162,33 +230,39 @@ def key_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return _key_shapes[router]
 
 
-def _check_history(history: State, meta: Mapping[str, Any]) -> None:
-    """Raises `StateError` where the text is not what the description says; the rest is checked where it is read."""
-    text, keeps = history.get("history.text"), meta.get("keep_text", False)
+def _check_history(tensors: State, meta: Mapping[str, Any]) -> None:
+    """Raises `StateError` where a history is none, or its text not what the description says."""
+    history = {name[8:]: tensor for name, tensor in tensors.items() if name in HISTORY}
+    if not history:
+        return  # a file of before there were histories
+    Log.of(history)
+    text, keeps = history.get("text"), meta.get("keep_text", False)
     seen = meta["stream"]["seen"][0] if meta.get("stream") else 0
-    if history and (text is not None) is not keeps:
+    if (text is not None) is not keeps:
         raise StateError(f"keep_text is {keeps}, and its history has {'no ' if text is None else ''}text")
     if text is not None and text.numel() > seen:
         raise StateError(f"it has {text.numel()} tokens of text, and {seen} were read")
 
 
-def _check_numbers(tensors: State, meta: Mapping[str, Any], router: Router) -> None:
-    """Raises `StateError` for counts that do not fit each other or the tensors."""
-    length = router.segment_length
+def _check_finite(tensors: State) -> None:
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise StateError(f"{name} is NaN or infinite somewhere")
+
+
+def _check_numbers(tensors: State, meta: Mapping[str, Any], length: int) -> None:
+    """Raises `StateError` for counts that do not fit each other or the tensors, with segments of `length` tokens."""
     if (stream := meta.get("stream")) is not None:
         counts, written, seen = (stream[name][0] for name in STREAM)
         if counts >= length or not written + counts <= seen <= written * length + counts:
             raise StateError(
                 f"{seen} tokens cannot be {written} segments of at most {length} and {counts} that wait for the next"
             )
-        state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
-        router.memory.check_state(state, written)
     if (running := meta.get("running")) is not None:
         context, begun, position = (running[name][0] for name in WINDOW)
-        limit = router.new_cache(meta["window"]).settings[2]
-        there = int(tensors["window.valid"].sum())
-        if context != there or begun >= length or position < context or (limit is not None and position > limit):
+        there = int(tensors["window.valid"].sum()) if "window.valid" in tensors else 0
+        if context != there or begun >= length or position < context:
             raise StateError(
                 f"a window of {context} keys, of which {there} are there, {begun} of them in the running segment of "
-                f"{length}, and the next at position {position} of {limit}, cannot be"
+                f"{length}, and the next at position {position}, cannot be"
             )

@@ -1,14 +1,17 @@
 """What a memory is worth: the same segments predicted with the stream's own memory and with others in its place.
 
+other_stream    the memory of another row of the batch, which has read something else
+zeroed          the memory with every value zero; whole numbers are bookkeeping and stay as they are
+fresh           a memory that begins here
 no_memory       the memory switched off, with the same weights
-zeroed          the memory with every value zero
-other_stream    the memory of another row of the batch, which has read as much
+
+Every measurement takes its controls from here. Results name them with spaces.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +19,74 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mnemic.attachment import attached, memory_cache, router_of
+from mnemic.attachment import Attachment, attached, memory_cache, router_of
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
-from mnemic.state import State, map_state
+from mnemic.state import State, batch_size, map_state, select
 from mnemic.unrolling import IGNORED
 
-CONTROLS = ("no_memory", "zeroed", "other_stream")
+CONTROLS = ("other_stream", "zeroed", "fresh", "no_memory")
+CONDITIONS = ("memory", *(name.replace("_", " ") for name in CONTROLS))
+"""The own memory and the controls, as results name them."""
+
+
+def others(read: Tensor | State) -> list[int | None]:
+    """For each row of a batch the nearest before it, the last before the first, that has read something else; None
+    where there is none. `read` has what was read, `[b, ...]`: rows that are equal throughout are one stream twice.
+    """
+    tensors = [read] if isinstance(read, Tensor) else list(read.values())
+    rows = len(tensors[0])
+
+    def other(row: int, place: int) -> bool:
+        return any(not torch.equal(tensor[row], tensor[place]) for tensor in tensors)
+
+    before = ([(row - back) % rows for back in range(1, rows)] for row in range(rows))
+    return [next((place for place in places if other(row, place)), None) for row, places in enumerate(before)]
+
+
+def apart(order: Sequence[int | None]) -> list[int]:
+    """The rows that `order` names, another for each row; raises `ValueError` for a row that has none."""
+    for row, place in enumerate(order):
+        if place is None or place == row:
+            raise ValueError(
+                f"row {row} of {len(order)} has no other stream, one that has read something else; give at least 2 "
+                "streams that differ"
+            )
+    return [place for place in order if place is not None]
+
+
+def zeroed(state: State) -> State:
+    """The state with every value zero, and its bookkeeping as it is."""
+    return map_state(state, lambda tensor: torch.zeros_like(tensor) if tensor.is_floating_point() else tensor)
+
+
+def conditions(
+    attachment: Attachment, state: State, order: Sequence[int | None] | None = None
+) -> dict[str, State | None]:
+    """The state under each of `CONDITIONS`; None for no memory. `order` names the other stream for each row (`others`
+    of what was read); by default it is one with another state.
+
+    Raises:
+        ValueError: a row has no other stream.
+    """
+    return {
+        "memory": state,
+        "other stream": select(state, torch.tensor(apart(others(state) if order is None else order))),
+        "zeroed": zeroed(state),
+        "fresh": attachment.router.new_stream(batch_size(state)).state,
+        "no memory": None,
+    }
+
+
+def parts(rows: int, batch: int) -> Iterator[slice]:
+    """`rows` streams in batches, of two at least: the last takes one more where a single one would be left, which has
+    no other.
+    """
+    start, batch = 0, max(batch, 2)
+    while start < rows:
+        stop = rows if start + batch + 1 >= rows else start + batch
+        yield slice(start, stop)
+        start = stop
 
 
 @dataclass
@@ -50,7 +114,7 @@ def measure(
     """Reads streams of whole segments and predicts their labelled tokens under every condition.
 
     A control stands in place of the memory at the start of each segment; what the base sees of earlier tokens stays.
-    Of a batch of one row, the nats with the memory of another are NaN.
+    Where a row has no other stream, its numbers with the memory of another are NaN.
     """
     router = router_of(model)
     length = router.segment_length
@@ -59,6 +123,15 @@ def measure(
     own, alone = memory_cache(model, window), memory_cache(model, window)
     nats, right = (torch.zeros(len(ids), 1 + len(controls), dtype=torch.float64, device=ids.device) for _ in range(2))
     kept: list[Tensor] = []
+    starts = range(0, ids.shape[1], length)
+    asked = [start for start in starts if bool((targets[:, start : start + length] != IGNORED).any())]
+    order = others(ids[:, : max(asked, default=0) or None])  # what the last question can be about
+    swapped = [row if place is None else place for row, place in enumerate(order)]
+
+    def changed(state: State, control: str) -> State:
+        if control == "other_stream":
+            return select(state, torch.tensor(swapped))
+        return zeroed(state) if control == "zeroed" else router.new_stream(len(ids)).state
 
     def predict(cache: MemoryCache, here: slice, place: int) -> Tensor:
         logits, wanted = model(input_ids=ids[:, here], **with_cache(model, cache)).logits, targets[:, here]
@@ -67,27 +140,20 @@ def measure(
         right[:, place] += (logits.argmax(-1) == wanted).double().sum(1)
         return logits
 
-    for start in range(0, ids.shape[1], length):
+    for start in starts:
         here = slice(start, start + length)
-        asked = bool((targets[:, here] != IGNORED).any())
         for place, control in enumerate(controls, 1):
             if control == "no_memory":
                 with attached(model).disabled():
                     predict(alone, here, place)
-            elif asked:
+            elif start in asked:
                 branch = own.fork()
                 stream = branch.memory.stream or router.new_stream(len(ids))
-                branch.memory.stream = router.new_stream(len(ids), _changed(stream.state, control))
+                branch.memory.stream = router.new_stream(len(ids), changed(stream.state, control))
                 predict(branch, here, place)
         logits = predict(own, here, 0)
         kept += [logits] if keep_logits else []
-    if len(ids) == 1 and "other_stream" in controls:
-        nats[:, 1 + list(controls).index("other_stream")] = math.nan
+    if "other_stream" in controls:
+        place, alone_b = 1 + list(controls).index("other_stream"), torch.tensor([place is None for place in order])
+        nats[alone_b, place] = right[alone_b, place] = math.nan
     return Measured((targets != IGNORED).sum(1).double(), nats, right, torch.cat(kept, 1) if kept else None)
-
-
-def _changed(state: State, control: str) -> State:
-    """The state that stands in place of a stream's own. Whole numbers are bookkeeping and stay as they are."""
-    if control == "other_stream":
-        return map_state(state, lambda tensor: tensor.roll(1, 0))
-    return map_state(state, lambda tensor: torch.zeros_like(tensor) if tensor.is_floating_point() else tensor)

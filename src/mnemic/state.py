@@ -72,6 +72,13 @@ def check_range(name: str, numbers: Tensor, least: int, most: int) -> None:
         raise StateError(f"{name} goes from {low} to {high}, and can be {least} to {most}")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in it; what holds no such numbers is finite. In one pass, no copy."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(end) for end in tensor.aminmax())
+
+
 def select(state: State, rows: Int[Tensor, " n"]) -> State:
     """Rows by index, in that order, repeats allowed (beam search)."""
     return map_state(state, lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
@@ -98,10 +105,12 @@ def level(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def grow(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     """A tensor padded with zeros to `sizes` in every dimension but the first."""
-    missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
-    if not any(missing):
-        return tensor
-    return torch.nn.functional.pad(tensor, [amount for gap in reversed(missing) for amount in (0, gap)])
+    for dim, size in enumerate(sizes, 1):
+        if size != tensor.shape[dim]:
+            # not `pad`: that of torch 2.8 refuses a tensor that is empty in another dimension
+            missing = [*tensor.shape[:dim], size - tensor.shape[dim], *tensor.shape[dim + 1 :]]
+            tensor = torch.cat([tensor, tensor.new_zeros(missing)], dim)
+    return tensor
 
 
 def shrink(state: State, least: State) -> State:
@@ -223,7 +232,8 @@ def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
     """Tensors and metadata as the bytes of one safetensors file, with a checksum over both.
 
     Raises:
-        StateError: a dtype that files do not hold, or a description beyond `META_LIMIT`.
+        StateError: a dtype that files do not hold, a description beyond `META_LIMIT`, or one that `from_bytes` would
+            not read.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     places = [tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()]
@@ -232,7 +242,13 @@ def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise StateError(f"{name} is {tensor.dtype}, which files do not hold; they hold {', '.join(DTYPES)}")
-    text = json.dumps(meta, sort_keys=True)
+    try:
+        text = json.dumps(meta, sort_keys=True, allow_nan=False)
+        strict_json(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StateError(
+            f"the description is not plain JSON: {error}; leave out what is no number, text or list"
+        ) from error
     if len(text) > META_LIMIT:
         raise StateError(f"the description has {len(text):,} bytes, a file holds {META_LIMIT:,}; leave something out")
     return serialize(tensors, metadata={"mnemic": FORMAT, "meta": text, "sha256": checksum(tensors, text)})
@@ -275,16 +291,26 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file that appears whole or not at all, readable by its owner alone."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    write_all({path: data})
+
+
+def write_all(files: Mapping[str | os.PathLike[str], bytes]) -> None:
+    """`write_bytes` for files that belong together: none is replaced before all are on the disk."""
+    written: dict[str, Path] = {}
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, data in files.items():
+            path = Path(path)
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            written[temporary] = path
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in written.items():
+            os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary in written:
+            Path(temporary).unlink(missing_ok=True)
         raise
 
 

@@ -7,7 +7,9 @@ one transaction, and says which version it replaces: of two writers that read th
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import re
 import secrets
 import sqlite3
 import time
@@ -23,7 +25,8 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from torch import nn
 
-from mnemic.checks import check_description
+from mnemic.checks import check_bytes
+from mnemic.connections import SECONDS_BUSY, Connections
 from mnemic.session import Session, Stored
 from mnemic.state import from_bytes, to_bytes, write_bytes
 
@@ -34,8 +37,6 @@ SIZE_LIMIT = 256 * 2**20
 """Most bytes of a session, unless the store is told otherwise."""
 ATTEMPTS = 20
 """How often a new session is put, if others make and delete it at the same time."""
-SECONDS_BUSY = 30
-"""How long a write waits for another one before it gives up."""
 LONGEST_TTL = 100 * 365 * 24 * 3600
 """A hundred years, in seconds."""
 SECOND = 1_000_000
@@ -125,12 +126,14 @@ _SHOWN = [_sessions.c[field.name] for field in fields(Entry)]
 
 
 class SessionStore:
-    """Sessions by name, in any database that `url` names: `sqlite:///file.db` or `postgresql+psycopg://...`.
+    """Sessions by name, in any database that `url` names: a path, which is that of SQLite's file (`memories.db` is
+    `sqlite:///memories.db`), or `postgresql+psycopg://...`.
 
-    One store may be used from several threads, and goes on working in processes that are forked from this one. With
-    SQLite a process killed at any moment leaves each session in its old or its new version; so does a loss of power,
-    but the latest versions may then be lost. `ttl` is how many seconds sessions live after their last `put`, for ever
-    by default. One with more than `size_limit` bytes is refused. With `create=False` a SQLite file must be there.
+    One store may be used from several threads, and goes on working in processes that are forked from this one; a fork
+    waits for the transactions of other threads. With SQLite a process killed at any moment leaves each session in its
+    old or its new version; so does a loss of power, but the latest versions may then be lost. `ttl` is how many seconds
+    sessions live after their last `put`, for ever by default. One with more than `size_limit` bytes is refused. With
+    `create=False` a SQLite file must be there.
 
     Raises:
         ValueError: another kind of database, or SQLite without a file.
@@ -139,27 +142,25 @@ class SessionStore:
 
     def __init__(
         self,
-        url: str = "sqlite:///memories.db",
+        url: str | os.PathLike[str] = "memories.db",
         *,
         ttl: float | None = None,
         size_limit: int = SIZE_LIMIT,
         create: bool = True,
     ) -> None:
-        try:
-            self._url = sql.make_url(url)
-        except SQLAlchemyError as error:
-            raise ValueError("url is no database's URL; use sqlite:///file.db or postgresql+psycopg://...") from error
+        self._url = _url(url)
         self.url = self._url.render_as_string(hide_password=True)
         self.ttl, self.size_limit = _ttl(ttl), size_limit
         self._sqlite = self._url.get_backend_name() == "sqlite"
         if self._sqlite:
             _prepare_file(self._url.database, create)
+            # the same file wherever the process goes
+            self._url = self._url.set(database=os.path.abspath(self._url.database or ""))
         elif self._url.drivername != "postgresql+psycopg":
             raise ValueError(
                 f"{self.url} names {self._url.drivername}; use sqlite:///file.db or postgresql+psycopg://..."
             )
-        self._abandoned: list[sql.Engine] = []
-        self._make_engine()
+        self._connections = Connections(functools.partial(_engine, self._url))
         self._id = self._open()
 
     # --- sessions ----------------------------------------------------------------------------------------------------
@@ -184,12 +185,14 @@ class SessionStore:
 
         Raises:
             Conflict: another version is there. Nothing was written; the session in hand is as it was.
+            StateError: a session that `get` would refuse, such as one whose state is not finite.
             StoreError: more bytes than `size_limit`, or a database that cannot be reached.
             ValueError: a name that is empty, too long, or no text that can be stored.
         """
-        tensors, meta = session.contents()
-        session.stored = self._write(name, to_bytes(tensors, meta), meta, session.stored, ttl, overwrite)
-        return session.stored.version
+        with session.lock.use():  # of two threads that put it, the second would find the first one's version
+            tensors, meta = session.checked()
+            session.stored = self._write(name, to_bytes(tensors, meta), meta, session.stored, ttl, overwrite)
+            return session.stored.version
 
     def delete(self, name: str) -> Entry:
         """Removes a session, expired or not, and returns what was removed; raises `NotStored` if there is none."""
@@ -262,10 +265,10 @@ class SessionStore:
         """`put` for bytes of `Session.to_bytes` or of a file that `Session.save` wrote: no model is needed.
 
         `stored` is the version to replace, as `get_bytes` and this method give it. Raises `StateError` for bytes that
-        are no session.
+        are no session, or that no model could take.
         """
-        _, meta = from_bytes(data, source := f"what is to be session {name!r}")
-        check_description(meta, source)
+        tensors, meta = from_bytes(data, source := f"what is to be session {name!r}")
+        check_bytes(tensors, meta, source)
         return self._write(name, data, meta, stored, ttl, overwrite)
 
     def _write(
@@ -278,9 +281,12 @@ class SessionStore:
                 "a shorter window=, or set size_limit="
             )
         now, ttl = _now(), self.ttl if ttl is None else _ttl(ttl)
+        shown = {key: meta[key] for key in ("memory_fingerprint", "base_model", "base_fingerprint")}
+        if wrong := [key for key, text in shown.items() if not _storable(text or "")]:
+            raise StoreError(f"session {name!r} has a NUL or half a character in its {wrong[0]}: {shown[wrong[0]]!r}")
         values = {
-            "memory": str(meta["memory"].get("kind")),
-            **{name: meta[name] for name in ("memory_fingerprint", "base_model", "base_fingerprint")},
+            "memory": meta["memory"]["kind"],
+            **shown,
             "nbytes": len(data),
             "updated": now,
             "expires": None if ttl is None else now + int(ttl * SECOND),
@@ -327,7 +333,7 @@ class SessionStore:
 
     def close(self) -> None:
         """Gives the connections back. The store opens new ones if it is used again."""
-        self._engine.dispose()
+        self._connections.close()
 
     def __enter__(self) -> Self:
         return self
@@ -338,29 +344,14 @@ class SessionStore:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sql.Connection]:
         """All or nothing; what the database cannot do becomes a `StoreError`."""
-        if os.getpid() != self._pid:
-            # connections are the parent's, and closing one here would touch its locks and its socket: they are kept
-            self._abandoned.append(self._engine)
-            self._make_engine()
         try:
-            with self._engine.begin() as connection:
+            with self._connections.begin() as connection:
                 yield connection
         except IntegrityError:
             raise
         except DBAPIError as error:
             busy = "; another process has been writing for too long" if "locked" in str(error.orig) else ""
             raise StoreError(f"{self.url}: {str(error.orig).strip()}{busy}; nothing was changed") from error
-
-    def _make_engine(self) -> None:
-        self._pid = os.getpid()
-        try:
-            if self._sqlite:
-                self._engine = sql.create_engine(self._url, connect_args={"timeout": SECONDS_BUSY})
-                event.listen(self._engine, "connect", _prepare_connection)
-            else:
-                self._engine = sql.create_engine(self._url, pool_pre_ping=True)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("PostgreSQL needs psycopg: pip install 'mnemic[postgres]'") from error
 
     def _open(self) -> str:
         """The database's identity, its tables made if they are not there."""
@@ -383,7 +374,7 @@ class SessionStore:
     def _empty_log(self) -> None:
         """What was deleted leaves SQLite's log too, unless somebody reads it at this moment."""
         if self._sqlite:
-            with self._engine.connect() as connection:
+            with contextlib.suppress(DBAPIError), self._connections.begin() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
@@ -403,6 +394,32 @@ def _replace(connection: sql.Connection, stored: Stored, values: dict[str, Any])
     if row is None:
         raise Conflict(stored.name, stored.version, 0)
     raise Conflict(stored.name, stored.version, row.version, row.birth != stored.birth)
+
+
+def _url(url: str | os.PathLike[str]) -> sql.URL:
+    """A database's URL; a path is that of SQLite's file."""
+    text = os.fsdecode(url)
+    try:
+        # what a colon follows is meant as a URL, but for a drive's letter
+        if isinstance(url, str) and (not text or "://" in text or re.match(r"[\w+.-]{2,}:", text)):
+            return sql.make_url(text)
+    except SQLAlchemyError as error:
+        raise ValueError(
+            "url is no database's URL; use a path such as memories.db, sqlite:///memories.db, or "
+            "postgresql+psycopg://..."
+        ) from error
+    return sql.URL.create("sqlite", database=text)
+
+
+def _engine(url: sql.URL) -> sql.Engine:
+    try:
+        if url.get_backend_name() != "sqlite":
+            return sql.create_engine(url, pool_pre_ping=True)
+        engine = sql.create_engine(url, connect_args={"timeout": SECONDS_BUSY})
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("PostgreSQL needs psycopg: pip install 'mnemic[postgres]'") from error
+    event.listen(engine, "connect", _prepare_connection)
+    return engine
 
 
 def _prepare_file(database: str | None, create: bool) -> None:
@@ -452,8 +469,13 @@ def _check_name(name: str) -> None:
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
         length = f"{len(name):,} characters" if isinstance(name, str) else type(name).__name__
         raise ValueError(f"a session's name is text of 1 to {LONGEST_NAME} characters, this is {length}")
-    if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
+    if not _storable(name):
         raise ValueError(f"the name {name!r} has a NUL or half a character, which databases do not store; leave it out")
+
+
+def _storable(text: str) -> bool:
+    """Whether databases take a text."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _entry(row: sql.Row[Any]) -> Entry:

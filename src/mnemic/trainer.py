@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from mnemic.attachment import WEIGHTS_FILE, Attachment, attached, router_of
+from mnemic.attachment import WEIGHTS_FILE, Attachment, attached, check_settings, check_weights, router_of
 from mnemic.controls import CONTROLS, measure
 from mnemic.data import SegmentCollator
 from mnemic.host.anatomy import MEMORY_NAME
 from mnemic.host.router import Router
-from mnemic.state import StateError, read_file
+from mnemic.state import read_file
 from mnemic.unrolling import base_trains, unroll
 
 STATE_FILE = "trainer_state.json"
@@ -78,8 +79,9 @@ class Trainer(transformers.Trainer):
     `train(resume_from_checkpoint=True)` takes the last checkpoint that was written to its end.
 
     `evaluate` and `predict` report loss (nats a labelled token) and accuracy with the stream's own memory, and under
-    `controls`: with the memory switched off, with every value of it zero, and with that of another row of the batch,
-    which is left out where a batch has a single row. Each control costs about one more pass.
+    `controls`, some of `mnemic.controls.CONTROLS`: with the memory switched off, with every value of it zero, with that
+    of another row of the batch, which is left out, with a warning, where a batch has a row without another; `fresh` is
+    a memory that begins with each segment. Each control costs about one more pass.
 
     Raises:
         RuntimeError: the model has no memory.
@@ -94,7 +96,7 @@ class Trainer(transformers.Trainer):
         *given: Any,
         window: int | None = None,
         bptt_segments: int | None = None,
-        controls: Sequence[str] = CONTROLS,
+        controls: Sequence[str] = ("no_memory", "zeroed", "other_stream"),
         **options: Any,
     ) -> None:
         if unknown := set(controls) - set(CONTROLS):
@@ -215,7 +217,13 @@ class Trainer(transformers.Trainer):
             count, *sums = torch.cat(self._counted).sum(0).tolist()
             for place, name in enumerate(names):
                 nats, right = sums[place], sums[len(names) + place]
-                if not math.isnan(nats):  # no other stream in a batch of one row
+                if math.isnan(nats):
+                    warnings.warn(
+                        f"{metric_key_prefix}_loss{name} is left out: a batch had a row and no other, with another "
+                        "text, to take a memory from; set per_device_eval_batch_size so that every batch has two",
+                        stacklevel=2,
+                    )
+                else:
                     output.metrics[f"{metric_key_prefix}_loss{name}"] = nats / max(count, 1)
                     output.metrics[f"{metric_key_prefix}_accuracy{name}"] = right / max(count, 1)
         self._counted = []
@@ -266,12 +274,11 @@ class Trainer(transformers.Trainer):
         if not self.args.should_save:
             return
         folder, model = output_dir or self.args.output_dir or ".", self._attachment.model
-        if hasattr(model, "peft_config"):
+        adapted, whole = hasattr(model, "peft_config"), base_trains(model)
+        if adapted or not whole:
+            self._attachment.save_pretrained(folder)  # first, as it refuses what could not be loaded
+        if adapted or whole:
             model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-        elif base_trains(model):
-            own = {name: tensor for name, tensor in model.state_dict().items() if f"{MEMORY_NAME}." not in name}
-            model.save_pretrained(folder, state_dict=own)  # pyright: ignore[reportCallIssue]
-        self._attachment.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         whole = self._attachment.model
@@ -307,13 +314,10 @@ def load_memory(model: nn.Module, folder: Path) -> None:
         FileNotFoundError: no saved memory in the folder.
         StateError: they are of another memory, or the file is damaged.
     """
-    tensors, description = read_file(folder / WEIGHTS_FILE)
-    router = router_of(model)
-    if description.get("memory") != router.config.to_dict():
-        raise StateError(
-            f"{folder} holds {description.get('memory')}, the model has {router.config.to_dict()}; attach the memory "
-            "that was trained"
-        )
+    path, router = folder / WEIGHTS_FILE, router_of(model)
+    tensors, description = read_file(path)
+    check_settings(description.get("memory"), router.config, path)
+    check_weights(tensors, router.memory, path)
     router.memory.load_state_dict(tensors)
 
 

@@ -9,8 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnemic.analysis import capacity, drift, memoria_tables, peers, store_tables, suite_tables, tasks_tables
-from mnemic.analysis.markdown import markdown, missing, spread
+from mnemic.analysis import (
+    capacity,
+    drift,
+    memoria_tables,
+    peers,
+    recall_tables,
+    store_tables,
+    suite_tables,
+    tasks_tables,
+)
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.results import Record, records
 from mnemic.memories import CONFIGS
 
@@ -34,8 +43,9 @@ def tables(results: Path) -> dict[str, str]:
     """Every table that can be made from a folder of results, by name."""
     made = {"mechanisms": mechanisms()}
     for task in ("recall-symbols", "recall-language"):
-        made[task] = recall(records(results, task))
-        made[f"{task}-claims"] = claims(records(results, task))
+        found = records(results, task)
+        made |= {task: recall_tables.short(found), f"{task}-full": recall_tables.full(found)}
+        made[f"{task}-claims"] = recall_tables.claims(found)
     made["overhead"] = overhead([r for r in records(results) if r.task in ("overhead-segment", "overhead-token")])
     made["naive"] = naive(records(results, "naive-token"))
     made["stream"] = endless(records(results, "endless-stream"))
@@ -58,61 +68,6 @@ def mechanisms() -> str:
         card = config.card
         rows.append([f"`{kind}`", card.title, card.seam, card.trains, card.bytes_law, card.paper])
     return markdown(["kind", "mechanism", "seam", "trains", "bytes a session", "source"], rows)
-
-
-def _source(found: Sequence[Record]) -> str:
-    record = found[0]
-    machine = record.machine
-    seeds = ", ".join(str(r.seed) for r in found)
-    where = machine["accelerator"] or f"{machine['cores']} {machine['processor']} cores"
-    return f"\nMade by `{record.command}`; seeds {seeds}; {where}; mean and, in brackets, least and most over seeds."
-
-
-def recall(found: Sequence[Record]) -> str:
-    """Exact match over length beside every control."""
-    if not found:
-        return missing("this task")
-    lengths = sorted({score.length for record in found for score in record.scores})
-    controls = list(found[0].scores[0].controls)
-    rows = []
-    for length in lengths:
-        scores = [score for record in found for score in record.scores if score.length == length]
-        rows.append(
-            [f"{length:,}", f"{scores[0].tokens:,}", f"**{spread([s.score for s in scores])}**"]
-            + [spread([s.controls[name] for s in scores]) for name in controls]
-        )
-    first = found[0].scores[0]
-    floors = "; ".join(f"{name} {100 * value:.1f}" for name, value in first.floors.items())
-    ceilings = [r.scores[0].ceiling for r in found if r.scores and r.scores[0].ceiling is not None]
-    training = spread([r.seconds["training"] / 60 for r in found], 1)
-    note = (
-        f"\nFloors: {floors}. Ceiling, everything in one window without a memory: {spread(ceilings)}. "
-        f"{first.examples:,} questions a length and seed. Training: {training} minutes."
-    )
-    header = ["filler segments", "tokens", "with memory, %", *controls]
-    return markdown(header, rows) + "\n" + note + "\n" + _source(found)
-
-
-def claims(found: Sequence[Record]) -> str:
-    """The whitepaper's four claims as numbers: correctness, directness, conciseness, consistency."""
-    if not found:
-        return missing("this task")
-    lengths = sorted({score.length for record in found for score in record.scores})
-    rows = []
-    for length in lengths:
-        scores = [score for record in found for score in record.scores if score.length == length]
-        rows.append(
-            [
-                f"{length:,}",
-                spread([s.score for s in scores]),
-                spread([s.details["margin_nats"] for s in scores], 1, 2),
-                spread([s.details["found_in_8_tokens"] for s in scores]),
-                spread([s.details["tokens_until_value"] for s in scores if "tokens_until_value" in s.details], 1, 2),
-            ]
-        )
-    spreads = [max(s.score for s in r.scores) - min(s.score for s in r.scores) for r in found]
-    header = ["filler segments", "exact, %", "margin, nats", "found in 8 tokens, %", "tokens until the value"]
-    return markdown(header, rows) + f"\n\nConsistency: the score moves by {spread(spreads)} points over these lengths."
 
 
 def overhead(found: Sequence[Record]) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from mnemic.analysis.markdown import markdown, missing, spread
 from mnemic.bench.results import Record, Score, records
+from mnemic.controls import CONDITIONS
 
 NONE = "none"
-CONTROLS = ("other stream", "zeroed", "fresh", "no memory")
+CONTROLS = CONDITIONS[1:]
 
 Case = tuple[str, str, int]
 """Task, its settings as text, and length."""

@@ -1,10 +1,5 @@
-"""Asking a trained memory: test streams under every control, beside the task's floors, and what reading costs.
-
-memory          the stream's own memory
-other stream    the memory of another stream of the batch, which has read as much
-zeroed          the memory with every value zero
-fresh           a memory that begins with the segment that asks
-no memory       the memory switched off, with the same weights
+"""Asking a trained memory: test streams under every control (`mnemic.controls`), beside the task's floors, and what
+reading costs.
 """
 
 from __future__ import annotations
@@ -24,27 +19,11 @@ from torch import Tensor
 from mnemic.attachment import Attachment, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Score
+from mnemic.controls import CONDITIONS, conditions, others, parts
 from mnemic.host.arguments import with_cache
-from mnemic.state import State, map_state
 from mnemic.tasks.base import Examples, Task
 from mnemic.tasks.language import Language
 from mnemic.unrolling import IGNORED, obstacle_to_parallel, read_segments
-
-CONDITIONS = ("memory", "other stream", "zeroed", "fresh", "no memory")
-
-
-def conditions(attachment: Attachment, state: State) -> dict[str, State | None]:
-    """The state under which each control asks; None for no memory."""
-
-    def zeroed(tensor: Tensor) -> Tensor:
-        return torch.zeros_like(tensor) if tensor.is_floating_point() else tensor
-
-    return {
-        "other stream": map_state(state, lambda tensor: tensor.roll(1, 0)),
-        "zeroed": map_state(state, zeroed),
-        "fresh": attachment.router.new_stream(len(next(iter(state.values())))).state,
-        "no memory": None,
-    }
 
 
 @dataclass
@@ -60,7 +39,11 @@ class Predicted:
 
 @torch.no_grad()
 def predict(attachment: Attachment, ids: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]) -> Predicted:
-    """Reads whole streams and asks every segment with labels under every condition, from the state at its start."""
+    """Reads whole streams and asks every segment with labels under every condition, from the state at its start.
+
+    Raises:
+        ValueError: a row has no other stream to take a memory from.
+    """
     model, router = attachment.model, attachment.router
     length, (rows, total) = router.segment_length, ids.shape
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -70,6 +53,8 @@ def predict(attachment: Attachment, ids: Int[Tensor, "b t"], labels: Int[Tensor,
     ids, cache, state_bytes = ids.to(router.device), memory_cache(model, length), 0
     segments = total // length
     wanted = [bool((targets[:, s * length : (s + 1) * length] != IGNORED).any()) for s in range(segments)]
+    last = max((s for s in range(segments) if wanted[s]), default=0)
+    order = others(ids[:, : last * length or None]) if router.enabled else []
 
     def note(name: str, logits: Tensor, here: slice) -> None:
         tokens[name][:, here] = logits.argmax(-1).cpu()
@@ -89,7 +74,9 @@ def predict(attachment: Attachment, ids: Int[Tensor, "b t"], labels: Int[Tensor,
         if wanted[s] and router.enabled:
             stream = cache.memory.stream or router.new_stream(rows)
             state_bytes = max(state_bytes, sum(t[0].numel() * t.element_size() for t in stream.state.values()))
-            for name, state in conditions(attachment, stream.state).items():
+            asked = conditions(attachment, stream.state, order)
+            del asked["memory"]  # it goes on to the next segment
+            for name, state in asked.items():
                 with attachment.disabled() if state is None else contextlib.nullcontext():
                     branch = memory_cache(model, length)
                     if state is not None:
@@ -117,16 +104,16 @@ def evaluate(
     """Scores `rows` test streams under every condition, beside the task's floors."""
     reporter = reporter or Silent()
     test = task.examples(rows, "test", seed)
-    parts: list[Predicted] = []
-    for start in range(0, rows, batch):
-        some = test.take(slice(start, start + batch))
-        parts.append(predict(attachment, some.input_ids, some.labels))
+    found: list[Predicted] = []
+    for part in parts(rows, batch):
+        some = test.take(part)
+        found.append(predict(attachment, some.input_ids, some.labels))
         reporter.advance(len(some.input_ids))
-    names = list(parts[0].tokens)
-    tokens = {name: torch.cat([part.tokens[name] for part in parts]) for name in names}
-    nats = {name: torch.cat([part.nats[name] for part in parts]) for name in names}
+    names = list(found[0].tokens)
+    tokens = {name: torch.cat([part.tokens[name] for part in found]) for name in names}
+    nats = {name: torch.cat([part.nats[name] for part in found]) for name in names}
     scores = {name: task.result(tokens[name], nats[name], test) for name in names}
-    details: dict[str, float] = {"state_bytes": max(part.state_bytes for part in parts)}
+    details: dict[str, float] = {"state_bytes": max(part.state_bytes for part in found)}
     for name in names:
         measured = task.measures(tokens[name], test)
         measured |= task.bits(nats[name], test) if isinstance(task, Language) else {}

@@ -33,6 +33,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
+from mnemic.controls import apart, parts
 from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.state import read_file, write_file
@@ -176,7 +177,8 @@ def read(memory: Memory, articles: Sequence[Article], way: Way = "memory") -> Fl
         if ends and way == "other article":
             # those that have read something change places among themselves
             several = sum(count > 1 for count in counts)
-            stream = stream.select([(row + 1) % several if row < several else row for row in rows])
+            order = apart([(row + 1) % several for row in range(several)])
+            stream = stream.select([*order, *range(several, len(rows))])
         written, asked, keep = (
             torch.stack([getattr(articles[row], name)[place] for row, place in zip(rows, places, strict=True)])
             for name in ("written", "asked", "keep")
@@ -273,7 +275,7 @@ def ordered(articles: Sequence[Article]) -> list[Article]:
 def batches(articles: Sequence[Article], rows: int = 32) -> list[list[Article]]:
     """All articles in order of length, in batches."""
     articles = ordered(articles)
-    return [articles[start : start + rows] for start in range(0, len(articles), rows)]
+    return [articles[part] for part in parts(len(articles), rows)]
 
 
 def labels(articles: Sequence[Article]) -> Tensor:

@@ -15,11 +15,11 @@ from torch import nn
 
 from mnemic.attachment import Attachment, attach
 from mnemic.bench.hosts import tiny_gpt2
-from mnemic.bench.recall import evaluate
+from mnemic.bench.recall import Places, evaluate
 from mnemic.bench.results import Record, Score
 from mnemic.memories.base import MemoryConfig
-from mnemic.tasks.base import generator
-from mnemic.tasks.facts import Episode, LanguageRecall, RecallTask, SymbolRecall
+from mnemic.tasks.base import below, generator
+from mnemic.tasks.facts import Episode, LanguageRecall, RecallTask, SymbolRecall, anywhere
 from mnemic.training import Batch, Step, calibrate, hold_then_fall, train
 from mnemic.unrolling import IGNORED
 
@@ -52,16 +52,20 @@ class Silent:
 
 @dataclass
 class Recipe:
-    """How a memory is trained on recall: no filler at first, then streams of ever more of it as the answers get right.
+    """How a memory is trained on recall: facts without filler at first, then in streams of ever more of it as the
+    answers get right.
 
     A step's number of fillers is drawn evenly in its logarithm up to a maximum. Whenever the running accuracy passes
-    `pass_mark` the maximum grows by `growth`, up to `longest`. Long streams come in smaller batches: at most `segments`
-    segments a step, but never fewer than `rows` / 4 streams. Filler is drawn from a `pool` of that many segments.
+    `pass_mark` the maximum grows by `growth`, up to `longest`. From its first growth on, facts lie in two segments in a
+    share `several` of the steps, of which half correct some facts of the first; where among the fillers is drawn for
+    every stream. Long streams come in smaller batches: at most `segments` segments a step, but never fewer than
+    `rows` / 4 streams. Filler is drawn from a `pool` of that many segments.
     """
 
     steps: int
     rows: int = 64
     longest: int = 64
+    several: float = 0.5
     learning_rate: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -88,11 +92,20 @@ class Curriculum:
         recipe = self.recipe
         return count, max(recipe.rows // 4, min(recipe.rows, recipe.segments // (count + 1)))
 
+    def told(self, source: torch.Generator) -> tuple[int, int]:
+        """In how many segments a step tells facts, and how many of the second's correct the first's."""
+        several, some = torch.rand(2, generator=source).tolist()
+        # not before one segment of them is remembered
+        if self.notes["longest"] == 0 or several >= self.recipe.several:
+            return 1, 0
+        return 2, 1 + below(self.task.pairs, source) if some < 0.5 else 0
+
     def batch(self, step: int) -> Batch:
         """The streams of a step; the same for the same step, seed and notes."""
         source = generator(self.seed * 1_000_003 + step)
         count, rows = self.fillers(source)
-        return Batch(*self.task.stream(rows, count, source, self.pool))
+        segments, corrected = self.told(source)
+        return Batch(*self.task.stream(rows, count, source, self.pool, segments=segments, corrected=corrected))
 
     def advance(self, step: Step) -> None:
         """Takes note of a step's accuracy and moves on when it is good enough."""
@@ -110,16 +123,17 @@ class Curriculum:
 
 
 class LanguageCurriculum(Curriculum):
-    """Three stages: recite the facts in order; answer one question, of ever more names; then ever more filler.
+    """Three stages: recite the facts in order; answer one question, of ever more names; then ever more filler around
+    the facts, and a second segment of them.
 
     Straight at the question training stays where the two things are known and the names ignored, half of the answers
     right. Reciting makes the memory keep the facts apart, names and things together; with two names the question then
     is a choice between two, which the first gradients point to, and every further name has something to build on.
-    A fifth of the rows goes on reciting.
+    A fifth of the rows goes on reciting, where one segment told all there is to recite.
     """
 
     task: LanguageRecall
-    told: dict[int | None, Episode]
+    episodes: dict[tuple[int | None, int, int], Episode]
     names = (2, 3, 4, 6, 8)
     recited, chosen = 0.92, 0.93
 
@@ -128,31 +142,34 @@ class LanguageCurriculum(Curriculum):
         self.notes |= {"stage": 0.0, "names": 0.0}
         # told segments come from pools too: what the base makes of them is then computed once
         source = generator(seed * 1_000_003 + 999_961)
-        self.told = {known: task.tell(recipe.pool // 2, source, known) for known in self.names}
-        self.told[None] = task.tell(4 * recipe.pool, source)
+        self.episodes = {(known, 1, 0): task.tell(recipe.pool // 2, source, keys=known) for known in self.names}
+        self.episodes[None, 1, 0] = task.tell(4 * recipe.pool, source)
+        for corrected in range(task.pairs + 1):
+            self.episodes[None, 2, corrected] = task.tell(recipe.pool, source, segments=2, corrected=corrected)
 
     def batch(self, step: int) -> Batch:
         """Recitations alone at first, then mostly questions."""
         source, notes = generator(self.seed * 1_000_003 + step), self.notes
         task, recipe = self.task, self.recipe
+        count, rows, known, segments, corrected = 0, recipe.rows, None, 1, 0
         if notes["stage"] == 0:
-            count, rows = 0, recipe.rows // 3
-            reciting, known = rows, None
+            rows = recipe.rows // 3
+        elif notes["stage"] == 1:
+            known = self.names[int(notes["names"])]
         else:
-            count, rows = self.fillers(source) if notes["stage"] == 2 else (0, recipe.rows)
-            reciting = rows // 5
-            known = self.names[int(notes["names"])] if notes["stage"] == 1 else None
-        told = self.told[known]
-        episode = told.take(torch.randint(len(told.told), (rows,), generator=source))
+            count, rows = self.fillers(source)
+            segments, corrected = self.told(source)
+        reciting = rows if notes["stage"] == 0 else rows // 5 if segments == 1 else 0
+        episodes = self.episodes[known, segments, corrected]
+        episode = episodes.take(torch.randint(len(episodes.told), (rows,), generator=source))
         recitation = task.recite(episode.take(slice(rows - reciting, rows)), source)
         asking = episode.take(slice(0, rows - reciting))
-        asked = torch.randint(task.pairs, (rows - reciting, 1), generator=source)
+        asked = torch.randint(episode.keys.shape[1], (rows - reciting, 1), generator=source)
         question = task.ask(asking, asked, source)
-        filler = self.pool[torch.randint(len(self.pool), (rows, count), generator=source)].flatten(1)
+        laid = task.lay(episode, anywhere(rows, count, segments, source), count + segments, source, self.pool)
         last, labels = torch.cat([question.ids, recitation.ids]), torch.cat([question.labels, recitation.labels])
-        silent = torch.full((rows, task.segment_length * (count + 1)), IGNORED)
         self.asking = rows - reciting
-        return Batch(torch.cat([episode.told, filler, last], 1), torch.cat([silent, labels], 1))
+        return Batch(torch.cat([laid, last], 1), torch.cat([torch.full_like(laid, IGNORED), labels], 1))
 
     def advance(self, step: Step) -> None:
         """Moves through the stages by the accuracy of what the stage is about."""
@@ -171,7 +188,7 @@ class LanguageCurriculum(Curriculum):
 
 @dataclass
 class Experiment:
-    """A task, a memory, how it is trained, and the lengths in filler segments it is asked at.
+    """A task, a memory, how it is trained, and the places of facts it is asked at.
 
     `test_task` is the same task over text that training does not see, where the task has text.
     """
@@ -179,7 +196,7 @@ class Experiment:
     task: RecallTask
     config: MemoryConfig
     recipe: Recipe
-    lengths: Sequence[int]
+    places: Sequence[Places]
     rows: int = 512
     batch: int = 128
     seed: int = 0
@@ -202,20 +219,21 @@ class Experiment:
             seconds={"training": seconds},
         )
         begun = time.monotonic()
-        for length in self.lengths:
-            reporter.phase(f"ask after {length:,} fillers", self.rows * length)
-            score = evaluate(
+        reporter.phase("ask", self.rows * sum(places.total for places in self.places))
+        for places in self.places:
+            scores = evaluate(
                 attachment,
                 self.test_task or self.task,
-                length,
+                places,
                 rows=self.rows,
                 batch=self.batch,
                 seed=self.seed,
                 progress=reporter.advance,
             )
-            record.scores.append(score)
-            record.state_bytes = int(score.details["state_bytes"])
-            reporter.score(score)
+            record.scores += scores
+            record.state_bytes = int(scores[0].details["state_bytes"])
+            for score in scores:
+                reporter.score(score)
         record.seconds["evaluation"] = time.monotonic() - begun
         return attachment, record
 
@@ -241,7 +259,8 @@ class Experiment:
         ):
             seconds = step.seconds
             curriculum.advance(step)
-            reporter.advance(step.step + 1 - done, loss=step.loss, **curriculum.notes)
+            notes = curriculum.notes | {"longest": int(curriculum.notes["longest"])}
+            reporter.advance(step.step + 1 - done, loss=step.loss, **notes)
             done = step.step + 1
         return seconds
 

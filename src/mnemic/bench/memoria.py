@@ -143,7 +143,7 @@ def _peak() -> int:
 def apart(function: str, **arguments: Any) -> dict[str, Any]:
     """The result of a function of this module in a new process."""
     program = (
-        "import json, sys; from mnemic.bench import memoria as m; from mnemic.memories import MemoriaConfig; "
+        "import json, sys; from mnemic.bench import memoria as m; from mnemic.memories.memoria import MemoriaConfig; "
         "import torch; a = json.loads(sys.argv[2]); torch.set_num_threads(a.pop('threads')); "
         "a['config'] = MemoriaConfig.from_dict(a['config']); print(json.dumps(getattr(m, sys.argv[1])(**a)))"
     )

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mnemic.attachment import attach
-from mnemic.memories import CONFIGS, EMTConfig, FastWeightsConfig, MemoryConfig, TitansConfig
-from mnemic.memories.fast_weights import read_pairs, write_pairs
+from mnemic.memories import CONFIGS, MemoryConfig
+from mnemic.memories.emt import EMTConfig
+from mnemic.memories.fast_weights import FastWeightsConfig, read_pairs, write_pairs
 from mnemic.memories.rules import elu_plus_one
+from mnemic.memories.titans import TitansConfig
 from mnemic.unrolling import unroll
 
 # Shapes: b batch, t time, d width, h heads, k keys' width.

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mnemic.bench.experiments import Experiment, Recipe, Reporter, symbol_base
+from mnemic.bench.recall import test_places
 from mnemic.bench.sorting import Recipe as SortingRecipe
 from mnemic.bench.sorting import SortingExperiment, sorting_config
 from mnemic.memories.emt import EMTConfig
@@ -33,25 +34,26 @@ LANGUAGE = Recipe(
 )
 
 
-def symbols_experiment(seed: int, lengths: Sequence[int], rows: int) -> tuple[Experiment, MakeBase]:
-    """Four pairs, window 32; the base is trained with the same seed."""
+def symbols_experiment(seed: int, lengths: Sequence[int], far: int, rows: int) -> tuple[Experiment, MakeBase]:
+    """Four pairs a segment, window 32; the base is trained with the same seed."""
     task = SymbolRecall()
     config = EMTConfig(slots=16, dim=64, heads=4, segment_length=task.segment_length)
-    experiment = Experiment(task, config, SYMBOLS, lengths, rows=rows, batch=min(rows, 128), seed=seed)
+    places = test_places(lengths, far, corrected=2)
+    experiment = Experiment(task, config, SYMBOLS, places, rows=rows, batch=min(rows, 128), seed=seed)
     return experiment, lambda reporter: symbol_base(task, seed, reporter)
 
 
 def demo_experiment(seed: int) -> tuple[Experiment, MakeBase]:
     """The same, shorter, for a first look."""
-    experiment, make_base = symbols_experiment(seed, (4, 16, 64, 256, 1024), 64)
+    experiment, make_base = symbols_experiment(seed, (0, 1, 8, 64), 256, 64)
     experiment.recipe = DEMO
     return experiment, make_base
 
 
 def language_experiment(
-    model: str, filler: Path, seed: int, lengths: Sequence[int], rows: int
+    model: str, filler: Path, seed: int, lengths: Sequence[int], far: int, rows: int
 ) -> tuple[Experiment, nn.Module, str]:
-    """Two facts, window 64; test streams are surrounded by text that training never sees."""
+    """Two facts a segment, window 64; test streams are surrounded by text that training never sees."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     text = read_text(filler)
@@ -68,7 +70,9 @@ def language_experiment(
         whiten=True,
         segment_length=64,
     )
-    experiment = Experiment(task, config, LANGUAGE, lengths, rows=rows, seed=seed, test_task=test)
+    experiment = Experiment(
+        task, config, LANGUAGE, test_places(lengths, far, corrected=1), rows=rows, seed=seed, test_task=test
+    )
     return experiment, base, Path(model).name
 
 

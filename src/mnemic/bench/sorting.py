@@ -1,16 +1,9 @@
 """Sorting by frequency with Memoria: a small model and its memory trained together, and what its memories add.
 
 The prompts are `mnemic.tasks.sorting`'s; a model sees one segment at a time. Its own weights train too, since nobody
-has pretrained a model on these symbols. It is asked under five conditions, on the same streams:
-
-    memory          the stream's own memory
-    other stream    the memory of another stream
-    zeroed          the stream's own memory with every engram's content set to zero
-    fresh           a memory that begins here
-    no memory       the memory switched off
-
-and, with the same weights but the prompt read again, with working memory alone, with working and short-term memory,
-and under the other rules of reminding. No score is without the task's floors.
+has pretrained a model on these symbols. It is asked with the stream's own memory and under every control of
+`mnemic.controls`, and, with the same weights but the prompt read again, with working memory alone, with working and
+short-term memory, and under the other rules of reminding. No score is without the task's floors.
 
 The mechanism is the paper's. Where it stands in the model, and how training begins, are not:
 
@@ -40,6 +33,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mnemic.attachment import Attachment, attach, attached, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
+from mnemic.controls import conditions, others, parts
 from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
 from mnemic.memories.memoria import Memoria, MemoriaConfig, engrams
@@ -50,8 +44,6 @@ from mnemic.tasks.base import generator, seed_of
 from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, VOCABULARY, SortingTask, exact_order, kendall_tau
 from mnemic.training import Batch, train
 from mnemic.unrolling import IGNORED
-
-CONDITIONS = ("memory", "other stream", "zeroed", "fresh", "no memory")
 
 
 @dataclass
@@ -281,17 +273,6 @@ def read_prompt(attachment: Attachment, prompt_bt: Int[Tensor, "b t"]) -> State:
     return cache.memory.stream.state
 
 
-def conditions(attachment: Attachment, state: State) -> dict[str, State | None]:
-    """The state under which each condition asks; None for no memory."""
-    return {
-        "memory": state,
-        "other stream": {name: tensor.roll(1, 0) for name, tensor in state.items()},
-        "zeroed": {**state, "engram": torch.zeros_like(state["engram"])},
-        "fresh": attachment.router.new_stream(len(state["step"])).state,
-        "no memory": None,
-    }
-
-
 @torch.no_grad()
 def answers(
     attachment: Attachment, answer: Int[Tensor, "b symbols"], state: State | None
@@ -339,8 +320,8 @@ def evaluate_sorting(
     model.eval()
     own = next((rule for rule in RULES if config.with_rule(rule) == config), "")
     variants = {
-        "working memory": config.replace(reminded_stm=0, reminded_ltm=0, random_ltm_seeds=0),
-        "working and short-term memory": config.replace(reminded_ltm=0, random_ltm_seeds=0),
+        "working memory": config.with_rule("paper").replace(reminded_stm=0, reminded_ltm=0),
+        "working and short-term memory": config.with_rule("paper").replace(reminded_ltm=0),
         **{f"rule {rule}": config.with_rule(rule) for rule in RULES if rule != own},
     }
     test = task.examples(rows, "test", seed)
@@ -352,12 +333,12 @@ def evaluate_sorting(
     reporter.phase(f"ask after {task.segments} segments", (1 + len(variants)) * rows)
     for name, made in {"memory": attachment, **{n: variant(attachment, c) for n, c in variants.items()}}.items():
         counted, levels = [], []
-        for start in range(0, rows, batch):
-            prompt, answer = prompts[start : start + batch], wanted[start : start + batch]
+        for part in parts(rows, batch):
+            prompt, answer = prompts[part], wanted[part]
             state = read_prompt(made, prompt)
             counted.append(reminded_segments(state, config.working, task.tokens // config.segment_length))
             levels.append(state["levels"].float().mean(0).tolist())
-            asked = conditions(made, state) if name == "memory" else {name: state}
+            asked = conditions(made, state, others(prompt)) if name == "memory" else {name: state}
             for condition, its in asked.items():
                 with made.disabled() if its is None else contextlib.nullcontext():
                     right, order = answers(made, answer, its)

@@ -49,8 +49,8 @@ def children() -> Any:
 
 def tally(counts: Sequence[int]) -> bytes:
     """A session's bytes that carry some numbers, in every slot."""
-    meta = {"content": "session", "window": None, "memory": {"kind": "tally"}, "base_model": None}
-    meta |= {"memory_fingerprint": "", "base_fingerprint": ""}
+    meta = {"content": "session", "window": None, "memory": EMTConfig().to_dict(), "base_model": None}
+    meta |= {"memory_fingerprint": "", "base_fingerprint": "", "stream": {"counts": [0], "written": [1], "seen": [1]}}
     return to_bytes({"state.counts": torch.tensor([list(counts)]), "state.slots": _slots(counts)}, meta)
 
 

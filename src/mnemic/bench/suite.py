@@ -41,7 +41,7 @@ from typing import Any
 from mnemic.bench.compare import NONE, Recipe, Run
 from mnemic.bench.hosts import Host
 from mnemic.bench.results import Record
-from mnemic.memories import CONFIGS
+from mnemic.memories import CONFIGS, MemoryConfig
 from mnemic.tasks.base import TASKS
 
 PLACE = files("mnemic") / "suites"
@@ -205,7 +205,13 @@ def finished(run: Run, folder: Path) -> Record | None:
     if not path.is_file():
         return None
     record = Record.load(path)
-    return record if record.config == plain(run.described()) else None
+    there, here = ({**each, "memory": _memory(each["memory"])} for each in (record.config, plain(run.described())))
+    return record if there == here else None
+
+
+def _memory(settings: dict[str, Any] | None) -> MemoryConfig | None:
+    """A memory's settings as this release has them: earlier ones recorded fewer, and some that nothing used."""
+    return None if settings is None else MemoryConfig.from_file(settings)
 
 
 def limited(suite: Suite, tasks: Sequence[str]) -> Suite:

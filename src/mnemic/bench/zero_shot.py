@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mnemic.attachment import Attachment, attach, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record
+from mnemic.controls import zeroed
 from mnemic.host.arguments import with_cache
 from mnemic.memories.emt import EMTConfig
-from mnemic.state import map_state
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def bits(
             cache.memory.stream = router.new_stream(1)
         elif condition == "zeroed" and cache.memory.stream is not None:
             stream = cache.memory.stream
-            cache.memory.stream = router.new_stream(1, map_state(stream.state, torch.zeros_like))
+            cache.memory.stream = router.new_stream(1, zeroed(stream.state))
         logits = model(input_ids=part, **with_cache(model, cache)).logits[0, :-1]
         total += F.cross_entropy(logits.float(), part[0, 1:], reduction="sum").item()
         advance(1)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.table import Table
 
 from mnemic.cli.bench import _numbers
-from mnemic.cli.show import Show, console
+from mnemic.cli.show import Show, Table, console
 
 analyse = typer.Typer(no_args_is_help=True, help="What a memory does while it reads, in numbers and pictures.")
 
@@ -46,6 +44,7 @@ def memoria(
     pictures: Annotated[Path | None, typer.Option(help="Folder for the pictures; --out by default.")] = None,
 ) -> None:
     """Memoria's engrams: ages, autocorrelation, the graph, a text seen twice, under three rules of reminding."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mnemic.analysis.memoria import PAPER, PUBLISHED, require

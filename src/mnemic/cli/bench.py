@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.table import Table
 
-from mnemic.cli.show import Show, console
+from mnemic.cli.show import Show, Table, console
 from mnemic.cli.suite import SuiteGroup, suite
 
 bench = typer.Typer(
@@ -20,6 +18,8 @@ bench.command("suite", hidden=True)(suite)
 
 Out = Annotated[Path, typer.Option(help="Folder for the result files.")]
 Seeds = Annotated[str, typer.Option(help="Seeds, separated by commas.")]
+Lengths = Annotated[str, typer.Option(help="Filler before, between and after facts, in segments: 0,1,8.")]
+Far = Annotated[int, typer.Option(min=0, help="Segments of filler before the facts alone, and after them alone.")]
 Checkpoints = Annotated[Path | None, typer.Option(help="Folder for checkpoints; a run that was stopped goes on there.")]
 
 
@@ -33,16 +33,17 @@ def _numbers(text: str) -> list[int]:
 @bench.command("recall-symbols")
 def recall_symbols(
     seeds: Seeds = "0,1,2",
-    lengths: Annotated[str, typer.Option(help="Filler segments, separated by commas.")] = "4,16,64,256,1024,4096",
+    lengths: Lengths = "0,1,8,64",
+    far: Far = 1024,
     rows: Annotated[int, typer.Option(help="Streams a length.")] = 128,
     out: Out = Path("results"),
     checkpoints: Checkpoints = None,
 ) -> None:
-    """Four pairs of symbols, a window of 32 tokens, a tiny base trained on the spot and frozen."""
+    """Four pairs of symbols a segment, a window of 32 tokens, a tiny base trained on the spot and frozen."""
     from mnemic.bench.settings import symbols_experiment
 
     for seed in _numbers(seeds):
-        experiment, make_base = symbols_experiment(seed, _numbers(lengths), rows)
+        experiment, make_base = symbols_experiment(seed, _numbers(lengths), far, rows)
         with Show(f"recall of symbols, seed {seed}: answers exactly right, %") as show:
             model, base = make_base(show)
             checkpoint = checkpoints / f"recall-symbols-{seed}.safetensors" if checkpoints else None
@@ -57,7 +58,8 @@ def recall_language(
     model: Annotated[str, typer.Option(help="A causal model: local folder or hub id.")],
     filler: Annotated[Path, typer.Option(help="Text to lie between facts: a .txt file or a tar archive of them.")],
     seeds: Seeds = "0",
-    lengths: Annotated[str, typer.Option(help="Filler segments, separated by commas.")] = "4,16,64,256",
+    lengths: Lengths = "0,1,8,32",
+    far: Far = 256,
     rows: Annotated[int, typer.Option(help="Streams a length.")] = 512,
     out: Out = Path("results"),
     checkpoints: Checkpoints = None,
@@ -66,7 +68,7 @@ def recall_language(
     from mnemic.bench.settings import language_experiment
 
     for seed in _numbers(seeds):
-        experiment, base, name = language_experiment(model, filler, seed, _numbers(lengths), rows)
+        experiment, base, name = language_experiment(model, filler, seed, _numbers(lengths), far, rows)
         with Show(f"recall of sentences, seed {seed}: answers exactly right, %") as show:
             checkpoint = checkpoints / f"recall-language-{seed}.safetensors" if checkpoints else None
             _, record = experiment.run(base, name, show, checkpoint)
@@ -81,9 +83,11 @@ def overhead(
     out: Out = Path("results"),
 ) -> None:
     """Forward with a memory against without, on the shape of GPT-2 small; the token write against plain loops."""
+    import torch
+
     from mnemic.bench.cost import against_naive
     from mnemic.bench.cost import overhead as measure
-    from mnemic.memories import EMTConfig
+    from mnemic.memories.emt import EMTConfig
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     suffix = "" if device == "cpu" else f"-{device}"

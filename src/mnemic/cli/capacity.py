@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from mnemic.cli.bench import Out, Seeds, _numbers
-from mnemic.cli.show import console
+from mnemic.cli.show import Table, console
 
 
 def capacity(

@@ -8,21 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from torch import nn
 
 import mnemic
 from mnemic.cli.show import console
-from mnemic.cli.turns import Turns
-from mnemic.host.anatomy import trained_positions
-from mnemic.host.choosing import TextPieces
-from mnemic.state import nbytes
-from mnemic.store import Conflict, NotStored, SessionStore, StoreError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 QUIET = "bright_black"
 WINDOW = 2048
@@ -35,7 +31,7 @@ def chat(
         Path | None, typer.Option(help="Folder of a trained memory; without one little is remembered.")
     ] = None,
     session: Annotated[str, typer.Option(help="The name that this conversation is kept under.")] = "default",
-    store: Annotated[str, typer.Option(help="sqlite:///FILE or postgresql+psycopg://...")] = "sqlite:///memories.db",
+    store: Annotated[str, typer.Option(help="A path (SQLite), or postgresql+psycopg://...")] = "memories.db",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the most probable token.")] = False,
     keep_text: Annotated[
@@ -46,8 +42,8 @@ def chat(
     try:
         base, tokenizer = load(model, memory)
         ways: dict[str, Any] = {"max_new_tokens": max_new_tokens, **({"do_sample": False} if greedy else {})}
-        talk = Chat(base, tokenizer, SessionStore(store), session, keep_text=keep_text, ways=ways)
-    except (OSError, ValueError, StoreError, ImportError) as error:
+        talk = Chat(base, tokenizer, mnemic.SessionStore(store), session, keep_text=keep_text, ways=ways)
+    except (OSError, ValueError, mnemic.StoreError, ImportError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     talk.greet(memory)
@@ -65,8 +61,11 @@ def chat(
 
 def load(name: str, memory: Path | None) -> tuple[nn.Module, Any]:
     """The model with its memory, or with one that changes nothing, and its tokenizer."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from mnemic.host.anatomy import trained_positions
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # reminders of the model's length, which does not bound a session, amid an answer
@@ -123,20 +122,17 @@ class Chat:
         self,
         model: nn.Module,
         tokenizer: Any,
-        store: SessionStore,
+        store: mnemic.SessionStore,
         name: str,
         *,
         keep_text: bool = False,
         ways: dict[str, Any] | None = None,
     ) -> None:
+        from mnemic.turns import Turns
+
         self.model, self.tokenizer, self.store, self.name = model, tokenizer, store, name
         self.keep_text, self.turns = keep_text, Turns(tokenizer)
-        self.ways = dict(ways or {})
-        config = model.generation_config
-        if getattr(config, "eos_token_id", None) is None and tokenizer.eos_token_id is not None:
-            self.ways["eos_token_id"] = tokenizer.eos_token_id
-        if getattr(config, "pad_token_id", None) is None:
-            self.ways["pad_token_id"] = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        self.ways = self.turns.ways(model, ways or {})
         self.spent: tuple[int, float] | None = None
         self.unsaved = False
         self.session = self._stored() or self._new()
@@ -146,12 +142,18 @@ class Chat:
         kind = mnemic.attached(self.model).config
         if memory is None:
             self.say(
-                f"No --memory: this one is not trained, so nothing is remembered beyond the last {kind.window:,} "
-                "tokens. `mnemic train` makes one.",
+                "No --memory: this one is not trained, so nothing is remembered beyond the window. "
+                "`mnemic train` makes one.",
                 "yellow",
             )
         seen = self.session.stream.seen[0] if self.session.stream is not None else 0
         stands = f"goes on after {seen:,} tokens" if seen else "is new"
+        self.say(
+            f"Window: the last {self.session.window or seen:,} tokens, as they were. Memory ({kind.kind}): "
+            f"{self.session.stream.written[0] if seen and self.session.stream else 0:,} segments of "
+            f"{kind.segment_length:,} written.",
+            QUIET,
+        )
         how = "" if self.turns.template else " The model has no chat template: it continues what you write."
         self.say(f"Session {self.name!r} in {self.store.url} {stands}.{how} /help lists commands.", QUIET)
 
@@ -177,10 +179,14 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """Reads a message, writes the answer as it comes, and saves. Ctrl-C ends the answer where it is."""
+        import torch
+
+        from mnemic.host.choosing import TextPieces
+
         begun, said = time.monotonic(), []
         with interrupts() as stop:
             try:
-                prompt = self.turns.message(text, first=self.session.stream is None)
+                prompt = self.turns.message(text, first=self.session.is_new)
                 pieces = TextPieces(self.tokenizer)
                 with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C, in the middle of a step
                     for token in self.session.answer(prompt, **self.ways):
@@ -206,7 +212,7 @@ class Chat:
         self.unsaved = True
         try:
             self.store.put(self.name, self.session, overwrite=overwrite)
-        except Conflict as conflict:
+        except mnemic.Conflict as conflict:
             theirs = f"version {conflict.found} is there" if conflict.found else "it was deleted"
             ours = f"this one came from version {conflict.expected}" if conflict.expected else "this one is new"
             self.say(
@@ -214,7 +220,7 @@ class Chat:
                 "and drops what was said here since; /overwrite keeps this one and drops theirs.",
                 "red",
             )
-        except StoreError as error:
+        except mnemic.StoreError as error:
             self.say(f"Not saved: {error}", "red")
         else:
             self.unsaved = False
@@ -223,7 +229,7 @@ class Chat:
     def _stored(self) -> mnemic.Session | None:
         try:
             return self.store.get(self.name, self.model, self.tokenizer)
-        except NotStored:
+        except mnemic.NotStored:
             return None
 
     def _new(self) -> mnemic.Session:
@@ -235,8 +241,14 @@ class Chat:
         """what the memory holds: its slots or engrams, and what wrote them"""
         console.print(self.session.show())
 
+    def histograms(self) -> None:
+        """the same, and how norms, similarities, ages and lifespans are spread"""
+        console.print(self.session.show(histograms=True))
+
     def cost(self) -> None:
         """bytes, tokens and seconds"""
+        from mnemic.state import nbytes
+
         stream = self.session.stream
         if stream is None:
             self.say("Nothing was read yet.", QUIET)
@@ -247,7 +259,7 @@ class Chat:
             f"{stream.seen[0]:,} tokens read, {stream.written[0]:,} segments written\n"
             f"{all_bytes:,} bytes: memory {state:,}, waiting tokens {waiting:,}, window {all_bytes - state - waiting:,}"
         )
-        with contextlib.suppress(NotStored):
+        with contextlib.suppress(mnemic.NotStored):
             entry = self.store.entry(self.name)
             self.say(f"{entry.nbytes:,} bytes in the store, version {entry.version}")
         if self.spent is not None:
@@ -270,9 +282,9 @@ class Chat:
         try:
             entry = self.store.delete(self.name)
             self.say(f"Removed session {entry.name!r}: version {entry.version}, {entry.nbytes:,} bytes.")
-        except NotStored:
+        except mnemic.NotStored:
             self.say(f"Session {self.name!r} is not in the store.")
-        except StoreError as error:
+        except mnemic.StoreError as error:
             self.say(f"Not removed: {error}", "red")
             return
         self.session, self.unsaved = self._new(), False
@@ -316,6 +328,5 @@ class Chat:
         console.file.flush()
 
 
-COMMANDS: dict[str, Callable[[Chat], None]] = {
-    name: getattr(Chat, name) for name in ("memory", "cost", "reset", "forget", "reload", "overwrite", "help")
-}
+_NAMES = ("memory", "histograms", "cost", "reset", "forget", "reload", "overwrite", "help")
+COMMANDS: dict[str, Callable[[Chat], None]] = {name: getattr(Chat, name) for name in _NAMES}

@@ -5,22 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
-from torch import nn
 
-from mnemic.analysis.inside import Contents, Words, open_session
-from mnemic.analysis.page import write_page
-from mnemic.analysis.terminal import QUIET, view
 from mnemic.cli.show import console
-from mnemic.session import Session
-from mnemic.state import StateError
-from mnemic.tasks.facts import SymbolRecall
-from mnemic.tasks.recall import SymbolStreams
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mnemic.analysis.inside import Contents, Words
 
 
 def inspect(
@@ -34,9 +30,16 @@ def inspect(
     text: Annotated[
         Path | None, typer.Option(help="The text that was read, from its beginning, where the session kept none.")
     ] = None,
+    histograms: Annotated[
+        bool, typer.Option("--histograms", help="How norms, similarities, ages and lifespans are spread.")
+    ] = False,
     graph: Annotated[Path | None, typer.Option(help="Memoria: draw the engrams and their ties to this PNG.")] = None,
 ) -> None:
     """What a saved session holds: its memory, what was written when, what waits, its window, and whose it is."""
+    from mnemic.analysis.inside import open_session
+    from mnemic.analysis.page import write_page
+    from mnemic.analysis.terminal import view
+    from mnemic.state import StateError
 
     def look() -> RenderableType:
         found = open_session(file)
@@ -46,7 +49,7 @@ def inspect(
                 draw(found, graph)
             if page is not None:
                 write_page(found, page, words)
-            return view(found, words, top)
+            return view(found, words, top, histograms=histograms)
         except (StateError, OSError, ImportError):
             raise
         except Exception as error:
@@ -81,16 +84,21 @@ def words_of(found: Contents, tokenizer: str | None, text: Path | None) -> Words
         raise ValueError(f"{found.name} kept its own text; leave --text {text} out")
     from transformers import AutoTokenizer
 
+    from mnemic.analysis.inside import Words
+    from mnemic.texts import token_ids
+
     if text is None and not ids:
         raise ValueError(f"{found.name} kept no text (keep_text); name the text that was read: --text FILE")
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     if text is not None:
-        ids = loaded(text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
+        ids = token_ids(text.read_text("utf-8"), loaded, start=True, end=False)[0].tolist()  # as Session.read does
     return Words(ids or [], loaded)
 
 
 def follow(file: Path, look: Callable[[], RenderableType]) -> None:
     """Shows the file anew whenever it changes, until Ctrl-C; one that cannot be read just now, as the error."""
+    from mnemic.analysis.terminal import QUIET
+
     try:
         for _ in changes(file):
             try:
@@ -126,8 +134,15 @@ def look_inside(model: nn.Module, out: Path, seed: int = 0, fillers: int = 16) -
     """What a memory of `mnemic demo` holds after it was told pairs and read `fillers` segments of filler: a session and
     its page in the folder `out`.
     """
+    import torch
+
+    from mnemic.analysis.inside import Words, open_session
+    from mnemic.analysis.page import write_page
+    from mnemic.session import Session
+    from mnemic.tasks.facts import SymbolRecall
+
     task, generator = SymbolRecall(), torch.Generator().manual_seed(seed)
-    told = task.tell(1, generator).told
+    told = task.tell(1, generator).told[:, 0]
     session = Session(model, Symbols(), keep_text=True)
     session.read(torch.cat([told, task.filler(1, fillers, generator)], 1))
     out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +156,8 @@ class Symbols:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """The symbols, with spaces between them."""
+        from mnemic.tasks.recall import SymbolStreams
+
         return " ".join(SymbolStreams().text(ids))
 
 
@@ -148,6 +165,7 @@ def draw(found: Contents, picture: Path) -> Path:
     """The engrams of a Memoria session and their strongest ties, as a PNG."""
     from mnemic.analysis.memoria import engram_graph
     from mnemic.analysis.memoria_pictures import draw_graph
+    from mnemic.state import StateError
 
     if found.kind != "memoria":
         raise StateError(f"only Memoria has a graph of engrams, {found.name} is a session of {found.kind!r}")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.progress import track
-from rich.table import Table
 
 import mnemic.cli.memoria  # noqa: F401, its commands join `bench`
 from mnemic.cli.analyse import analyse
@@ -22,7 +21,7 @@ from mnemic.cli.chat import chat
 from mnemic.cli.fetch import fetch
 from mnemic.cli.inspect import inspect, look_inside
 from mnemic.cli.peers import peers
-from mnemic.cli.show import Show, console
+from mnemic.cli.show import Show, console, listing
 from mnemic.cli.store import bench_mutated_files, bench_store, store_app
 from mnemic.cli.tasks import tasks_app
 from mnemic.cli.train import train
@@ -30,18 +29,21 @@ from mnemic.cli.train import train
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Persistent memory for any Hugging Face transformer."
 )
+
+RESEARCH = "Research"
+
 bench.command("capacity")(capacity)
 bench.command("peers")(peers)
 bench.command("store")(bench_store)
 bench.command("mutated-files")(bench_mutated_files)
-app.add_typer(bench, name="bench")
-app.add_typer(analyse, name="analyse")
-app.add_typer(tasks_app, name="tasks")
+app.add_typer(bench, name="bench", rich_help_panel=RESEARCH)
+app.add_typer(analyse, name="analyse", rich_help_panel=RESEARCH)
+app.add_typer(tasks_app, name="tasks", rich_help_panel=RESEARCH)
 app.add_typer(store_app, name="store")
 app.command()(chat)
+app.command()(train)
 app.command()(fetch)
 app.command()(inspect)
-app.command()(train)
 
 
 @app.callback()
@@ -50,7 +52,10 @@ def main(
 ) -> None:
     """Options of every command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    torch.set_num_threads(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    else:  # it asks for these when it is imported, by commands that need it
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
 
 
 @app.command()
@@ -60,12 +65,14 @@ def demo(
 ) -> None:
     """Trains a tiny base and a memory on the spot, then asks beyond the window: minutes, nothing downloaded."""
     from mnemic.analysis.curves import recall_curve
+    from mnemic.bench.recall import beyond_chance
     from mnemic.bench.settings import demo_experiment
 
     begun = time.monotonic()
     experiment, make_base = demo_experiment(seed)
     console.print(
-        "A tiny GPT-2 sees 32 tokens at a time. Each stream tells it 4 pairs, then filler, then asks for the pairs.\n"
+        "A tiny GPT-2 sees 32 tokens at a time. One or two segments of a stream tell it 4 pairs each, the second also\n"
+        "new values for old keys; filler lies before, between and after them; the last segment asks for the pairs.\n"
         "The base is trained in its window first and then frozen; only the memory learns to carry the pairs.\n"
     )
     with Show("answers exactly right, %") as show:
@@ -76,12 +83,7 @@ def demo(
     picture = recall_curve([record], out / "recall.png", "EMT on a frozen GPT-2 with a window of 32 tokens")
     attachment.save_pretrained(out / "memory")
     page = look_inside(model, out, seed)
-    chance = record.scores[0].floors["chance"]
-    controls = {
-        name: sum(score.controls[name] for score in record.scores) / len(record.scores)
-        for name in record.scores[0].controls
-    }
-    above = [f"{name} {100 * value:.1f} %" for name, value in controls.items() if value > chance + 0.03]
+    above = [f"{name} {100 * share:.1f} %" for name, share in beyond_chance(record.scores).items()]
     console.print(
         f"\nBeyond chance: {', '.join(above)}. Do not believe this run."
         if above
@@ -97,18 +99,14 @@ def demo(
 @app.command("list")
 def list_mechanisms() -> None:
     """Every mechanism: its seam, what it trains, its bytes a session and its paper."""
-    from mnemic.memories import CONFIGS
+    from mnemic.memories.registry import cards
 
-    table = Table()
-    for column in ("kind", "mechanism", "seam", "trains", "bytes a session", "paper"):
-        table.add_column(column, no_wrap=column == "kind")
-    for kind, config in sorted(CONFIGS.items()):
-        card = config.card
-        table.add_row(kind, card.title, card.seam, card.trains, card.bytes_law, card.paper)
-    console.print(table)
+    kinds = sorted(cards().items())
+    facts = [{"seam": c.seam, "trains": c.trains, "bytes": c.bytes_law, "paper": c.paper} for _, c in kinds]
+    console.print(listing((kind, card.title, told) for (kind, card), told in zip(kinds, facts, strict=True)))
 
 
-@app.command()
+@app.command(rich_help_panel=RESEARCH)
 def report(
     results: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("results"),
     root: Annotated[Path, typer.Option(help="Folder with README.md and docs/.")] = Path(),

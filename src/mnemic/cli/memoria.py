@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from mnemic.cli.bench import Checkpoints, Out, bench
@@ -24,6 +23,8 @@ def memoria_step(
     out: Out = Path("results"),
 ) -> None:
     """A step against `memoria-pytorch`, from the same filled memory: time, bytes of the graph, peak of memory."""
+    import torch
+
     from mnemic.bench.memoria import SETTINGS, against_package
 
     if setting not in SETTINGS:
@@ -43,6 +44,8 @@ def memoria_step(
 @bench.command("memoria-growth")
 def memoria_growth(threads: Threads = None, out: Out = Path("results")) -> None:
     """A step by the number of engrams alive."""
+    import torch
+
     from mnemic.bench.memoria import growth
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
@@ -55,6 +58,8 @@ def memoria_growth(threads: Threads = None, out: Out = Path("results")) -> None:
 @bench.command("memoria-graph")
 def memoria_graph(threads: Threads = None, out: Out = Path("results")) -> None:
     """Three ways to keep the counts: bits, a table of all pairs, a list of pairs."""
+    import torch
+
     from mnemic.bench.memoria import representations
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
@@ -71,6 +76,8 @@ def memoria_stream(
     out: Out = Path("results"),
 ) -> None:
     """One stream of very many steps: does anything grow once long-term memory has levelled off?"""
+    import torch
+
     from mnemic.bench.memoria import endless
 
     torch.set_num_threads(1)
@@ -85,8 +92,10 @@ def memoria_overhead(
     out: Out = Path("results"),
 ) -> None:
     """Forward of one segment with a filled memory against without, on the shape of GPT-2 small."""
+    import torch
+
     from mnemic.bench.memoria import overhead
-    from mnemic.memories import MemoriaConfig
+    from mnemic.memories.memoria import MemoriaConfig
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     configs = {

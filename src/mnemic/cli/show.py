@@ -1,27 +1,53 @@
-"""How a run looks in the terminal: progress bars with time left above a table that grows."""
+"""How things look in the terminal: tables that cut nothing off, and a run, as bars above a table that grows."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as RichTable
+from rich.text import Text
 
-from mnemic.bench.recall import CONDITIONS
-from mnemic.bench.results import Score
+if TYPE_CHECKING:
+    from mnemic.bench.results import Score
 
 console = Console()
 SECONDS_BETWEEN_LINES = 20
+
+
+class Table(RichTable):
+    """A table that folds what is too long for its column: names and sources are whole, however narrow the terminal."""
+
+    def add_column(self, *given: Any, **options: Any) -> None:
+        """As the parent's, which cuts words off."""
+        super().add_column(*given, **{"overflow": "fold", **options})
+
+
+def listing(entries: Iterable[tuple[str | Text, str | Text, Mapping[str, str | Text]]]) -> RichTable:
+    """Entries one below another: a name, what it is called, and facts by name."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bright_black")
+    table.add_column()
+    for name, title, facts in entries:
+        if table.row_count:
+            table.add_row()
+        table.add_row(Text("", "bold").append(name), Text("", "bold").append(title))
+        for fact, value in facts.items():
+            table.add_row(f"  {fact}", Text().append(value))
+    return table
 
 
 class Show:
     """A `Reporter` that draws: use as a context manager."""
 
     def __init__(self, title: str) -> None:
+        from mnemic.controls import CONDITIONS
+
         self.progress = Progress(
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=28),
@@ -32,11 +58,9 @@ class Show:
             console=console,
         )
         self.table = Table(title=title, title_justify="left", title_style="bold")
-        self.table.add_column("filler segments", justify="right")
-        self.table.add_column("tokens", justify="right")
-        for name in CONDITIONS:
+        self.table.add_column("asked for")
+        for name in ("filler before", "after", *CONDITIONS, "without binding"):
             self.table.add_column(name, justify="right", style="bold" if name == "memory" else "dim")
-        self.table.add_column("chance", justify="right", style="dim")
         self.live = Live(Group(self.progress), console=console, refresh_per_second=4)
         self.task = None
         self.printed = time.monotonic()
@@ -64,7 +88,7 @@ class Show:
     def advance(self, steps: int, **values: float) -> None:
         """Moves the bar and shows the values beside it."""
         assert self.task is not None
-        note = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        note = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
         self.progress.advance(self.task, steps)
         if note:
             self.progress.update(self.task, note=note)
@@ -76,8 +100,14 @@ class Show:
 
     def score(self, score: Score) -> None:
         """A new row."""
-        cells = [score.score, *score.controls.values(), score.floors["chance"]]
-        self.table.add_row(f"{score.length:,}", f"{score.tokens:,}", *(f"{100 * value:.1f}" for value in cells))
+        from mnemic.bench.recall import UNBOUND, asked_for, places_of
+
+        places, asked = places_of(score), asked_for(score)
+        cells = [score.score, *score.controls.values(), score.floors[UNBOUND]]
+        filler = ("any", "any") if places.anywhere else (f"{places.before:,}", f"{places.after:,}")
+        self.table.add_row(asked, *filler, *(f"{100 * value:.1f}" for value in cells))
+        if "old" in score.details:
+            self.table.add_row("", "", "", f"[dim]{100 * score.details['old']:.1f} the old value[/dim]")
         self.live.update(Group(self.progress, self.table))
         if not console.is_terminal:
-            console.print(f"after {score.length:,} fillers: {100 * score.score:.2f} % right")
+            console.print(f"{asked}, filler {' before, '.join(filler)} after: {100 * score.score:.2f} % right")

@@ -9,29 +9,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mnemic.cli.bench import Out
-from mnemic.cli.show import Show, console
-from mnemic.state import StateError
-from mnemic.store import Entry, SessionStore, StoreError
+from mnemic.cli.show import Show, Table, console, listing
+
+if TYPE_CHECKING:
+    from mnemic.store import Entry, SessionStore
 
 store_app = typer.Typer(no_args_is_help=True, help="Sessions by name: what is kept, and taking it out or away.")
 
-Url = Annotated[str, typer.Option("--store", help="sqlite:///file.db or postgresql+psycopg://...")]
+Url = Annotated[str, typer.Option("--store", help="A path (SQLite), or postgresql+psycopg://...")]
 Name = Annotated[str, typer.Argument(help="The session's name.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-DEFAULT = "sqlite:///memories.db"
+DEFAULT = "memories.db"
 
 
 @contextmanager
 def _opened(url: str) -> Iterator[SessionStore]:
     """A store that is there, its errors as one line and exit status 1."""
+    from mnemic.state import StateError
+    from mnemic.store import SessionStore, StoreError
+
     try:
         with SessionStore(url, create=False) as store:
             yield store
@@ -45,10 +48,7 @@ def list_sessions(store: Url = DEFAULT) -> None:
     """Every session: its version, size, age, and the memory and base it belongs to."""
     with _opened(store) as opened:
         entries = opened.list()
-    table = Table("name", "version", "bytes", "updated", "expires", "memory", "base")
-    for entry in entries:
-        table.add_row(*_row(entry))
-    console.print(table)
+    console.print(listing(_told(entry) for entry in entries))
     total = sum(entry.nbytes for entry in entries)
     console.print(
         f"{len(entries):,} session{'s' * (len(entries) != 1)}, {total:,} bytes, in {opened.url}", soft_wrap=True
@@ -98,13 +98,15 @@ def purge(store: Url = DEFAULT) -> None:
     console.print(f"{len(entries):,} removed")
 
 
-def _row(entry: Entry) -> list[Text]:
-    memory, base = (
-        f"{entry.memory} {entry.memory_fingerprint}",
-        f"{entry.base_model or 'unnamed'} {entry.base_fingerprint}",
-    )
-    values = (entry.name, entry.version, f"{entry.nbytes:,}", entry.updated, entry.expires, memory, base)
-    return [_plain(value) for value in values]
+def _told(entry: Entry) -> tuple[Text, str, dict[str, Text]]:
+    facts = {
+        "updated": entry.updated,
+        "expires": entry.expires,
+        "memory": f"{entry.memory} {entry.memory_fingerprint}",
+        "base": f"{entry.base_model or 'unnamed'} {entry.base_fingerprint}",
+    }
+    title = f"version {entry.version}, {entry.nbytes:,} bytes"
+    return _plain(entry.name), title, {name: _plain(value) for name, value in facts.items() if value is not None}
 
 
 def _plain(value: Any) -> Text:

@@ -15,9 +15,8 @@ from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from mnemic.cli.show import SECONDS_BETWEEN_LINES, console
+from mnemic.cli.show import SECONDS_BETWEEN_LINES, Table, console
 
 if TYPE_CHECKING:
     from mnemic.bench.compare import Run

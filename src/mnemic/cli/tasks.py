@@ -8,19 +8,18 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
-from mnemic.analysis.examples import layout, summary
-from mnemic.analysis.tasks_tables import floor_name, shown
-from mnemic.bench.results import Score
-from mnemic.cli.show import console
-from mnemic.tasks import TASKS, Examples, Task
+from mnemic.cli.show import Table, console, listing
+
+if TYPE_CHECKING:
+    from mnemic.bench.results import Score
+    from mnemic.tasks import Examples, Task
 
 tasks_app = typer.Typer(no_args_is_help=True, help="What a memory is tested with: tasks, their examples, their floors.")
 
@@ -40,6 +39,8 @@ STYLES = {
 
 def find(name: str) -> type[Task]:
     """The task of that name; a usage error that lists all where there is none."""
+    from mnemic.tasks import TASKS
+
     if name not in TASKS:
         raise typer.BadParameter(f"{name!r} is no task; choose one of {', '.join(sorted(TASKS))}")
     return TASKS[name]
@@ -124,11 +125,11 @@ def _name(kind: Any) -> str:
 @tasks_app.command("list")
 def list_tasks() -> None:
     """Every task: what it asks of a memory, the setting along which it gets harder, and its paper."""
-    table = Table("name", "title", "asks", "axis", "paper")
-    for name, kind in sorted(TASKS.items()):
-        cells = (name, kind.card.title, kind.card.asks, kind.axis, kind.card.paper)
-        table.add_row(*(escape(cell) for cell in cells))
-    console.print(table)
+    from mnemic.tasks import TASKS
+
+    kinds = sorted(TASKS.items())
+    facts = [{"asks": kind.card.asks, "axis": kind.axis, "paper": kind.card.paper} for _, kind in kinds]
+    console.print(listing((name, kind.card.title, told) for (name, kind), told in zip(kinds, facts, strict=True)))
 
 
 @tasks_app.command("show")
@@ -159,6 +160,7 @@ def floors(
 ) -> None:
     """What is reached without a memory that has learned anything, and what is reached by the oracle."""
     from mnemic.bench.floors import measure
+    from mnemic.tasks import TASKS
 
     # everything is made before anything is measured: a wrong setting of the last task costs nothing
     for tasks in [made(find(name), settings or (), many=True) for name in names or sorted(TASKS)]:
@@ -173,6 +175,8 @@ def floors(
 
 def view(task: Task, examples: Examples, row: int = 0) -> RenderableType:
     """One stream and what is known of it."""
+    from mnemic.analysis.examples import layout, summary
+
     streams = Table.grid(padding=(0, 2))
     streams.add_column(style="bright_black", no_wrap=True)
     streams.add_column()
@@ -222,6 +226,8 @@ def answers(task: Task, examples: Examples, row: int = 0) -> Table:
 
 def floors_table(tasks: Sequence[Task], scores: Sequence[Score]) -> Table:
     """Floors in rows, settings in columns."""
+    from mnemic.analysis.tasks_tables import floor_name, shown
+
     settings = [task.settings() for task in tasks]
     varied = [key for key in settings[0] if len({str(each[key]) for each in settings}) > 1] or [tasks[0].axis]
     metric = getattr(tasks[0], "metric", "%")
@@ -229,7 +235,7 @@ def floors_table(tasks: Sequence[Task], scores: Sequence[Score]) -> Table:
     table.add_column("\n".join([*varied, "tokens"]))
     for task, score in zip(tasks, scores, strict=True):
         head = [*(str(getattr(task, key)) for key in varied), f"{score.tokens:,}"]
-        table.add_column("\n".join(head), justify="right", no_wrap=True)
+        table.add_column("\n".join(head), justify="right")
     found = [{floor_name(floor): value for floor, value in score.floors.items()} for score in scores]
     for name in dict.fromkeys(name for each in found for name in each):
         table.add_row(name, *(shown(each.get(name), metric) for each in found))

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from mnemic.cli.show import Show, console
+from mnemic.cli.show import Show, Table, console
 
 
 def train(

@@ -45,6 +45,7 @@ class Router(nn.Module):
         super().__init__()
         self.memory = memory
         self.config, self.segment_length = config, config.segment_length
+        self.settings = config.to_dict()  # as they were attached: a config can be edited
         self.depth, self.width, self.causal = len(anatomy.blocks), anatomy.width, anatomy.causal
         self.positions, self.takes_positions, self.slides = anatomy.positions, anatomy.takes_positions, anatomy.slides
         self.dtype, self.cache_name = anatomy.dtype, anatomy.cache_name
@@ -54,6 +55,7 @@ class Router(nn.Module):
                 "leave it out"
             )
         self.frozen: list[nn.Parameter] = []
+        self.made_with: list[float] = []
         layers = range(self.depth) if memory.beside else {*memory.read_layers, *memory.written_layers}
         self.taps = nn.ModuleDict({str(layer): Tap(layer, self) for layer in sorted({max(0, each) for each in layers})})
 

@@ -1,48 +1,47 @@
-"""The mechanisms, one file each; importing this package registers them all."""
+"""The mechanisms, one file each, imported when they are first asked for."""
 
-from mnemic.memories.armt import ARMT, ARMTConfig
-from mnemic.memories.base import CONFIGS, Attribution, Card, Memory, MemoryConfig, MemoryTokens
-from mnemic.memories.compressive import Compressive, CompressiveConfig
-from mnemic.memories.emt import EMT, EMTConfig
-from mnemic.memories.fast_weights import FastWeights, FastWeightsConfig
-from mnemic.memories.infinity_former import InfinityFormer, InfinityFormerConfig
-from mnemic.memories.knn import KNN, KNNConfig
-from mnemic.memories.memoria import Memoria, MemoriaConfig
-from mnemic.memories.memory_prompt import MemoryPrompt, MemoryPromptConfig
-from mnemic.memories.persistent import Persistent, PersistentConfig
-from mnemic.memories.rmt import RMT, RMTConfig
-from mnemic.memories.titans import Titans, TitansConfig
-from mnemic.memories.transformer_xl import TransformerXL, TransformerXLConfig
+from __future__ import annotations
 
-__all__ = [
-    "ARMT",
-    "CONFIGS",
-    "EMT",
-    "KNN",
-    "RMT",
-    "ARMTConfig",
-    "Attribution",
-    "Card",
-    "Compressive",
-    "CompressiveConfig",
-    "EMTConfig",
-    "FastWeights",
-    "FastWeightsConfig",
-    "InfinityFormer",
-    "InfinityFormerConfig",
-    "KNNConfig",
-    "Memoria",
-    "MemoriaConfig",
-    "Memory",
-    "MemoryConfig",
-    "MemoryPrompt",
-    "MemoryPromptConfig",
-    "MemoryTokens",
-    "Persistent",
-    "PersistentConfig",
-    "RMTConfig",
-    "Titans",
-    "TitansConfig",
-    "TransformerXL",
-    "TransformerXLConfig",
-]
+from typing import TYPE_CHECKING, Any
+
+from mnemic.lazy import lazily
+
+if TYPE_CHECKING:
+    from mnemic.memories.base import Attribution, Memory, MemoryConfig, MemoryTokens
+    from mnemic.memories.registry import CONFIGS, Card
+
+MECHANISMS = {
+    "armt": "ARMTConfig",
+    "compressive": "CompressiveConfig",
+    "emt": "EMTConfig",
+    "fast-weights": "FastWeightsConfig",
+    "infinity-former": "InfinityFormerConfig",
+    "knn": "KNNConfig",
+    "memoria": "MemoriaConfig",
+    "memory-prompt": "MemoryPromptConfig",
+    "persistent": "PersistentConfig",
+    "rmt": "RMTConfig",
+    "titans": "TitansConfig",
+    "transformer-xl": "TransformerXLConfig",
+}
+"""The mechanisms of this package: their kinds, after which their files are named, and their configs."""
+
+__all__ = ["CONFIGS", "MECHANISMS", "Attribution", "Card", "Memory", "MemoryConfig", "MemoryTokens"]
+
+_find = lazily(
+    __name__,
+    {
+        **dict.fromkeys(("Attribution", "Memory", "MemoryConfig", "MemoryTokens"), "mnemic.memories.base"),
+        **dict.fromkeys(("CONFIGS", "Card"), "mnemic.memories.registry"),
+        **{config: f"{__name__}.{kind.replace('-', '_')}" for kind, config in MECHANISMS.items()},
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Classes and files on first use."""
+    return _find(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *MECHANISMS.values()})

@@ -7,9 +7,10 @@ the state in the cache, and places the hooks. A mechanism knows nothing of Huggi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -18,22 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mnemic.memories.registry import CONFIGS, Card
 from mnemic.state import State, nbytes
-
-CONFIGS: dict[str, type[MemoryConfig]] = {}
-"""Every mechanism by its kind; a subclass of `MemoryConfig` that names a `kind` enters by being defined."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What `mnemic list` and the documentation say of a mechanism."""
-
-    title: str
-    seam: str
-    trains: str
-    bytes_law: str
-    paper: str
-    citation: str
 
 
 @dataclass(frozen=True)
@@ -65,12 +52,17 @@ class Attribution:
     alive: Int[Tensor, "b m"] | None = None
 
 
+class UnknownSetting(ValueError):
+    """A kind of memory or a setting that this release does not have."""
+
+
 @dataclass
 class MemoryConfig(ABC):
-    """Settings of a mechanism.
+    """Settings of a mechanism: plain values (numbers, text, lists of them), each of the type it is declared with.
 
     `segment_length` is the number of a row's real tokens between two writes. `window` is how many of the latest tokens
-    the base itself sees while the memory is trained and used; one segment by default.
+    the base itself sees while the memory is trained and used. By default that is one segment in training, so that all
+    that is earlier must come through the memory, and in a session as much as `mnemic.attachment.default_window` says.
     """
 
     kind: ClassVar[str]
@@ -85,6 +77,15 @@ class MemoryConfig(ABC):
             CONFIGS[cls.kind] = cls
 
     def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            if isinstance(value := getattr(self, name), tuple):
+                value = list(value)  # which is what a file gives back
+                setattr(self, name, value)
+            if not is_a(value, hint):
+                raise ValueError(f"{name} is {value!r}; use {_readable(hint)}")
+        for name, mend in self.unused().items():
+            if (value := getattr(self, name)) != _defaults(type(self))[name]:
+                raise ValueError(f"{name} is {value!r}, but nothing here uses it; leave it out, or {mend}")
         if self.segment_length < 1:
             raise ValueError(f"segment_length is {self.segment_length}; a segment needs at least 1 token")
         if self.window is not None and self.window < self.segment_length:
@@ -92,6 +93,12 @@ class MemoryConfig(ABC):
                 f"segment_length {self.segment_length} is longer than the window of {self.window}; "
                 f"set window to at least {self.segment_length}"
             )
+
+    def unused(self) -> dict[str, str]:
+        """The settings that nothing uses beside the others, each with what would give it a use ("set rule='decay'").
+        They have to be left at their defaults.
+        """
+        return {}
 
     @abstractmethod
     def build(self, width: int, depth: int, causal: bool = True) -> Memory:
@@ -116,20 +123,26 @@ class MemoryConfig(ABC):
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> MemoryConfig:
-        """The inverse of `to_dict`; raises `ValueError` naming unknown kinds and settings."""
-        values = dict(values)
-        kind = values.pop("kind", None)
-        if not isinstance(kind, str) or kind not in CONFIGS:
-            raise ValueError(f"unknown memory kind {kind!r}; known: {', '.join(sorted(CONFIGS))}")
-        known = {field.name for field in dataclasses.fields(CONFIGS[kind])}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{CONFIGS[kind].__name__} has no setting {', '.join(unknown)}; known: {sorted(known)}")
-        hints = get_type_hints(CONFIGS[kind])
-        for name, value in values.items():
-            if not is_a(value, hints[name]):
-                raise ValueError(f"{name} is {value!r}, and should be {_readable(hints[name])}")
-        return CONFIGS[kind](**values)
+    def from_dict(values: Mapping[str, Any]) -> MemoryConfig:
+        """The inverse of `to_dict`. A setting that is not there has its default.
+
+        Raises:
+            UnknownSetting: a kind or settings that are not known.
+            ValueError: values that cannot be.
+        """
+        cls, settings = _known(values)
+        return cls(**settings)
+
+    @staticmethod
+    def from_file(values: Mapping[str, Any]) -> MemoryConfig:
+        """`from_dict` for what was written once: earlier releases let settings stand that nothing used, which are left
+        out here.
+        """
+        cls, settings = _known(values)
+        raw = object.__new__(cls)
+        vars(raw).update(_defaults(cls) | settings)
+        unused = raw.unused()
+        return cls(**{name: value for name, value in settings.items() if name not in unused})
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed."""
@@ -271,6 +284,36 @@ class Memory(nn.Module, ABC):
         return next(self.parameters(), self.place).dtype  # parameters': FSDP2 lowers theirs and leaves buffers be
 
 
+def _known(values: Mapping[str, Any]) -> tuple[type[MemoryConfig], dict[str, Any]]:
+    """The class that a description names, and its settings, of which it knows every one."""
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        raise UnknownSetting(f"unknown memory kind {kind!r}; known: {', '.join(sorted(CONFIGS))}")
+    cls, settings = CONFIGS[kind], {name: value for name, value in values.items() if name != "kind"}
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(settings.keys() - known):
+        raise UnknownSetting(f"{cls.__name__} has no setting {', '.join(unknown)}; known: {sorted(known)}")
+    return cls, settings
+
+
+@functools.cache
+def _hints(cls: type[MemoryConfig]) -> dict[str, Any]:
+    """The type of every setting."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _defaults(cls: type[MemoryConfig]) -> dict[str, Any]:
+    """The default of every setting that has one."""
+    found = {}
+    for each in dataclasses.fields(cls):
+        if each.default is not dataclasses.MISSING:
+            found[each.name] = each.default
+        elif each.default_factory is not dataclasses.MISSING:
+            found[each.name] = each.default_factory()
+    return found
+
+
 def is_a(value: object, hint: Any) -> bool:
     """Whether a plain value is of a setting's type."""
     if get_origin(hint) in (Union, UnionType):
@@ -302,8 +345,16 @@ def resolve_layers(
 ) -> tuple[int, tuple[int, ...]]:
     """Where a memory writes and where it reads, in order: the middle block, and where it writes, unless said otherwise.
 
-    Raises `ValueError` for a block that the model does not have.
+    Raises `ValueError` for a block that the model does not have or that is named twice.
     """
     write = resolve_layer((depth - 1) // 2 if write_layer is None else write_layer, depth, "write_layer")
-    reads = [write] if read_layers is None else read_layers
-    return write, tuple(sorted({resolve_layer(layer, depth, "read_layers") for layer in reads}))
+    return write, (write,) if read_layers is None else distinct_layers(read_layers, depth, "read_layers")
+
+
+def distinct_layers(layers: Sequence[int], depth: int, name: str) -> tuple[int, ...]:
+    """Block indices in order; raises `ValueError` for a block that the model does not have, and for one named twice."""
+    found = [resolve_layer(layer, depth, name) for layer in layers]
+    if len(set(found)) < len(found):
+        twice = next(layer for layer in found if found.count(layer) > 1)
+        raise ValueError(f"{name} is {list(layers)}, which names block {twice} of {depth} twice; name each block once")
+    return tuple(sorted(found))

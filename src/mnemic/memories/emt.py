@@ -105,8 +105,6 @@ class EMTConfig(MemoryConfig):
             raise ValueError(f"stack is {self.stack}; at most {MOST_STACKED} memories stand on each other")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
-        if self.write not in ("segment", "token"):
-            raise ValueError(f"write is {self.write!r}; use 'segment' or 'token'")
         if self.sharpness <= 0:
             raise ValueError(f"sharpness is {self.sharpness}; it must be above 0")
         for name in ("feedback", "final_blend", "update_rate"):
@@ -114,6 +112,12 @@ class EMTConfig(MemoryConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in (0, 1]")
         if self.read_layers is not None and not self.read_layers:
             raise ValueError("read_layers is empty; name at least one block, or leave it out for the middle one")
+
+    def unused(self) -> dict[str, str]:
+        """The settings of the other way to write."""
+        if self.write == "segment":
+            return {"update_rate": "set write='token'"}
+        return dict.fromkeys(("gate_bias", "sharpness"), "set write='segment'")
 
     @classmethod
     def whitepaper(cls, **changes: Any) -> EMTConfig:
@@ -138,7 +142,9 @@ class EMTConfig(MemoryConfig):
         return cls(segment_length=segment_length, slots=size or 16, dim=width, heads=4)
 
     def build(self, width: int, depth: int, causal: bool = True) -> EMT:
-        """The module; raises `ValueError` naming a layer that the host does not have."""
+        """The module; raises `ValueError` naming a layer that the host does not have, and for a `final_blend` that no
+        reader uses.
+        """
         return EMT(self, width, depth)
 
 
@@ -150,6 +156,11 @@ class EMT(Memory):
         self.config = config
         self.write_layer, self.read_layers = resolve_layers(config.write_layer, config.read_layers, depth)
         self.output_layer = depth - 1
+        if self.output_layer not in self.read_layers and config.final_blend != EMTConfig.final_blend:
+            raise ValueError(
+                f"final_blend is {config.final_blend}, but nothing is read after the last block; leave it out, or put "
+                "-1 into read_layers"
+            )
         self.slots = nn.Parameter(torch.randn(config.stack, config.slots, config.dim) * 0.5)
         writer = SegmentWriter if config.write == "segment" else TokenWriter
         self.writers = nn.ModuleList(writer(config, width) for _ in range(config.stack))

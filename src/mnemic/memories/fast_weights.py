@@ -42,7 +42,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -100,10 +100,6 @@ class FastWeightsConfig(MemoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = (("rule", get_args(RuleName)), ("features", ("l2", "elu1")), ("correct", ("token", "segment")))
-        for name, known in choices:
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, known))}")
         for name in ("heads", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -121,10 +117,17 @@ class FastWeightsConfig(MemoryConfig):
             raise ValueError(
                 "correct='segment' is stable with rule='infini delta' and features='elu1' only; use 'token'"
             )
-        if isinstance(self.write_layer, str) and self.write_layer != "embeddings":
-            raise ValueError(f"write_layer is {self.write_layer!r}; use the index of a block, or 'embeddings'")
         if self.read_layers is not None and not self.read_layers:
             raise ValueError("read_layers is empty; name at least one block, or leave it out for the middle one")
+
+    def unused(self) -> dict[str, str]:
+        """The settings of gates that the rule does not have."""
+        found = {} if self.rule == "decay" else {"decay": "set rule='decay'"}
+        if self.rule != "gated delta":
+            found["forget_bias"] = "set rule='gated delta'"
+        if self.infini:
+            found["rate_bias"] = "use a rule with rates, such as 'delta'"
+        return found
 
     @property
     def infini(self) -> bool:

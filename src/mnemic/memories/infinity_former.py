@@ -120,6 +120,11 @@ class InfinityFormerConfig(MemoryConfig):
         if self.read_layers is not None and not self.read_layers:
             raise ValueError("read_layers is empty; name at least one block, or leave it out for the middle one")
 
+    def unused(self) -> dict[str, str]:
+        """The settings of what is switched off."""
+        found = {} if self.sticky else {"bins": "set sticky=True"}
+        return found if self.regularise else {**found, "prior": "set regularise above 0"}
+
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
         """The default, and a sticky memory with a gate, gradients through all writes and reads below the write."""

@@ -49,7 +49,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +100,6 @@ class PersistentConfig(MemoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("method", get_args(Method)), ("keys", ("rows", "content"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(repr, known))}")
         for name in ("rows", "dim", "top"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -112,12 +109,19 @@ class PersistentConfig(MemoryConfig):
             raise ValueError(f"top is {self.top}, but there are {self.rows} slots; set top to at most that")
         if self.method == "slots" and self.decay == 1:
             raise ValueError("decay is 1, and 1 - decay of a slot is written; use less than 1")
-        if self.method == "hebbian" and self.keys == "content":
-            raise ValueError("keys is 'content', but a Hebbian matrix has no rows to choose from; use 'rows'")
-        if not self.write_mask and self.method not in ("hebbian", "slots"):
-            raise ValueError(
-                f"write_mask is False, which spoils means over tokens; method {self.method!r} writes sums, leave it out"
-            )
+
+    def unused(self) -> dict[str, str]:
+        """The settings of other methods."""
+        found: dict[str, str] = {}
+        if self.method != "hebbian":
+            found["dim"] = "set method='hebbian'"
+        else:
+            found["keys"] = "use a method that writes rows: a Hebbian matrix has none to choose from"
+        if self.method != "slots":
+            found["top"] = "set method='slots'"
+        if self.method not in ("hebbian", "slots"):
+            found["write_mask"] = "use a method that writes means over tokens, 'hebbian' or 'slots'"
+        return found
 
     def build(self, width: int, depth: int, causal: bool = True) -> Persistent:
         """The module; raises `ValueError` for an encoder and a method that puts tokens before a decoder's text."""
@@ -131,21 +135,20 @@ class PersistentConfig(MemoryConfig):
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
         """Every method; M.3 as in the study."""
-        small: dict[str, Any] = {"segment_length": 8, "rows": 3, "dim": 12, "top": 2}
+        small: dict[str, Any] = {"segment_length": 8, "rows": 3}
         return [
             cls(**small, method="prefix"),
             cls(**small, method="cross-attention"),
             cls(**small, method="key-value", keys="content", trained_write=False),
-            cls(**small, method="hebbian", write_mask=False),
+            cls(**small, method="hebbian", dim=12, write_mask=False),
             cls(**small, method="gated"),
-            cls(**small, method="slots", decay=0.8),
+            cls(**small, method="slots", top=2, decay=0.8),
         ]
 
     @classmethod
     def small(cls, segment_length: int, width: int, size: int | None = None) -> Self:
         """As many rows as a segment has tokens, but no more than 16, unless `size` says otherwise."""
-        rows = size or min(16, segment_length)
-        return cls(segment_length=segment_length, rows=rows, dim=size or width, top=min(2, rows))
+        return cls(segment_length=segment_length, rows=size or min(16, segment_length))
 
 
 class Persistent(Memory):

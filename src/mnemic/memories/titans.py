@@ -128,8 +128,6 @@ class TitansConfig(MemoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.context not in ("gate", "layer", "tokens"):
-            raise ValueError(f"context is {self.context!r}; use one of 'gate', 'layer', 'tokens'")
         for name in ("layers", "heads", "dim", "expansion", "chunk", "window_tokens", "queries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -143,14 +141,13 @@ class TitansConfig(MemoryConfig):
             raise ValueError(f"persistent is {self.persistent}; use 0 for no persistent tokens, or more")
         if self.context == "tokens":
             return
-        for name in TOKENS:
-            if getattr(self, name) != getattr(type(self), name):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, but with context {self.context!r} no tokens stand before a "
-                    "segment; leave it out, or set context to 'tokens'"
-                )
         if self.read_layers is not None and not self.read_layers:
             raise ValueError("read_layers is empty; name at least one block, or leave it out for the middle one")
+
+    def unused(self) -> dict[str, str]:
+        """The tokens, where none stand before a segment, and hidden units, where a network has a single matrix."""
+        found: dict[str, str] = {} if self.context == "tokens" else dict.fromkeys(TOKENS, "set context='tokens'")
+        return found if self.layers > 1 else {**found, "expansion": "set layers to 2 or more"}
 
     def to_dict(self) -> dict[str, Any]:
         """As for every memory, without the settings that the context has no use for: descriptions of other contexts

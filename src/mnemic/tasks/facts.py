@@ -1,7 +1,8 @@
-"""Key-value recall: facts first, then filler, then the question (EMT whitepaper, section 5).
+"""Key-value recall: facts somewhere in a long stream, the question at its end (EMT whitepaper, section 5).
 
-A stream is whole segments: one with the facts, any number of filler, one that asks. The base sees one segment at a
-time, so what it answers right beyond chance has come through the memory.
+A stream is whole segments: one or more that tell facts, filler before, between and after them, one that asks. A later
+segment may correct a fact: the key again, with a new value, and the new one is asked for. The base sees one segment at
+a time, so what it answers right beyond chance has come through the memory.
 
 Two forms. *Symbols*: a tiny vocabulary, facts are pairs of key and value tokens among noise. *Language*: sentences
 such as "Lily has a ball." within real text, for any tokenizer.
@@ -16,7 +17,7 @@ Training seeds lie below `TEST_SEEDS`, test seeds from there on.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -29,15 +30,22 @@ from mnemic.unrolling import IGNORED
 
 @dataclass
 class Episode:
-    """What a batch of streams was told: `keys` and `values` `[b, pairs]` by index, and the segment that tells it."""
+    """What a batch of streams was told: `keys` and `values` `[b, n]` by index, as they hold at the end.
 
-    keys: Int[Tensor, "b pairs"]
-    values: Int[Tensor, "b pairs"]
-    told: Int[Tensor, "b t"]
+    The segments that tell it are `told [b, k, t]`, their values `said [b, k, p]`. `since [b, n]` is which of them told
+    a value that holds, `before [b, n]` the value that it corrects, -1 where it corrects none.
+    """
+
+    keys: Int[Tensor, "b n"]
+    values: Int[Tensor, "b n"]
+    told: Int[Tensor, "b k t"]
+    said: Int[Tensor, "b k p"]
+    since: Int[Tensor, "b n"]
+    before: Int[Tensor, "b n"]
 
     def take(self, rows: slice | Tensor) -> Episode:
         """Some of the streams."""
-        return Episode(self.keys[rows], self.values[rows], self.told[rows])
+        return Episode(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 @dataclass
@@ -51,18 +59,26 @@ class Question:
     fact: Int[Tensor, "b t"]
 
 
+def anywhere(rows: int, fillers: int, segments: int, generator: Generator) -> Int[Tensor, "b k"]:
+    """Places for `segments` segments with facts among `fillers` others: ascending, all of them as likely."""
+    return shuffled(rows, fillers + segments, generator)[:, :segments].sort(1).values
+
+
 class RecallTask(ABC):
     """What both forms share. `pairs` facts a stream; segments of `segment_length` tokens."""
 
     name: str
     segment_length: int
     pairs: int
+    keys: int
+    most_asked: int
+    """How many questions fit one segment."""
     candidates: list[list[int]]
     """Every possible answer as tokens."""
 
     @abstractmethod
-    def tell(self, rows: int, generator: Generator) -> Episode:
-        """New facts for `rows` streams."""
+    def write(self, keys: Int[Tensor, "b p"], values: Int[Tensor, "b p"], generator: Generator) -> Int[Tensor, "b t"]:
+        """A segment that tells these facts."""
 
     @abstractmethod
     def filler(self, rows: int, segments: int, generator: Generator) -> Int[Tensor, "b t"]:
@@ -76,27 +92,80 @@ class RecallTask(ABC):
     def ask_in_window(self, rows: int, generator: Generator) -> Question:
         """Facts and questions in one segment: the ceiling, and what a base is trained on."""
 
-    def stream(
-        self, rows: int, fillers: int, generator: Generator, pool: Int[Tensor, "n t"] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Token ids and labels `[b, (fillers + 2) * segment_length]` of whole streams that ask every fact once.
+    def tell(
+        self, rows: int, generator: Generator, *, segments: int = 1, corrected: int = 0, keys: int | None = None
+    ) -> Episode:
+        """New facts for `rows` streams, `pairs` in each of `segments` segments. From the second on, `corrected` of them
+        give another value to a key that was told before. With `keys`, of the first so many keys only.
+
+        Raises:
+            ValueError: more different keys than there are, or more corrections than facts in a segment.
+        """
+        fresh = self.pairs - corrected
+        count, most = self.pairs + (segments - 1) * fresh, min(keys or self.keys, self.keys)
+        if not 0 <= corrected <= self.pairs:
+            raise ValueError(f"corrected is {corrected}; a segment tells {self.pairs} facts, use 0 .. {self.pairs}")
+        if count > most:
+            raise ValueError(f"{segments} segments tell of {count} keys; there are {most}, use fewer segments")
+        key_bn = shuffled(rows, most, generator)[:, :count]
+        value_bn = torch.randint(len(self.candidates), (rows, count), generator=generator)
+        since, before = torch.zeros_like(key_bn), torch.full_like(key_bn, -1)
+        told, said, known = [], [], 0
+        for segment in range(segments):
+            again = shuffled(rows, known, generator)[:, :corrected] if known else key_bn[:, :0]
+            old = value_bn.gather(1, again)
+            shift = torch.randint(1, len(self.candidates), again.shape, generator=generator)
+            value_bn = value_bn.scatter(1, again, (old + shift) % len(self.candidates))
+            new = torch.arange(known, known + self.pairs - again.shape[1]).expand(rows, -1)
+            place = torch.cat([again, new], 1)
+            if known:
+                place = place.gather(1, shuffled(rows, self.pairs, generator))
+            before.scatter_(1, again, old)
+            since.scatter_(1, place, segment)
+            said.append(value_bn.gather(1, place))
+            told.append(self.write(key_bn.gather(1, place), said[-1], generator))
+            known += new.shape[1]
+        return Episode(key_bn, value_bn, torch.stack(told, 1), torch.stack(said, 1), since, before)
+
+    def lay(
+        self,
+        episode: Episode,
+        place: Int[Tensor, "b k"],
+        segments: int,
+        generator: Generator,
+        pool: Int[Tensor, "n t"] | None = None,
+    ) -> Int[Tensor, "b t"]:
+        """`segments` segments: those of the episode at `place`, filler elsewhere.
 
         With a `pool` of segments the filler is drawn from it, which is quicker to train on.
         """
-        episode = self.tell(rows, generator)
+        rows = len(place)
         if pool is None:
-            filler = self.filler(rows, fillers, generator)
+            laid = self.filler(rows, segments, generator).unflatten(1, (segments, -1)).clone()
         else:
-            filler = pool[torch.randint(len(pool), (rows, fillers), generator=generator)].flatten(1)
-        question = self.ask(episode, shuffled(rows, self.pairs, generator), generator)
-        silent = torch.full((rows, self.segment_length * (fillers + 1)), IGNORED)
-        return torch.cat([episode.told, filler, question.ids], 1), torch.cat([silent, question.labels], 1)
+            laid = pool[torch.randint(len(pool), (rows, segments), generator=generator)]
+        return laid.scatter(1, place[..., None].expand_as(episode.told), episode.told).flatten(1)
 
-    @property
-    def floors(self) -> dict[str, float]:
-        """Exact match without the binding of key and value: a guess, and one of the stored values at random."""
-        chance = 1 / len(self.candidates)
-        return {"chance": chance, "a stored value at random": 1 / self.pairs + (1 - 1 / self.pairs) * chance}
+    def stream(
+        self,
+        rows: int,
+        fillers: int,
+        generator: Generator,
+        pool: Int[Tensor, "n t"] | None = None,
+        *,
+        segments: int = 1,
+        corrected: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and labels `[b, (fillers + segments + 1) * segment_length]` of whole streams that end in questions.
+        The segments with facts lie anywhere among the fillers, elsewhere in every stream.
+        """
+        episode = self.tell(rows, generator, segments=segments, corrected=corrected)
+        place = anywhere(rows, fillers, segments, generator)
+        laid = self.lay(episode, place, fillers + segments, generator, pool)
+        asked = shuffled(rows, episode.keys.shape[1], generator)[:, : self.most_asked]
+        question = self.ask(episode, asked, generator)
+        silent = torch.full_like(laid, IGNORED)
+        return torch.cat([laid, question.ids], 1), torch.cat([silent, question.labels], 1)
 
 
 class SymbolRecall(RecallTask):
@@ -115,16 +184,15 @@ class SymbolRecall(RecallTask):
         if not 1 <= pairs <= self.keys:
             raise ValueError(f"pairs is {pairs}; there are {self.keys} keys, use 1 .. {self.keys}")
         self.name, self.segment_length, self.pairs = "recall-symbols", segment_length, pairs
+        self.most_asked = segment_length // 4
         self.candidates = [[self.first_value + value] for value in range(self.values)]
 
-    def tell(self, rows: int, generator: Generator) -> Episode:
+    def write(self, keys: Int[Tensor, "b p"], values: Int[Tensor, "b p"], generator: Generator) -> Int[Tensor, "b t"]:
         """Pairs in the first half of the segment."""
-        keys = shuffled(rows, self.keys, generator)[:, : self.pairs]
-        values = torch.randint(self.values, (rows, self.pairs), generator=generator)
+        rows, count = keys.shape
         told = self.filler(rows, 1, generator)
-        place = shuffled(rows, self.segment_length // 4, generator)[:, : self.pairs] * 2
-        told.scatter_(1, place, keys + self.first_key).scatter_(1, place + 1, values + self.first_value)
-        return Episode(keys, values, told)
+        place = shuffled(rows, self.segment_length // 4, generator)[:, :count] * 2
+        return told.scatter(1, place, keys + self.first_key).scatter(1, place + 1, values + self.first_value)
 
     def filler(self, rows: int, segments: int, generator: Generator) -> Int[Tensor, "b t"]:
         """Noise tokens."""
@@ -139,7 +207,7 @@ class SymbolRecall(RecallTask):
     def ask_in_window(self, rows: int, generator: Generator) -> Question:
         """Pairs in the first half, all keys asked in the second."""
         episode = self.tell(rows, generator)
-        return self._ask_into(episode.told, episode, shuffled(rows, self.pairs, generator), self.pairs, generator)
+        return self._ask_into(episode.told[:, 0], episode, shuffled(rows, self.pairs, generator), self.pairs, generator)
 
     def _ask_into(self, ids: Tensor, episode: Episode, facts: Tensor, count: int, generator: Generator) -> Question:
         rows, half = ids.shape[0], self.segment_length // 2
@@ -176,6 +244,7 @@ class LanguageRecall(RecallTask):
         if not 1 <= pairs <= len(names):
             raise ValueError(f"pairs is {pairs}; there are {len(names)} names, use 1 .. {len(names)}")
         self.name, self.segment_length, self.pairs = "recall-language", segment_length, pairs
+        self.keys, self.most_asked = len(names), 1
         self.tokenizer, self.names, self.things = tokenizer, names, things
         self.text = filler if isinstance(filler, Tensor) else torch.tensor(self.encode(filler))
         if len(self.text) < 4 * segment_length:
@@ -217,17 +286,14 @@ class LanguageRecall(RecallTask):
         bare, spaced = self.encode(text), self.encode(" " + text)
         return bare if len(bare) < len(spaced) else spaced
 
-    def tell(self, rows: int, generator: Generator, names: int | None = None) -> Episode:
-        """Facts one after another at a random place of the segment, of the first `names` names only if given."""
-        count = min(max(names or len(self.names), self.pairs), len(self.names))
-        keys = shuffled(rows, count, generator)[:, : self.pairs]
-        values = torch.randint(len(self.things), (rows, self.pairs), generator=generator)
-        told = self.filler(rows, 1, generator)
-        for row in range(rows):
-            said = torch.tensor(self._said(keys[row], values[row]))
+    def write(self, keys: Int[Tensor, "b p"], values: Int[Tensor, "b p"], generator: Generator) -> Int[Tensor, "b t"]:
+        """Facts one after another at a random place of the segment."""
+        told = self.filler(len(keys), 1, generator)
+        for row, (of, what) in enumerate(zip(keys, values, strict=True)):
+            said = torch.tensor(self._said(of, what))
             start = int(torch.randint(self.segment_length - len(said) + 1, (), generator=generator))
             told[row, start : start + len(said)] = said
-        return Episode(keys, values, told)
+        return told
 
     def _said(self, keys: Tensor, values: Tensor) -> list[int]:
         pairs = zip(keys.tolist(), values.tolist(), strict=True)

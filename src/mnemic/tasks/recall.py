@@ -71,7 +71,7 @@ class RecallStreams(Task):
         before = torch.full((rows, (self.fillers + 1) * self.segment_length), IGNORED)
         labels = torch.cat([before, question.labels], 1)
         return Examples(
-            input_ids=torch.cat([episode.told, filler, question.ids], 1),
+            input_ids=torch.cat([episode.told[:, 0], filler, question.ids], 1),
             labels=labels,
             answer=torch.where(labels == IGNORED, -1, 0),
             evidence=self.told_at(episode, fact)[:, None, None],
@@ -80,8 +80,7 @@ class RecallStreams(Task):
 
     def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
         """One of the stored values at random: the binding of key and value is lost."""
-        name = "a stored value at random"
-        return {name: self.parts("train").floors[name]}
+        return {"a stored value at random": 1 / self.pairs + (1 - 1 / self.pairs) * self.uniform}
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class SymbolStreams(RecallStreams):
     def told_at(self, episode: Episode, fact: Int[Tensor, "b 1"]) -> Int[Tensor, " b"]:
         """The key's place; its value follows."""
         key = episode.keys.gather(1, fact) + SymbolRecall.first_key
-        return (episode.told == key).long().argmax(1)
+        return (episode.told[:, 0] == key).long().argmax(1)
 
     @property
     def vocabulary(self) -> int:
@@ -201,7 +200,7 @@ class SentenceStreams(RecallStreams):
     def told_at(self, episode: Episode, fact: Int[Tensor, "b 1"]) -> Int[Tensor, " b"]:
         """The first token of the sentence."""
         keys, values = (each.gather(1, fact)[:, 0].tolist() for each in (episode.keys, episode.values))
-        told = zip(episode.told, keys, values, strict=True)
+        told = zip(episode.told[:, 0], keys, values, strict=True)
         return torch.tensor([int(_starts(row, self._whole.facts[key][value])[0]) for row, key, value in told])
 
     @property

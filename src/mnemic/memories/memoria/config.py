@@ -100,17 +100,22 @@ class MemoriaConfig(MemoryConfig):
             raise ValueError(
                 f"lifespan is {self.lifespan} and alpha {self.alpha}; use a lifespan above 0, alpha from 0"
             )
-        for name, known in (
-            ("correlation", ("exp", "distance")),
-            ("edges", ("conditional", "lift")),
-            ("ties", ("random", "oldest")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use {known[0]!r} or {known[1]!r}")
         if self.dim is not None and self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
         if self.read_layers is not None and not self.read_layers:
             raise ValueError("read_layers is empty; name at least one block, or leave it out for all")
+
+    def unused(self) -> dict[str, str]:
+        """The settings of a search that finds or returns nothing, and the seed where nothing is drawn."""
+        found: dict[str, str] = {}
+        if self.reminded_ltm and not self.reminded_stm and not self.random_ltm_seeds:
+            found["reminded_ltm"] = "set reminded_stm or random_ltm_seeds above 0, where its search begins"
+        if not self.reminded_ltm:
+            searching = ("depth", "edges", "positive_edges", "random_ltm_seeds", "ties")
+            found |= dict.fromkeys(searching, "set reminded_ltm above 0")
+        if not self.reservoir and (not self.reminded_ltm or (self.ties == "oldest" and not self.random_ltm_seeds)):
+            found["seed"] = "set ties='random', or random_ltm_seeds or reservoir above 0"
+        return found
 
     def with_rule(self, rule: str) -> MemoriaConfig:
         """The same settings under one of three rules of reminding: how the search begins and by which edges it goes on.

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Attribution, Memory, resolve_layer
+from mnemic.memories.base import Attribution, Memory, distinct_layers, resolve_layer
 from mnemic.memories.memoria import engrams, graph, reservoir
 from mnemic.memories.memoria.attention import Abstractor, Reader
 from mnemic.memories.memoria.config import MemoriaConfig
@@ -52,7 +52,7 @@ class Memoria(Memory):
         layers = (
             range(0 if causal else self.write_layer + 1, depth) if config.read_layers is None else config.read_layers
         )
-        self.read_layers = tuple(sorted({resolve_layer(layer, depth, "read_layers") for layer in layers}))
+        self.read_layers = distinct_layers(layers, depth, "read_layers")
         self.reads_own_segment, self.starts_empty = not causal, causal
         # working memory is of the last write; where hidden states are no constants a gradient goes on through them
         self.gradient_reach = None if config.grad_segments else 1

@@ -1,0 +1,91 @@
+"""Which mechanisms there are, and what is said of them, without importing them: their files need PyTorch."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mnemic.memories import MECHANISMS
+
+if TYPE_CHECKING:
+    from mnemic.memories.base import MemoryConfig
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `mnemic list` and the documentation say of a mechanism."""
+
+    title: str
+    seam: str
+    trains: str
+    bytes_law: str
+    paper: str
+    citation: str
+
+
+def home(kind: str) -> str:
+    """The module of one of this package's mechanisms: it is named like the kind."""
+    return f"{__package__}.{kind.replace('-', '_')}"
+
+
+class Configs(MutableMapping[str, "type[MemoryConfig]"]):
+    """Config classes by kind. Those of this package come first and are imported when they are asked for; the others
+    follow as they were defined.
+    """
+
+    def __init__(self) -> None:
+        self.defined: dict[str, type[MemoryConfig]] = {}
+
+    def __getitem__(self, kind: str) -> type[MemoryConfig]:
+        if kind not in self.defined and kind in MECHANISMS:
+            import_module(home(kind))
+        return self.defined[kind]
+
+    def __setitem__(self, kind: str, config: type[MemoryConfig]) -> None:
+        self.defined[kind] = config
+
+    def __delitem__(self, kind: str) -> None:
+        del self.defined[kind]
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in MECHANISMS or kind in self.defined
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**MECHANISMS, **self.defined})
+
+    def __len__(self) -> int:
+        return len({**MECHANISMS, **self.defined})
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} mechanisms: {', '.join(self)}>"
+
+
+CONFIGS = Configs()
+"""Every mechanism by its kind; a subclass of `MemoryConfig` that names a `kind` enters by being defined."""
+
+
+def cards() -> dict[str, Card]:
+    """Every mechanism's card by kind. Of those that are not imported it is read from the text of their files."""
+    return {
+        kind: CONFIGS.defined[kind].card if kind in CONFIGS.defined else _written(home(kind), MECHANISMS[kind])
+        for kind in CONFIGS
+    }
+
+
+def _written(module: str, name: str) -> Card:
+    """The card in the text of class `name`, in a module or in the one that it imports the class from."""
+    path = Path(__file__).parent.joinpath(*module.removeprefix(f"{__package__}.").split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for part in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(part, ast.ImportFrom) and any(each.name == name for each in part.names):
+            return _written(str(part.module), name)
+        if isinstance(part, ast.ClassDef) and part.name == name:
+            for line in part.body:
+                if isinstance(line, ast.AnnAssign) and ast.unparse(line.target) == "card":
+                    assert isinstance(line.value, ast.Call)
+                    return Card(**{str(each.arg): ast.literal_eval(each.value) for each in line.value.keywords})
+    raise ValueError(f"{file} has no class {name} with a card of plain text, `card: ClassVar[Card] = Card(...)`")
