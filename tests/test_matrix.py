@@ -139,7 +139,7 @@ def test_base_weights_never_change(config, name):
 def test_causality(config, name, window):
     model, ids = host(name, config), tokens(2, 3 * SEGMENT)
     expected = feed(model, ids, carried=carrier(model, window))
-    for t in (3, SEGMENT - 1, SEGMENT, 13, 20):
+    for t in (3, SEGMENT - 1, SEGMENT, 20):
         logits = feed(model, changed(ids, t), carried=carrier(model, window))
         assert_bits(name, logits[:, :t], expected[:, :t])
         assert_differ(logits[:, t:], expected[:, t:])
@@ -182,7 +182,7 @@ def test_call_invariance(config, name, window):
 
 
 @over_decoders
-@pytest.mark.parametrize("window", [None, SEGMENT, 2 * SEGMENT])
+@pytest.mark.parametrize("window", [None, 2 * SEGMENT])
 def test_call_invariance_over_left_padding(config, name, window):
     model, time = host(name, config), 29
     ids, mask = tokens(2, time), torch.ones(2, time, dtype=torch.long)
@@ -430,18 +430,18 @@ def test_bytes_follow_the_declared_law(config, name):
     memory = mnemic.attached(model).memory
     session = mnemic.Session(model, window=SEGMENT if name in DECODERS else None)
     sizes = []
-    for part in tokens(1, 50 * SEGMENT).split(10 * SEGMENT, 1):
+    for part in tokens(1, 30 * SEGMENT).split(6 * SEGMENT, 1):
         session.read(part)
         sizes.append(nbytes(session.stream.state))
         # at a segment's end nothing waits and a window of one segment is empty: the memory is all there is
         assert session.nbytes == sizes[-1]
         assert sizes[-1] <= memory.most_bytes(session.stream.written[0])
-    if memory.most_bytes(50) == memory.most_bytes(0):
+    if memory.most_bytes(30) == memory.most_bytes(0):
         assert set(sizes) == {nbytes(memory.init_state(1))}
     else:
         # it may grow with what is written, but not all of it is kept
-        assert sizes[-1] < 50 * memory.most_bytes(1)
-    assert session.stream.written == (50,)
+        assert sizes[-1] < 30 * memory.most_bytes(1)
+    assert session.stream.written == (30,)
 
 
 @sparsely_over_all

@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer, TextStreamer
 
 import mnemic
 from helpers import CONFIGS, SEGMENT, assert_equal_stream, assert_near, assert_same_stream, every_kind, host, tokens
+from mnemic.host.release import GENERATE_CACHE as CACHE
 
 WINDOW = 2 * SEGMENT
 WAYS = {
@@ -64,7 +65,7 @@ def test_the_pieces_are_what_generate_gives(model, way, read):
     one, two = pair(model, read)
     torch.manual_seed(1)
     ids = tokens(1, 5, 3)
-    expected = model.generate(ids, past_key_values=one.cache.fork(), max_new_tokens=14, **way)
+    expected = model.generate(ids, **{CACHE: one.cache.fork()}, max_new_tokens=14, **way)
     torch.manual_seed(1)
     whole = one.generate(ids, max_new_tokens=14, **way)
     assert torch.equal(whole, expected[:, 5:])

@@ -22,7 +22,7 @@ from mnemic.host.opening import refuse_paged
 from mnemic.host.router import Router
 from mnemic.host.wrappers import check_whole, execution_device, misplaced, refuse_late, unwrapped, whole
 from mnemic.memories.base import Memory, MemoryConfig, UnknownSetting
-from mnemic.state import META_LIMIT, StateError, nbytes, read_file, strict_json, to_bytes, write_all
+from mnemic.state import META_LIMIT, StateError, is_finite, nbytes, read_file, strict_json, to_bytes, write_all
 
 CONFIG_FILE, WEIGHTS_FILE = "memory_config.json", "memory_model.safetensors"
 PAGED = "init_continuous_batching"
@@ -193,7 +193,8 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     """
     anatomy = examine(model)
     refuse_late(model)
-    config = copy.deepcopy(config)  # a later change to the caller's is none to the memory
+    # checked again, as it may have been edited; and a copy, as a later change to the caller's is none to the memory
+    config = copy.deepcopy(config).replace()
     if hasattr(anatomy.trunk, MEMORY_NAME):
         raise ValueError(f"{type(model).__name__} already has a memory; detach it first")
     check_segment(model, config)
@@ -361,7 +362,7 @@ def check_weights(weights: dict[str, Tensor], memory: Memory, source: object) ->
         if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
             found = f"{list(tensor.shape)} of {tensor.dtype}"
             raise StateError(f"{source}: {name} is {found}, by its config it is {list(wanted.shape)} of {wanted.dtype}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise StateError(f"{source}: {name} is NaN or infinite somewhere")
 
 

@@ -16,7 +16,7 @@ from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer
 from mnemic.host.call import carrying
-from mnemic.host.choosing import Choosing, check_taken
+from mnemic.host.choosing import Choosing, check_taken, refuse_prompts
 from mnemic.host.evaluating import evaluating
 from mnemic.host.release import OUTPUT_CACHE
 from mnemic.session import Session
@@ -235,6 +235,7 @@ class Rows:
         at one place of their segment end it in one column all the same. For encoders padding is on the right, as their
         positions count from the left.
         """
+        refuse_prompts(module)
         ids, keep = _columns(parts, self._pad, left=self.cache is not None)
         more = {} if bool(keep.all()) else {"attention_mask": keep.long()}
         if self.cache is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from mnemic.host.cache import MemoryCache
-from mnemic.host.choosing import Choosing, Counting, TextPieces, check_taken, one_by_one, rows_of, ways
+from mnemic.host.choosing import Choosing, Counting, TextPieces, check_taken, one_by_one, refuse_prompts, rows_of, ways
 from mnemic.host.evaluating import evaluating
 from mnemic.host.release import GENERATE_CACHE
 
@@ -34,6 +34,7 @@ def generate(session: Session, ids: Int[Tensor, "1 t"], *, streamer: Any = None,
     Raises:
         RuntimeError: `generate` fed the model other tokens than those it returned.
     """
+    refuse_prompts(session.model)
     if one_by_one(session.model, kwargs):
         choosing = Choosing(session.model, ids, session.cache, **kwargs)
         if streamer is not None:

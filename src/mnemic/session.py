@@ -21,7 +21,7 @@ from mnemic.host.anatomy import examine, fingerprint
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer, Window
 from mnemic.host.call import carrying
-from mnemic.host.choosing import Choosing, TextPieces, check_taken
+from mnemic.host.choosing import Choosing, TextPieces, check_taken, refuse_prompts
 from mnemic.host.evaluating import evaluating
 from mnemic.host.release import DynamicLayer
 from mnemic.host.remembered import remembered
@@ -197,6 +197,7 @@ class Session:
 
     def _feed(self, module: nn.Module, ids: Tensor, **kwargs: Any) -> Any:
         """What `module` puts out for tokens that the session takes in, each of them once."""
+        refuse_prompts(module)
         stream, before = self.stream, self._taken
         if self._cache is not None:
             output = module(input_ids=ids, **with_cache(module, self._cache), **kwargs)

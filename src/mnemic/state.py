@@ -72,6 +72,13 @@ def check_range(name: str, numbers: Tensor, least: int, most: int) -> None:
         raise StateError(f"{name} goes from {low} to {high}, and can be {least} to {most}")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in it; what holds no such numbers is finite. In one pass, no copy."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(end) for end in tensor.aminmax())
+
+
 def select(state: State, rows: Int[Tensor, " n"]) -> State:
     """Rows by index, in that order, repeats allowed (beam search)."""
     return map_state(state, lambda tensor: tensor.index_select(0, rows.to(tensor.device)))

@@ -92,7 +92,7 @@ def examine(model: nn.Module) -> Anatomy:
     takes_positions = "position_ids" in parameter_names(type(trunk))
     if getattr(text, "alibi", False) or not takes_positions:
         positions = None
-    elif any("Rotary" in type(module).__name__ for module in trunk.modules()):
+    elif any(_computes_rotations(module) for module in trunk.modules()):
         positions = COMPUTED_ROTARY_LIMIT
     else:
         positions = text.max_position_embeddings
@@ -128,6 +128,11 @@ def _check_keys(name: str, config: Any) -> None:
             raise ValueError(
                 newer(f"{name} keeps a {type(layer).__name__} for block {place}; mnemic serves keys and values only")
             )
+
+
+def _computes_rotations(module: nn.Module) -> bool:
+    """Whether a module is a rotary embedding for any position, not one that looks them up in a table (GPT-J)."""
+    return "Rotary" in type(module).__name__ and any("inv_freq" in name for name in module._buffers)
 
 
 def _is_causal(trunk: PreTrainedModel, model_type: str) -> bool:

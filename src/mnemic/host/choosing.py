@@ -48,6 +48,17 @@ def one_by_one(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     return rows_of(model, kwargs) == 1 and not any(setting(model, kwargs, name) for name in more)
 
 
+def refuse_prompts(model: nn.Module) -> None:
+    """Raises `RuntimeError` for a PEFT model that puts tokens or keys of its own before every call: a session would
+    read them again and again, or they would stand beside its window unseen.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise RuntimeError(
+            f"{type(model).__name__} puts tokens of its own before every call (prompt or prefix tuning), and a session "
+            "goes on from one call to the next; nothing was read. Use the model without that"
+        )
+
+
 def check_taken(model: nn.Module, taken: int, expected: int) -> None:
     """Raises `RuntimeError` where a model gave a session other tokens than those it was called with."""
     if taken != expected:
@@ -80,6 +91,7 @@ class Choosing:
         """Raises `ValueError` for ways of generating that do not choose one token after another, and for arguments that
         would have no part here.
         """
+        refuse_prompts(model)
         if kwargs.get("streamer") is not None:
             raise ValueError("a streamer is for Session.generate; here the tokens come to the caller as they are made")
         caught: dict[str, Any] = {}
