@@ -138,7 +138,8 @@ def test_generate_with_prompt_lookup(config, name):
     ids = tokens(1, 7).repeat(1, 3)
     expected, logits = generate(model, ids)
     if mnemic.attached(model).memory.beside:
-        with pytest.raises(ValueError, match="a MemoryCache cannot take tokens back"):
+        # transformers 5.24 asks the cache beforehand and says it in its own words
+        with pytest.raises(ValueError, match=r"cannot take tokens back|requires a cache that can be cropped"):
             generate(model, ids, prompt_lookup_num_tokens=3)
         return
     sequences, looked_up = generate(model, ids, prompt_lookup_num_tokens=3)

@@ -21,8 +21,8 @@ class MemoryLayer(DummyLayer):
     It stores no keys: masks, sizes and early initialisation skip it.
     """
 
-    # A rollback is exact for tokens of the last call alone (`crop`), which is what assisted decoding needs, no more.
-    is_croppable = False
+    # for tokens of the last call, which are all that assisted decoding takes back
+    is_croppable = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -326,6 +326,11 @@ class MemoryCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Never: keys that have left the window do not come back."""
+        return False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: keys that left the window cannot come back."""
