@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -289,6 +291,15 @@ def test_an_interrupt_leaves_nothing(quick, tmp_path, monkeypatch, error):
     with pytest.raises(error):
         mnemic.fetch("tiny")
     assert left(tmp_path) == []
+
+
+def test_a_command_that_is_told_to_end_leaves_nothing(quick, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("mnemic.gguf_files.convert", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    result = CliRunner().invoke(app, ["fetch", "tiny"])
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert left(tmp_path) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_a_killed_process_left_is_cleared_away(quick, tmp_path):

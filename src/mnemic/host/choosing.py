@@ -63,8 +63,8 @@ def check_taken(model: nn.Module, taken: int, expected: int) -> None:
     """Raises `RuntimeError` where a model gave a session other tokens than those it was called with."""
     if taken != expected:
         raise RuntimeError(
-            f"{type(model).__name__} gave the session {taken:,} token(s) where {expected:,} were to be read: it fed some "
-            "again, added some, or left the cache that it was given; nothing was read"
+            f"{type(model).__name__} gave the session {taken:,} token(s) where {expected:,} were to be read: it fed "
+            "some again, added some, or left the cache that it was given; nothing was read"
         )
 
 
