@@ -42,7 +42,8 @@ except ImportError as error:
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What a cache is called, newest first."""
-_generates = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_prepare: Any = vars(GenerationMixin)["prepare_inputs_for_generation"]
+_generates = inspect.signature(_prepare).parameters
 GENERATE_CACHE = next((name for name in CACHE_NAMES if name in _generates), CACHE_NAMES[0])
 """The name under which `generate` takes it."""
 OUTPUT_CACHE = next(
