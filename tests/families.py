@@ -96,6 +96,21 @@ DECODERS = {
         hf.MixtralForCausalLM,
         COMMON | GROUPED | {"num_local_experts": 2, "num_experts_per_tok": 1},
     ),
+    "phi3": Family(hf.Phi3Config, hf.Phi3ForCausalLM, COMMON | GROUPED),
+    "stablelm": Family(hf.StableLmConfig, hf.StableLmForCausalLM, COMMON | GROUPED),
+    "olmo2": Family(hf.Olmo2Config, hf.Olmo2ForCausalLM, COMMON | GROUPED),
+    "granite": Family(hf.GraniteConfig, hf.GraniteForCausalLM, COMMON | GROUPED),
+    "starcoder2": Family(
+        hf.Starcoder2Config, hf.Starcoder2ForCausalLM, COMMON | GROUPED | {"sliding_window": 16}, sliding=16
+    ),
+    "cohere": Family(hf.CohereConfig, hf.CohereForCausalLM, COMMON | GROUPED | {"logit_scale": 1.0}),
+    # its first block rotates and its second has no positions at all
+    "smollm3": Family(hf.SmolLM3Config, hf.SmolLM3ForCausalLM, COMMON | GROUPED | {"no_rope_layers": [1, 0]}),
+    "qwen3_moe": Family(
+        hf.Qwen3MoeConfig,
+        hf.Qwen3MoeForCausalLM,
+        COMMON | GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
     "falcon": Family(hf.FalconConfig, hf.FalconForCausalLM, COMMON, packs=False),
     # GPT-J rotates by a table of sines with `n_positions` rows
     "gptj": Family(hf.GPTJConfig, hf.GPTJForCausalLM, GPT | {"rotary_dim": 8}, positions="learned"),

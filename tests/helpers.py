@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -25,58 +26,84 @@ SEGMENT = 8
 CONFIGS: dict[str, mnemic.MemoryConfig] = {
     f"{kind}-{number}": config for kind, cls in mnemic.CONFIGS.items() for number, config in enumerate(cls.tiny())
 }
-every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-every_kind = pytest.mark.parametrize("config", [CONFIGS[f"{kind}-0"] for kind in mnemic.CONFIGS], ids=mnemic.CONFIGS)
+FIRST_FORMS = {kind: CONFIGS[f"{kind}-0"] for kind in mnemic.CONFIGS}
+TRAINED = {kind: config for kind, config in FIRST_FORMS.items() if list(config.build(WIDTH, DEPTH).parameters())}
+
+
+def _over(configs: dict[str, mnemic.MemoryConfig]) -> pytest.MarkDecorator:
+    cases = [pytest.param(config, id=label, marks=pytest.mark.small) for label, config in configs.items()]
+    return pytest.mark.parametrize("config", cases)
+
+
+every_config = _over(CONFIGS)
+every_kind = _over(FIRST_FORMS)
 """The first config of each mechanism: where the core's ways are tested, and forms of a mechanism add nothing."""
-TRAINED = {
-    kind: CONFIGS[f"{kind}-0"] for kind in mnemic.CONFIGS if list(CONFIGS[f"{kind}-0"].build(WIDTH, DEPTH).parameters())
-}
-every_trained_kind = pytest.mark.parametrize("config", TRAINED.values(), ids=TRAINED.keys())
+every_trained_kind = _over(TRAINED)
 """Those of which something trains: of Transformer-XL nothing does, its host learns to use it."""
 
+SHARED_FAMILIES = ("gpt2", "gemma3", "bert")
+"""A table of positions, rotary ones with sliding layers, and an encoder: every mechanism meets these."""
 
-KINDS_OF_FAMILIES = ("gpt2", "gemma3", "bert")
-"""One with a table of positions, one with rotary ones and sliding layers, and an encoder."""
+
+def _seams() -> dict[tuple[bool, ...], str]:
+    """The ways in which a memory is joined to a host, which is all that a family can meet of it; a config of each."""
+    seams: dict[tuple[bool, ...], str] = {}
+    for label, config in CONFIGS.items():
+        memory = config.build(WIDTH, DEPTH)
+        seams.setdefault((memory.writes_see_reads, memory.beside > 0, len(memory.written_layers) > 1), label)
+    return seams
 
 
-def _cases(chosen: Callable[[str, str], bool], families: Iterable[str]) -> pytest.MarkDecorator:
-    cases = [
-        pytest.param(config, name, id=f"{label}-{name}", marks=_marks(config, name))
-        for label, config in CONFIGS.items()
-        for name in families
-        if chosen(label, name)
-    ]
+SEAMS = [label for _, label in sorted(_seams().items())]
+"""A config of each seam, the plainest first."""
+
+
+def matrix(families: Iterable[str], sparse: bool = False, forms: bool = True) -> pytest.MarkDecorator:
+    """Mechanisms over these families, with ids like `emt-0-llama`; skipped where one says that it cannot serve.
+
+    Every family meets a mechanism of each seam, and every mechanism meets the shared families among them (the first
+    family where there is none): what is between the two is the seam. The other forms of a mechanism, which differ in
+    what they compute, meet the last of those, and an encoder. A `sparse` matrix is for what the core does alike
+    whatever the seam: there, only the first mechanism meets all families. Without `forms`, only first forms are met.
+
+    Marked `small` are every family with the first mechanism, and the first form of every mechanism with one family.
+    """
+    families = list(families)
+    shared = [name for name in families if name in SHARED_FAMILIES] or families[:1]
+    home = [name for name in shared if name in DECODERS][-1:] or shared[:1]
+    cases = []
+    for label, config in CONFIGS.items():
+        first = label.removesuffix("-0") in FIRST_FORMS
+        met = set(shared if first else [*home, *(name for name in shared if name in ENCODERS)] if forms else [])
+        if label in SEAMS[: 1 if sparse else None] and (first or forms):
+            met = set(families)
+        for name in families:
+            if name in met:
+                small = label == SEAMS[0] or (first and name in home)
+                marks = [pytest.mark.small] if small else []
+                if (reason := refusal(label, name)) is not None:
+                    marks.append(pytest.mark.skip(reason=reason))
+                cases.append(pytest.param(config, name, id=f"{label}-{name}", marks=marks))
     return pytest.mark.parametrize(("config", "name"), cases)
 
 
-def matrix(families: Iterable[str], sparse: bool = False) -> pytest.MarkDecorator:
-    """Every mechanism over these families, with ids like `emt-0-llama`; skipped where it says that it cannot serve.
-
-    Its first form meets all of them, its other forms one of each kind: a form differs in what it computes, not in how
-    it is joined to a host. A `sparse` matrix is for what the core does alike whatever the mechanism: there, only the
-    first mechanism meets all families.
-    """
-    everywhere = [f"{kind}-0" for kind in mnemic.CONFIGS][: 1 if sparse else None]
-    return _cases(lambda label, name: label in everywhere or name in KINDS_OF_FAMILIES, families)
-
-
 def first_forms(families: Iterable[str]) -> pytest.MarkDecorator:
-    """Every mechanism in its first form over these families: where its forms differ in nothing that is asked."""
-    return _cases(lambda label, name: label.endswith("-0"), families)
+    """The matrix without other forms: where the forms of a mechanism differ in nothing that is asked."""
+    return matrix(families, forms=False)
 
 
-def refusal(config: mnemic.MemoryConfig, name: str) -> str | None:
-    """Why a mechanism does not serve a family; None where it does."""
+@functools.cache
+def _refusal(label: str, causal: bool) -> str | None:
     try:
-        config.build(WIDTH, DEPTH, causal=name in DECODERS)
+        CONFIGS[label].build(WIDTH, DEPTH, causal=causal)
     except ValueError as refused:
         return str(refused)
     return None
 
 
-def _marks(config: mnemic.MemoryConfig, name: str) -> list[pytest.MarkDecorator]:
-    reason = refusal(config, name)
-    return [] if reason is None else [pytest.mark.skip(reason=reason)]
+def refusal(label: str, name: str) -> str | None:
+    """Why a mechanism does not serve a family; None where it does."""
+    return _refusal(label, name in DECODERS)
 
 
 def trains(model: nn.Module) -> bool:
@@ -85,8 +112,9 @@ def trains(model: nn.Module) -> bool:
 
 
 over_all = matrix(FAMILIES)
+sparsely_over_all = matrix(FAMILIES, sparse=True)
 over_decoders = matrix(DECODERS)
-sparsely_over_decoders = matrix(DECODERS, sparse=True)
+sparsely_over_decoders = matrix(DECODERS, sparse=True, forms=False)
 over_encoders = matrix(ENCODERS)
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import mnemic
 from families import make
 from helpers import CONFIGS, assert_equal_stream, shake
 from mnemic.cli import app
-from mnemic.cli.turns import Turns
+from mnemic.turns import Turns
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -143,6 +143,83 @@ def test_a_template_that_hides_answers_is_refused():
         turns.message("who?", first=False)
 
 
+def test_messages_are_written_as_the_template_writes_them():
+    tokenizer = tokenizer_of(TEMPLATE)
+    turns, decode = Turns(tokenizer), tokenizer.decode
+    system, asked = {"role": "system", "content": "be brief"}, {"role": "user", "content": "who?"}
+    told = [system, asked, {"role": "assistant", "content": "ann"}, {"role": "user", "content": "where?"}]
+    whole = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+    assert decode(turns.message(told, first=True)[0]) == whole
+    assert decode(turns.message(told, first=False)[0]) == whole.removeprefix("<s>")
+    assert torch.equal(turns.message([asked], first=False), turns.message("who?", first=False))
+
+
+def test_what_are_no_messages_is_refused():
+    turns = Turns(tokenizer_of("{{ messages[0]['content'] + messages[0]['nothing'] }}"))
+    for said in ([], ["who?"], [{"content": "who?"}]):
+        with pytest.raises(ValueError, match="messages are a text or a list of"):
+            turns.message(said, first=True)
+    with pytest.raises(ValueError, match="template does not take these messages"):
+        turns.message("who?", first=True)
+    with pytest.raises(ValueError, match="no chat template to write messages with; pass a text"):
+        Turns(tokenizer_of()).message([{"role": "user", "content": "who?"}], first=True)
+
+
+# --- a session's own chat --------------------------------------------------------------------------------------------
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = make("llama", vocab_size=101)
+    model.generation_config.eos_token_id = 2
+    torch.manual_seed(0)
+    shake(mnemic.attach(model, CONFIG).memory)
+    return model
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_a_session_chats_as_the_command_does(model, template):
+    tokenizer = tokenizer_of(template)
+    session, by_hand = mnemic.Session(model, tokenizer), mnemic.Session(model, tokenizer)
+    turns = Turns(tokenizer)
+    for number, text in enumerate(["who?", "where?", "when?"]):
+        said = list(by_hand.answer(turns.message(text, first=number == 0), **GREEDY))
+        if (closing := turns.closing(said)) is not None:
+            by_hand.read(closing)
+        messages = [{"role": "user", "content": text}] if template and number else text
+        assert session.chat(messages, **GREEDY) == tokenizer.decode(said, skip_special_tokens=True)
+        assert_equal_stream(session.stream, by_hand.stream)
+    again = mnemic.Session.from_bytes(session.to_bytes(), model, tokenizer)
+    assert again.chat("and?", **GREEDY) == session.chat("and?", **GREEDY)
+
+
+def test_an_answer_ends_where_somebody_says_so(model):
+    turns, config = Turns(tokenizer_of(TEMPLATE)), GenerationConfig(max_new_tokens=3, eos_token_id=7)
+    assert turns.ways(model, {}) == {"max_new_tokens": 512}
+    assert turns.ways(model, {"max_length": 9}) == {"max_length": 9}
+    assert turns.ways(model, {"generation_config": config}) == {"generation_config": config}
+    silent = make("llama", vocab_size=101)
+    silent.generation_config = GenerationConfig()
+    assert turns.ways(silent, {"max_new_tokens": 3}) == {"max_new_tokens": 3, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def test_a_turn_that_fails_was_not_said(model):
+    session = mnemic.Session(model, tokenizer_of(TEMPLATE))
+    session.chat("who?", **GREEDY)
+    before = session.stream
+    handle = model.lm_head.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        session.chat("where?", **GREEDY)
+    handle.remove()
+    with pytest.raises(ValueError, match="messages are a text or a list"):
+        session.chat([], **GREEDY)
+    assert session.stream is before
+    with pytest.raises(ValueError, match="a chat needs a tokenizer"):
+        mnemic.Session(model).chat("who?")
+
+
 # --- talking ---------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +263,9 @@ def test_every_command(talk):
     output = talk(
         "who?", "/memory", "/cost", "/help", "/nonsense", "", "/exit", "never read", more=("--max-new-tokens", "20")
     )
+    assert re.search(r"\d+ tokens read, \d+ segments of 8 written; the memory is trained\n", output)
+    assert "norms of slots" not in output
+    assert "norms of slots" in talk("/histograms")
     assert "slots" in output
     assert "segments written" in output
     assert "bytes in the store, version 1" in output
@@ -251,7 +331,8 @@ def test_without_a_memory_it_says_what_that_means(folder, tmp_path):
     talk = Talk(folder, tmp_path / "m.db")
     talk.arguments = talk.arguments[:-2]
     output = talk("who?")
-    assert "nothing is remembered beyond the last 256 tokens" in output
+    assert "nothing is remembered beyond the window" in output
+    assert "Window: the last 256 tokens, as they were. Memory (emt): 0 segments of 64 written." in output
     assert "goes on after" in talk("and?")  # its sessions are taken back all the same
 
 
@@ -335,12 +416,12 @@ def test_a_second_ctrl_c_ends_the_step_too(talk, monkeypatch, step):
     calls = []
 
     class Impatient(mnemic.Session):
-        def forward(self, text, **kwargs):
-            calls.append(text)
+        def _feed(self, module, ids, **kwargs):
+            calls.append(ids)
             if len(calls) == step:
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)
-            return super().forward(text, **kwargs)
+            return super()._feed(module, ids, **kwargs)
 
     monkeypatch.setattr(mnemic, "Session", Impatient)
     output = talk("who?", "/cost")

@@ -158,6 +158,7 @@ def test_held_out_text():
         hold_out([("one", "a" * 100 + "\n")])
 
 
+@pytest.mark.small
 def test_datasets_on_the_disk(host_folder, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -24,6 +24,7 @@ from helpers import (
     other,
     over_all,
     over_decoders,
+    sparsely_over_all,
     sparsely_over_decoders,
     stream,
     tokens,
@@ -33,7 +34,7 @@ from helpers import (
 from mnemic.host.release import GENERATE_CACHE as CACHE
 
 # Encoders do not generate, so everything about `generate` runs over decoders only.
-NEW = 12
+NEW = 7  # with a prompt of 11 tokens two segments end, one of them while the answer is made
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 SCORED = {"return_dict_in_generate": True, "output_logits": True}
 # one family of each kind of position and each shape of block output, where the whole list would only cost time
@@ -67,15 +68,15 @@ def logits_near(actual, expected):
 def test_generate_greedy(config, name):
     model, ids = host(name, config), tokens(2, 11)
     sequences, logits = plain(model, ids)
-    for kwargs in ({}, {}, {CACHE: DynamicCache()}, {"use_cache": False}):  # the second time is no other
+    for kwargs in ({}, {CACHE: DynamicCache()}, {"use_cache": False}):  # the second time is no other
         again, again_logits = generate(model, ids, **kwargs)
         assert torch.equal(again, sequences)
         logits_near(again_logits, logits)
     with mnemic.attached(model).disabled():
-        assert_differ(generate(model, ids)[1][:, 0], logits[:, 0])
+        assert_differ(generate(model, ids, max_new_tokens=1, min_new_tokens=1)[1][:, 0], logits[:, 0])
 
 
-@matrix([name for name, family in DECODERS.items() if family.static], sparse=True)
+@matrix([name for name, family in DECODERS.items() if family.static], sparse=True, forms=False)
 def test_generate_with_a_static_cache(config, name):
     model, ids = host(name, config), tokens(2, 11)
     sequences, logits = generate(model, ids)
@@ -137,7 +138,8 @@ def test_generate_with_prompt_lookup(config, name):
     ids = tokens(1, 7).repeat(1, 3)
     expected, logits = generate(model, ids)
     if mnemic.attached(model).memory.beside:
-        with pytest.raises(ValueError, match="a MemoryCache cannot take tokens back"):
+        # transformers 5.24 asks the cache beforehand and says it in its own words
+        with pytest.raises(ValueError, match=r"cannot take tokens back|requires a cache that can be cropped"):
             generate(model, ids, prompt_lookup_num_tokens=3)
         return
     sequences, looked_up = generate(model, ids, prompt_lookup_num_tokens=3)
@@ -170,17 +172,18 @@ def test_generate_continues_a_memory_cache(config, name):
     long, prompt = tokens(2, 5 * SEGMENT), tokens(2, 5, 3)
     cache = mnemic.memory_cache(model, 2 * SEGMENT)
     feed(model, long, carried=cache)
-    _, logits = generate(model, prompt, **{CACHE: cache})
+    once = {"max_new_tokens": 1, "min_new_tokens": 1}
+    _, logits = generate(model, prompt, **{CACHE: cache}, **once)
     again = feed(model, torch.cat([long, prompt], 1), carried=mnemic.memory_cache(model, 2 * SEGMENT))
     assert_near(logits[:, 0], again[:, -1])
-    _, fresh = generate(model, prompt)
+    _, fresh = generate(model, prompt, **once)
     assert_differ(fresh[:, 0], logits[:, 0])
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------
 
 
-@over_all
+@sparsely_over_all
 @torch.no_grad()
 def test_copies_keep_their_own_memory(config, name):
     model, ids = host(name, config), tokens(2, 2 * SEGMENT)

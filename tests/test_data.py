@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 
 import mnemic
 from helpers import CONFIGS, SEGMENT, assert_near, host, tokens
 from mnemic.unrolling import IGNORED, unroll
+from runs import characters, prose
 
 
 def test_rows_are_padded_to_whole_segments_and_padding_is_never_labelled():
@@ -83,3 +85,27 @@ def test_documents_are_cut_into_streams():
         mnemic.Streams(documents, 12, 1)
     with pytest.raises(ValueError, match="segments 0"):
         mnemic.Streams(documents, 2, 0)
+
+
+def test_streams_are_made_of_texts_lists_and_columns():
+    tokenizer = characters()
+    text = prose(40)
+    ids = tokenizer(text)["input_ids"]
+    expected = [row["input_ids"].tolist() for row in mnemic.Streams([torch.tensor(ids)], SEGMENT, 2)]
+    for documents in ([text], [ids], Dataset.from_dict({"text": [text]})["text"]):
+        rows = mnemic.Streams(documents, SEGMENT, 2, tokenizer)
+        assert [row["input_ids"].tolist() for row in rows] == expected
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        ("one text", r"pass \[text\]"),
+        (["a text"], "texts need a tokenizer"),
+        ([{"text": "a", "id": 1}], r"this has \['id', 'text'\]; pass one column"),
+        ([[[1, 2]]], r"this is \[1, 2\] of torch.int64"),
+    ],
+)
+def test_what_is_no_document_is_named(documents, said):
+    with pytest.raises(ValueError, match=said):
+        mnemic.Streams(documents, SEGMENT, 2)

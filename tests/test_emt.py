@@ -20,7 +20,7 @@ def test_default_placement_is_the_middle():
 
 
 def test_layers_count_from_the_end_too():
-    memory = EMTConfig(read_layers=[-1, 0, 11], write_layer=-12).build(64, 12)
+    memory = EMTConfig(read_layers=[-1, 0], write_layer=-12).build(64, 12)
     assert (memory.read_layers, memory.write_layer) == ((0, 11), 0)
     assert EMTConfig(read_layers=[0], write_layer=1).build(64, 2).writes_see_reads
 

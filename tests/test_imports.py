@@ -16,6 +16,7 @@ from typing import ClassVar
 import pytest
 
 import mnemic
+from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.memories.base import Card, MemoryConfig
 from mnemic.memories.emt import EMTConfig
 from mnemic.memories.registry import CONFIGS, MECHANISMS, cards
@@ -56,7 +57,7 @@ model.generate(ids, max_new_tokens=2)
 mark()
 import mnemic
 mnemic.attach(model, pickle.loads({data!r}))
-model(ids, past_key_values=mnemic.memory_cache(model, 4), use_cache=True)
+model(ids, **{{{CACHE!r}: mnemic.memory_cache(model, 4)}}, use_cache=True)
 mnemic.MemoryConfig.from_dict(dict(kind="emt"))
 """)
     new = {name for name in after - before if name.partition(".")[0] != "mnemic"}

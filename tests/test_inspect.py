@@ -17,6 +17,8 @@ from mnemic.cli import app
 from mnemic.cli.inspect import changes
 from mnemic.state import StateError, nbytes, read_file, write_file
 
+pytestmark = pytest.mark.small  # what is tested of the oldest and newest networkx
+
 
 def run(*words):
     return CliRunner().invoke(app, ["inspect", *(str(word) for word in words)])
@@ -44,7 +46,7 @@ def test_any_session(config, tmp_path):
     result = run(tmp_path / "a.memory")
     assert result.exit_code == 0, result.output
     assert config.card.title in result.output
-    assert "29 tokens, 3 segments of 8 written" in result.output
+    assert "29 tokens read, 3 segments of 8 written\n" in result.output
     assert "5 of 8 tokens" in result.output
     assert session.stream is not None
     assert f"state {nbytes(session.stream.state):,}" in result.output
@@ -73,6 +75,8 @@ def test_what_memoria_holds(files):
     first = table[0].split()
     assert int(first[0]) == int(state["id"][0, strongest])
     assert int(first[2]) == int(state["step"][0]) - (int(first[0]) - 1) // working
+    assert "ages, segments" not in output
+    output = run(path, "--histograms").output
     assert "ages, segments" in output
     assert "lifespans left" in output
 
@@ -91,7 +95,8 @@ def test_what_emt_holds(files):
 def test_a_session_that_has_hardly_begun(files, name, length):
     result = run(files(name, length=length))
     assert result.exit_code == 0, result.output
-    assert f"{length} tokens, 0 segments of 8 written" in result.output
+    said = f"{length} tokens read, 0 segments of 8 written" if length else "nothing was read yet"
+    assert result.output.startswith(f"{said}\n")
 
 
 def test_an_encoders_session(tmp_path):
@@ -100,7 +105,7 @@ def test_an_encoders_session(tmp_path):
     session.save(tmp_path / "a.memory")
     result = run(tmp_path / "a.memory")
     assert result.exit_code == 0
-    assert "16 tokens, 2 segments of 8 written" in result.output
+    assert "16 tokens read, 2 segments of 8 written" in result.output
 
 
 def test_no_session(tmp_path, files):

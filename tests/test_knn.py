@@ -18,6 +18,8 @@ from mnemic.memories import knn
 from mnemic.memories.knn import Indexes, KNNConfig, nearest, nearest_by_faiss
 from mnemic.state import concatenate, nbytes
 
+pytestmark = pytest.mark.small  # what is tested of the oldest and newest faiss
+
 FORMS = [{}, {"shift": False}, {"heads": 1, "top_k": 3}]
 every_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: " ".join(map(str, form.values())) or "default")
 

@@ -29,16 +29,18 @@ from helpers import (
     positions_of,
     random_cuts,
     shake,
+    sparsely_over_all,
     stream,
     tokens,
     trained,
     trains,
 )
+from mnemic.host.call import carrying
 from mnemic.state import level, nbytes
 from mnemic.stream import Stream
 
 # experts gather their tokens from all rows, so what one row routes changes the shapes that another is computed in
-EXPERTS = {"mixtral"}
+EXPERTS = {"mixtral", "qwen3_moe"}
 
 
 def assert_bits(name, actual, expected):
@@ -137,7 +139,7 @@ def test_base_weights_never_change(config, name):
 def test_causality(config, name, window):
     model, ids = host(name, config), tokens(2, 3 * SEGMENT)
     expected = feed(model, ids, carried=carrier(model, window))
-    for t in (3, SEGMENT - 1, SEGMENT, 13, 20):
+    for t in (3, SEGMENT - 1, SEGMENT, 20):
         logits = feed(model, changed(ids, t), carried=carrier(model, window))
         assert_bits(name, logits[:, :t], expected[:, :t])
         assert_differ(logits[:, t:], expected[:, t:])
@@ -173,14 +175,14 @@ def test_call_invariance(config, name, window):
     ids = tokens(2, time)
     whole = carrier(model, window)
     expected = feed(model, ids, carried=whole)
-    for lengths in ([1] * time, random_cuts(time, 1), random_cuts(time, 2)):
+    for lengths in ([1] * time, random_cuts(time, 1)):
         parts = carrier(model, window)
         assert_near(feed(model, ids, lengths, carried=parts), expected)
         assert_same_stream(stream(parts), stream(whole))
 
 
 @over_decoders
-@pytest.mark.parametrize("window", [None, SEGMENT, 2 * SEGMENT])
+@pytest.mark.parametrize("window", [None, 2 * SEGMENT])
 def test_call_invariance_over_left_padding(config, name, window):
     model, time = host(name, config), 29
     ids, mask = tokens(2, time), torch.ones(2, time, dtype=torch.long)
@@ -188,7 +190,8 @@ def test_call_invariance_over_left_padding(config, name, window):
     real = mask.bool()
     whole = carrier(model, window)
     expected = feed(model, ids, mask=mask, carried=whole)
-    for lengths in ([5, *[1] * (time - 5)], random_cuts(time, 1)):
+    # a call of padding alone, then cuts at which a segment ends in one row, in the other, in neither
+    for lengths in ([5, *[3] * 8], random_cuts(time, 1)):
         parts = carrier(model, window)
         assert_near(feed(model, ids, lengths, mask, parts)[real], expected[real])
         assert_same_stream(stream(parts), stream(whole))
@@ -252,18 +255,17 @@ def test_rows_permute(config, name):
 
 
 @over_all
-@pytest.mark.parametrize("window", [None, SEGMENT])
-def test_rows_do_not_see_each_other(config, name, window):
+def test_rows_do_not_see_each_other(config, name):
     model, ids = host(name, config), tokens(3, 3 * SEGMENT)
     ids_changed = ids.clone()
     ids_changed[1] = other(ids[1])
-    window = window if name in DECODERS else None
-    kept, touched = carrier(model, window), carrier(model, window)
-    expected, logits = feed(model, ids, carried=kept), feed(model, ids_changed, carried=touched)
-    assert_bits(name, logits[[0, 2]], expected[[0, 2]])
-    assert_differ(logits[1], expected[1])
-    tolerance = 1e-5 if name in EXPERTS else 0
-    assert_same_stream(stream(touched).select([0, 2]), stream(kept).select([0, 2]), tolerance)
+    for window in (None, SEGMENT) if name in DECODERS else (None,):
+        kept, touched = carrier(model, window), carrier(model, window)
+        expected, logits = feed(model, ids, carried=kept), feed(model, ids_changed, carried=touched)
+        assert_bits(name, logits[[0, 2]], expected[[0, 2]])
+        assert_differ(logits[1], expected[1])
+        tolerance = 1e-5 if name in EXPERTS else 0
+        assert_same_stream(stream(touched).select([0, 2]), stream(kept).select([0, 2]), tolerance)
 
 
 @over_all
@@ -324,46 +326,40 @@ def test_two_sessions_in_one_batch(config, name):
 
 
 @over_all
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("window", [None, 2 * SEGMENT])
-def test_padding_invariance(config, name, side, window):
-    model, short, time = host(name, config), 19, 3 * SEGMENT
-    window = window if name in DECODERS else None
-    lengths = None if name in DECODERS else [SEGMENT, SEGMENT, SEGMENT]
-    plain = tokens(1, short)
-    real = slice(time - short, None) if side == "left" else slice(0, short)
+def test_padding_invariance(config, name):
+    model, decoder, short, time = host(name, config), name in DECODERS, 19, 3 * SEGMENT
+    plain, sides = tokens(1, short), {0: slice(time - short, None), 1: slice(0, short)}
     # RoBERTa finds its positions by the padding id, which is 0
-    ids, mask = torch.zeros(2, time, dtype=torch.long), torch.zeros(2, time, dtype=torch.long)
-    ids[0, real], mask[0, real] = plain[0], 1
-    ids[1], mask[1] = tokens(1, time, 3)[0], 1
-    padded, alone = carrier(model, window), carrier(model, window)
-    if name not in DECODERS:
-        # an encoder's call is a segment, full or not: the short row's calls hold the same tokens as alone
-        counts = mask[0].unflatten(0, (3, SEGMENT)).sum(1).tolist()
-        logits = _feed_encoder(model, ids, mask, lengths, padded)
-        parts = plain.split(counts, 1)
-        expected = torch.cat([call(model, part, alone).detach() for part in parts], 1)
-    else:
-        logits, expected = feed(model, ids, mask=mask, carried=padded), feed(model, plain, carried=alone)
-    assert_near(logits[0, real], expected[0])
-    mine, its = stream(padded).select([0]), stream(alone)
-    assert (mine.counts, mine.written, mine.seen) == (its.counts, its.written, its.seen)
-    for key, tensor in its.state.items():
-        assert_near(*level([mine.state[key], tensor]))
-    assert_near(mine.waiting[:, : its.counts[0]], its.waiting)
+    ids, mask = torch.zeros(3, time, dtype=torch.long), torch.zeros(3, time, dtype=torch.long)
+    for row, real in sides.items():
+        ids[row, real], mask[row, real] = plain[0], 1
+    ids[2], mask[2] = tokens(1, time, 3)[0], 1
+    for window in (None, 2 * SEGMENT) if decoder else (None,):
+        padded = carrier(model, window)
+        logits = feed(model, ids, mask=mask, carried=padded) if decoder else _feed_encoder(model, ids, mask, padded)
+        for row, real in sides.items():
+            alone = carrier(model, window)
+            if decoder:
+                expected = feed(model, plain, carried=alone)
+            else:
+                # an encoder's call is a segment, full or not: the short row's calls hold the same tokens as alone
+                counts = mask[row].unflatten(0, (3, SEGMENT)).sum(1).tolist()
+                expected = torch.cat([call(model, part, alone).detach() for part in plain.split(counts, 1)], 1)
+            assert_near(logits[row, real], expected[0])
+            mine, its = stream(padded).select([row]), stream(alone)
+            assert (mine.counts, mine.written, mine.seen) == (its.counts, its.written, its.seen)
+            for key, tensor in its.state.items():
+                assert_near(*level([mine.state[key], tensor]))
+            assert_near(mine.waiting[:, : its.counts[0]], its.waiting)
 
 
 @torch.no_grad()
-def _feed_encoder(model, ids, mask, lengths, carried):
-    from mnemic.host.call import carrying
-
-    logits, start = [], 0
-    for length in lengths:
-        part = slice(start, start + length)
-        more = {"position_ids": positions_of(mask[:, part])} if model.config.model_type == "bert" else {}
+def _feed_encoder(model, ids, mask, carried):
+    logits = []
+    for part, seen in zip(ids.split(SEGMENT, 1), mask.split(SEGMENT, 1), strict=True):
+        more = {"position_ids": positions_of(seen)} if model.config.model_type == "bert" else {}
         with carrying(carried):
-            logits.append(model(ids[:, part], attention_mask=mask[:, part], **more).logits)
-        start += length
+            logits.append(model(part, attention_mask=seen, **more).logits)
     return torch.cat(logits, 1)
 
 
@@ -394,7 +390,7 @@ def test_packed_documents_do_not_see_each_other(config, name):
 # --- 8. saving -------------------------------------------------------------------------------------------------------
 
 
-@over_all
+@sparsely_over_all
 @torch.no_grad()
 def test_adapter_round_trip(config, name, tmp_path):
     model, ids = host(name, config), tokens(2, 2 * SEGMENT)
@@ -408,7 +404,7 @@ def test_adapter_round_trip(config, name, tmp_path):
         assert torch.equal(loaded.memory.state_dict()[key], tensor)
 
 
-@over_all
+@sparsely_over_all
 @torch.no_grad()
 def test_session_round_trip(config, name, tmp_path):
     model, ids = host(name, config), tokens(1, 21)
@@ -427,28 +423,28 @@ def test_session_round_trip(config, name, tmp_path):
 # --- 9. bytes --------------------------------------------------------------------------------------------------------
 
 
-@over_all
+@sparsely_over_all
 @torch.no_grad()
 def test_bytes_follow_the_declared_law(config, name):
     model = host(name, config)
     memory = mnemic.attached(model).memory
     session = mnemic.Session(model, window=SEGMENT if name in DECODERS else None)
     sizes = []
-    for part in tokens(1, 50 * SEGMENT).split(10 * SEGMENT, 1):
+    for part in tokens(1, 30 * SEGMENT).split(6 * SEGMENT, 1):
         session.read(part)
         sizes.append(nbytes(session.stream.state))
         # at a segment's end nothing waits and a window of one segment is empty: the memory is all there is
         assert session.nbytes == sizes[-1]
         assert sizes[-1] <= memory.most_bytes(session.stream.written[0])
-    if memory.most_bytes(50) == memory.most_bytes(0):
+    if memory.most_bytes(30) == memory.most_bytes(0):
         assert set(sizes) == {nbytes(memory.init_state(1))}
     else:
         # it may grow with what is written, but not all of it is kept
-        assert sizes[-1] < 50 * memory.most_bytes(1)
-    assert session.stream.written == (50,)
+        assert sizes[-1] < 30 * memory.most_bytes(1)
+    assert session.stream.written == (30,)
 
 
-@over_all
+@sparsely_over_all
 def test_bytes_grow_with_rows_only(config, name):
     memory = mnemic.attached(host(name, config)).memory
     assert nbytes(memory.init_state(3)) == 3 * nbytes(memory.init_state(1))
@@ -459,7 +455,7 @@ def test_bytes_grow_with_rows_only(config, name):
 # --- 11. determinism -------------------------------------------------------------------------------------------------
 
 
-@over_all
+@sparsely_over_all
 def test_determinism_under_a_seed(config, name):
     ids = tokens(2, 3 * SEGMENT)
 

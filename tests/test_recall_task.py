@@ -694,7 +694,9 @@ def test_every_condition_is_scored_under_its_own_name(task, config, monkeypatch)
     ask = task.ask
     monkeypatch.setattr(task, "ask", lambda *given: asked.append(ask(*given)) or asked[-1])
     names = [name for name in bench.CONDITIONS if name != "no memory"]
-    monkeypatch.setattr(bench, "conditions", lambda attachment, stream: {**{n: n for n in names}, "no memory": None})
+    monkeypatch.setattr(
+        bench, "conditions", lambda attachment, state, order: {**{n: n for n in names}, "no memory": None}
+    )
     for right in names:
 
         def logits_of(attachment, ids, state, right=right):

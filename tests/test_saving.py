@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mnemic
-from families import ENCODERS, make
+from families import DECODERS, ENCODERS, VOCABULARY, make
 from helpers import (
     CONFIGS,
     SEGMENT,
@@ -26,6 +26,8 @@ from helpers import (
     trained,
     trains,
 )
+from mnemic.host.anatomy import fingerprints
+from mnemic.state import StateError, from_bytes, to_bytes
 
 FAMILIES = ["gpt2", "llama", "bert"]
 
@@ -36,13 +38,13 @@ def session_of(model, name, read=21):
     return session
 
 
-@pytest.mark.parametrize("kind", mnemic.CONFIGS)
 @torch.no_grad()
-def test_a_new_process_continues_bit_exactly(kind, tmp_path):
+def test_a_new_process_continues_bit_exactly(tmp_path):
+    # one process for all: to start one takes longer than all that it does
     jobs, expected, question = [], {}, tokens(1, SEGMENT, 5)
     for label, config in CONFIGS.items():
-        for name in FAMILIES if config.kind == kind else []:
-            if refusal(config, name):
+        for name in FAMILIES:
+            if refusal(label, name):
                 continue
             job = f"{label}-{name}"
             model = host(name, config)
@@ -185,3 +187,36 @@ def test_a_session_of_another_model_or_memory_is_refused(config, name, tmp_path)
         mnemic.Session.load(path, make(name))
     with pytest.raises(FileNotFoundError, match="no memory file"):
         mnemic.Session.load(tmp_path / "none", another_memory)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_a_base_with_tokens_added_is_the_same_base(name, tmp_path):
+    model, config = make(name), CONFIGS["emt-0"]
+    told = fingerprints(model)
+    attachment = trained(model, config)
+    session = mnemic.Session(model)
+    session.read(tokens(1, 20))
+    session.save(tmp_path / "a.memory")
+    attachment.save_pretrained(tmp_path)
+    model.resize_token_embeddings(VOCABULARY + 8)
+    assert fingerprints(model)[0] == told[0]
+    assert fingerprints(model)[1] != told[1]
+    assert_equal_stream(mnemic.Session.load(tmp_path / "a.memory", model).stream, session.stream)
+    larger = make(name)
+    larger.resize_token_embeddings(VOCABULARY + 3)
+    mnemic.from_pretrained(larger, tmp_path)
+    assert_equal_stream(mnemic.Session.load(tmp_path / "a.memory", larger).stream, session.stream)
+    # other values in the rows that were there make another base
+    with torch.no_grad():
+        larger.get_input_embeddings().weight[:32] += 1
+    with pytest.raises(StateError, match="was written for base model"):
+        mnemic.Session.load(tmp_path / "a.memory", larger)
+
+
+def test_a_file_that_counts_every_row_of_the_embeddings_is_read():
+    model = host("llama", CONFIGS["emt-0"])
+    session = mnemic.Session(model)
+    session.read(tokens(1, 20))
+    tensors, meta = from_bytes(session.to_bytes(), "a session")
+    meta["base_fingerprint"] = fingerprints(model)[1]
+    assert mnemic.Session.from_bytes(to_bytes(tensors, meta), model).stream.seen == (20,)

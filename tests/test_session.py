@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import mnemic
-from families import DECODERS, ENCODERS
+from families import DECODERS, ENCODERS, POSITIONS, make
 from helpers import (
     CONFIGS,
     SEGMENT,
@@ -20,6 +22,7 @@ from helpers import (
     host,
     matrix,
     other,
+    shake,
     tokens,
 )
 from mnemic.state import nbytes
@@ -230,6 +233,60 @@ def test_a_session_reads_while_the_memory_is_disabled(model):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_the_default_window_is_that_of_the_config(name):
-    assert mnemic.Session(host(name, CONFIGS["emt-0"])).window == 8
+def test_the_default_window_is_that_of_the_config_or_what_the_base_allows(name):
+    positions = 2048 if name == "bloom" else POSITIONS  # ALiBi has no positions to run out of
+    assert mnemic.Session(host(name, CONFIGS["emt-0"])).window == positions
     assert mnemic.Session(host(name, CONFIGS["emt-0"].replace(window=24))).window == 24
+
+
+def test_the_default_window_has_at_least_four_segments_and_at_most_the_bases_positions():
+    model = make("llama", max_position_embeddings=10_000)
+    for length, window in ((64, 2048), (512, 2048), (600, 2400), (3000, 10_000)):
+        memory = mnemic.attach(model, mnemic.EMTConfig(segment_length=length, slots=4, dim=16))
+        assert mnemic.Session(model).window == window
+        memory.detach()
+    # memory tokens are made for a base that sees no earlier words
+    assert mnemic.Session(host("llama", CONFIGS["rmt-0"])).window == SEGMENT
+
+
+@pytest.mark.parametrize("kind", ["emt-0", "memoria-0", "fast-weights-0", "knn-0", "infinity-former-0"])
+def test_until_its_window_is_full_a_session_with_an_untrained_memory_is_the_base(kind):
+    model = make("llama")
+    ids = tokens(1, 3 * SEGMENT + 2)
+    greedy = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None}
+    said = model.generate(ids, **greedy)[:, ids.shape[1] :]
+    mnemic.attach(model, CONFIGS[kind])
+    session, other = mnemic.Session(model), mnemic.Session(model)
+    session.read(ids[:, :10])
+    assert torch.equal(session.generate(ids[:, 10:], **greedy), said)
+    assert torch.equal(mnemic.batch([other]).generate([ids], **greedy)[0], said)
+
+
+def test_a_session_and_a_memory_say_what_they_are(model):
+    session = mnemic.Session(model)
+    session.read(tokens(1, 20))
+    read = "20 tokens read, 2 segments of 8 written, window 256"
+    assert repr(session) == f"<mnemic.Session emt of LlamaForCausalLM: {read}, {session.nbytes:,} bytes>"
+    bert = mnemic.Session(host("bert", CONFIGS["emt-0"]))
+    assert repr(bert) == "<mnemic.Session emt of BertForMaskedLM: 0 tokens read, 0 segments of 8 written, 0 bytes>"
+    memory = mnemic.attached(model)
+    size = sum(parameter.numel() for parameter in memory.parameters())
+    assert repr(memory) == (
+        f"<mnemic.Attachment emt on LlamaForCausalLM: {size:,} parameters, segments of 8 tokens, window 8>"
+    )
+    memory.detach()
+    assert "detached" in repr(memory)
+
+
+@every_config
+def test_a_memory_knows_whether_it_is_trained(config):
+    model = make("llama")
+    memory = mnemic.attach(model, config)
+    if not memory.parameters():
+        assert memory.trained
+        return
+    assert not memory.trained
+    assert not mnemic.attached(copy.deepcopy(model)).trained
+    shake(memory.memory)
+    assert memory.trained
+    assert mnemic.attached(copy.deepcopy(model)).trained

@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer, TextStreamer
 
 import mnemic
 from helpers import CONFIGS, SEGMENT, assert_equal_stream, assert_near, assert_same_stream, every_kind, host, tokens
+from mnemic.host.release import GENERATE_CACHE as CACHE
 
 WINDOW = 2 * SEGMENT
 WAYS = {
@@ -63,7 +64,11 @@ def assert_same_session(one, two):
 def test_the_pieces_are_what_generate_gives(model, way, read):
     one, two = pair(model, read)
     torch.manual_seed(1)
-    whole = one.generate(tokens(1, 5, 3), max_new_tokens=14, **way)
+    ids = tokens(1, 5, 3)
+    expected = model.generate(ids, **{CACHE: one.cache.fork()}, max_new_tokens=14, **way)
+    torch.manual_seed(1)
+    whole = one.generate(ids, max_new_tokens=14, **way)
+    assert torch.equal(whole, expected[:, 5:])
     torch.manual_seed(1)
     assert list(two.answer(tokens(1, 5, 3), max_new_tokens=14, **way)) == whole[0].tolist()
     assert_same_session(one, two)
@@ -194,8 +199,10 @@ def test_what_cannot_be_answered_is_refused(model):
     session, _ = pair(model)
     with pytest.raises(ValueError, match=r"a streamer is for Session\.generate"):
         session.answer(tokens(1, 5, 3), streamer=TextStreamer(Letters()))
-    with pytest.raises(ValueError, match="attention_mask is the session's own; leave it out"):
-        session.answer(tokens(1, 5, 3), attention_mask=torch.ones(1, 5))
+    with pytest.raises(ValueError, match="position_ids is the session's own; leave it out"):
+        session.answer(tokens(1, 5, 3), position_ids=torch.arange(5)[None])
+    with pytest.raises(ValueError, match=r"custom_generate is for Session\.generate"):
+        session.answer(tokens(1, 5, 3), custom_generate=lambda *_, **__: None)
     with pytest.raises(ValueError, match=r"return_dict_in_generate is for Session\.generate"):
         session.answer(tokens(1, 5, 3), max_new_tokens=3, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="is an encoder and has no cache"):

@@ -472,7 +472,7 @@ def test_a_checkpoint_of_another_memory(tmp_path):
     other = new_model(kind="emt-2")
     before = weights(other)
     trainer = Trainer(other, arguments(tmp_path, max_steps=4), train_dataset=rows(8))
-    with pytest.raises(mnemic.StateError, match="attach the memory that was trained"):
+    with pytest.raises(mnemic.StateError, match="was written with another memory"):
         trainer.train(resume_from_checkpoint=True)
     assert all(torch.equal(parameter, before[name]) for name, parameter in weights(other).items())
 

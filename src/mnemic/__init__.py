@@ -9,6 +9,7 @@ from mnemic.lazy import lazily
 if TYPE_CHECKING:
     from mnemic.attachment import Attachment, attach, attached, from_pretrained, memory_cache
     from mnemic.batching import SessionBatch, batch
+    from mnemic.checkpoints import FetchError, fetch
     from mnemic.data import SegmentCollator, Streams, collate
     from mnemic.host.cache import MemoryCache
     from mnemic.memories.armt import ARMTConfig
@@ -43,6 +44,7 @@ __all__ = [
     "Conflict",
     "EMTConfig",
     "FastWeightsConfig",
+    "FetchError",
     "InfinityFormerConfig",
     "KNNConfig",
     "MemoriaConfig",
@@ -70,6 +72,7 @@ __all__ = [
     "batch",
     "calibrate",
     "collate",
+    "fetch",
     "from_pretrained",
     "memory_cache",
     "read_segments",
@@ -80,6 +83,7 @@ __all__ = [
 _HOMES = {
     "attachment": ("Attachment", "attach", "attached", "from_pretrained", "memory_cache"),
     "batching": ("SessionBatch", "batch"),
+    "checkpoints": ("FetchError", "fetch"),
     "data": ("SegmentCollator", "Streams", "collate"),
     "host.cache": ("MemoryCache",),
     "memories": ("CONFIGS", "Memory", *(name for name in __all__ if name.endswith("Config"))),
@@ -93,14 +97,16 @@ _HOMES = {
 _find = lazily(__name__, {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names})
 
 
-def __getattr__(name: str) -> Any:
-    """Everything on first use: nobody waits for what they do not need, such as databases or the Trainer."""
-    if name in _HOMES["trainer"]:
-        try:
-            import accelerate  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"mnemic.{name} needs accelerate: pip install 'mnemic[train]'") from error
-    return _find(name)
+if not TYPE_CHECKING:  # a name that is not there stays an error to type checkers
+
+    def __getattr__(name: str) -> Any:
+        """Everything on first use: nobody waits for what they do not need, such as databases or the Trainer."""
+        if name in _HOMES["trainer"]:
+            try:
+                import accelerate  # noqa: F401
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(f"mnemic.{name} needs accelerate: pip install 'mnemic[train]'") from error
+        return _find(name)
 
 
 def __dir__() -> list[str]:

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from mnemic.host.anatomy import MEMORY_NAME, Anatomy, examine, fingerprint, trained_positions
+from mnemic.host.anatomy import MEMORY_NAME, Anatomy, examine, fingerprint, fingerprints, trained_positions
 from mnemic.host.cache import MemoryCache
 from mnemic.host.opening import refuse_paged
 from mnemic.host.router import Router
 from mnemic.host.wrappers import check_whole, execution_device, misplaced, refuse_late, unwrapped, whole
 from mnemic.memories.base import Memory, MemoryConfig, UnknownSetting
-from mnemic.state import META_LIMIT, StateError, nbytes, read_file, strict_json, to_bytes, write_all
+from mnemic.state import META_LIMIT, StateError, is_finite, nbytes, read_file, strict_json, to_bytes, write_all
 
 CONFIG_FILE, WEIGHTS_FILE = "memory_config.json", "memory_model.safetensors"
 PAGED = "init_continuous_batching"
 """What all of paged generation begins with; there an error is raised in the caller's thread."""
+WINDOW = 2048
+"""Tokens whose keys a session keeps unless it is told otherwise."""
 LARGEST = 2**30
 """Most bytes of what a memory from a file begins with beside its weights."""
 
@@ -39,6 +41,17 @@ class Attachment:
 
     def __init__(self, model: nn.Module, config: MemoryConfig) -> None:
         self.model, self.config = model, config
+
+    def __repr__(self) -> str:
+        try:
+            size = f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters"
+        except RuntimeError:
+            size = "detached"
+        window = self.config.window or self.config.segment_length
+        return (
+            f"<mnemic.Attachment {self.config.kind} on {type(self.model).__name__}: {size}, segments of "
+            f"{self.config.segment_length:,} tokens, window {window:,}>"
+        )
 
     @property
     def anatomy(self) -> Anatomy:
@@ -58,6 +71,17 @@ class Attachment:
     def parameters(self) -> list[nn.Parameter]:
         """What training moves."""
         return list(self.memory.parameters())
+
+    @property
+    def trained(self) -> bool:
+        """Whether its weights are others than it was made with; True where it has none.
+
+        A new memory tells the model nothing: a projection of it is 0. Those without one are told by a mark of what they
+        were made with, which a memory that was saved untrained does not have.
+        """
+        memory = self.memory
+        zero = any(parameter.ndim > 1 and not bool(parameter.any()) for parameter in memory.parameters())
+        return not zero and (_mark(memory) != self.router.made_with or not list(memory.parameters()))
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters train, of how many."""
@@ -169,7 +193,8 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     """
     anatomy = examine(model)
     refuse_late(model)
-    config = copy.deepcopy(config)  # a later change to the caller's is none to the memory
+    # checked again, as it may have been edited; and a copy, as a later change to the caller's is none to the memory
+    config = copy.deepcopy(config).replace()
     if hasattr(anatomy.trunk, MEMORY_NAME):
         raise ValueError(f"{type(model).__name__} already has a memory; detach it first")
     check_segment(model, config)
@@ -180,11 +205,18 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
     for parameter in frozen:
         parameter.requires_grad_(False)
+    router.made_with = _mark(memory)
     router.frozen = frozen  # a list of the router's own, so that copies of a model know theirs
     router.install(anatomy)
     vars(unwrapped(model))[PAGED] = refuse_paged
     _save_apart(model)
     return Attachment(model, config)
+
+
+def _mark(memory: Memory) -> list[float]:
+    """A few values of each weight, from its middle."""
+    few = [parameter.detach().flatten()[parameter.numel() // 2 :][:4] for parameter in memory.parameters()]
+    return torch.cat(few).float().tolist() if few else []
 
 
 def check_segment(model: nn.Module, config: MemoryConfig, beside: int = 0) -> None:
@@ -330,14 +362,14 @@ def check_weights(weights: dict[str, Tensor], memory: Memory, source: object) ->
         if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
             found = f"{list(tensor.shape)} of {tensor.dtype}"
             raise StateError(f"{source}: {name} is {found}, by its config it is {list(wanted.shape)} of {wanted.dtype}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise StateError(f"{source}: {name} is NaN or infinite somewhere")
 
 
 def check_fingerprint(model: nn.Module, description: dict[str, Any], path: object, *, strict: bool) -> None:
     """Raises `StateError` when something saved for one base model is loaded into another."""
-    expected, found = description["base_fingerprint"], fingerprint(model)
-    if strict and expected != found:
+    expected, (found, earlier) = description["base_fingerprint"], fingerprints(model)
+    if strict and expected not in (found, earlier):
         narrow = ""
         if unwrapped(model).dtype == torch.float16:
             narrow = (
@@ -347,6 +379,20 @@ def check_fingerprint(model: nn.Module, description: dict[str, Any], path: objec
             f"{path} was written for base model {description.get('base_model')!r} ({expected}), this one is {found}"
             f"{narrow}; load the base it was trained on, or pass strict=False if you know they fit"
         )
+
+
+def default_window(model: nn.Module) -> int:
+    """How many of the latest tokens a session's base sees where nobody says: the window of the memory's config, or
+    `WINDOW`, at least four segments, and no more than the base was trained for.
+
+    One segment where memory tokens stand beside it: they are made for a base that sees no earlier words.
+    """
+    router, trained = router_of(model), trained_positions(model)
+    length = router.segment_length
+    if router.config.window is not None or router.memory.beside:
+        return router.config.window or length
+    wanted = max(WINDOW, 4 * length)
+    return wanted if trained is None else min(wanted, trained)
 
 
 def memory_cache(model: nn.Module, window: int | None = None) -> MemoryCache:

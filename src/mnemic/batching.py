@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,17 @@ from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer
 from mnemic.host.call import carrying
-from mnemic.host.choosing import Choosing
+from mnemic.host.choosing import Choosing, check_taken, refuse_prompts
+from mnemic.host.evaluating import evaluating
 from mnemic.host.release import OUTPUT_CACHE
 from mnemic.session import Session
 from mnemic.state import shrink
 from mnemic.stream import Stream
-from mnemic.unrolling import obstacle_to_parallel, read_segments
+from mnemic.texts import Text, given
+from mnemic.unrolling import can_read_ahead, read_segments
 
-Text = str | Tensor | list[int]
+Texts = Sequence[Text] | Mapping[str, Any]
+"""A text for each session, or what a tokenizer returns for a list of texts."""
 
 
 def batch(sessions: Sequence[Session]) -> SessionBatch:
@@ -39,9 +42,10 @@ def batch(sessions: Sequence[Session]) -> SessionBatch:
 
 
 class SessionBatch:
-    """What `mnemic.batch` returns. Texts and results are lists in the order of the sessions.
+    """What `mnemic.batch` returns. Texts and results are lists in the order of the sessions; texts may also be what a
+    tokenizer returns for a list of them, as it is or as keywords.
 
-    If a call fails, all sessions are as they were before it.
+    If a call fails, all sessions are as they were before it. It is refused while another thread uses one of them.
     """
 
     def __init__(self, sessions: Sequence[Session]) -> None:
@@ -66,39 +70,49 @@ class SessionBatch:
     def __len__(self) -> int:
         return len(self.sessions)
 
-    def read(self, texts: Sequence[Text]) -> list[int]:
+    def read(self, texts: Texts | None = None, **encoded: Any) -> list[int]:
         """Each session takes in its text, of any length, in bounded memory; returns their numbers of tokens."""
-        left = self._ids(texts)
-        counted = [ids.shape[1] for ids in left]
+        texts = given(texts, encoded)
+        if encoded:
+            raise TypeError(f"read takes texts, and no {', '.join(encoded)}")
         with self._all_or_none(), torch.no_grad():
-            rows = Rows(self.sessions)
-            trunk, length = examine(rows.model).trunk, rows.router.segment_length
-            while rows.places:
-                # up to the end of each row's segment, so that from here on all rows end theirs together
-                shortest = min(left[place].shape[1] for place in rows.places)
-                whole = shortest - shortest % length
-                if whole and rows.can_read_ahead():
-                    taken = dict.fromkeys(rows.places, whole)
-                    ids = torch.cat([left[place][:, :whole] for place in rows.places])
-                    rows.layer.stream = read_segments(rows.model, ids, rows.stream)
-                else:
-                    running = dict(zip(rows.places, rows.running, strict=True))
-                    taken = {place: min(left[place].shape[1], length - running[place]) for place in rows.places}
-                    rows.call(trunk, [[left[place][:, : taken[place]]] for place in rows.places])
-                left = [ids[:, taken.get(place, 0) :] for place, ids in enumerate(left)]
-                rows.part_with([place for place in rows.places if not left[place].shape[1]])
-            rows.give_back()
-        return counted
+            ids = self._ids(texts)
+            reading = [place for place, each in enumerate(ids) if each.shape[1]]
+            if reading:
+                self._read([self.sessions[place] for place in reading], [ids[place] for place in reading])
+        return [each.shape[1] for each in ids]
 
-    def forward(self, texts: Sequence[Text], *, output_hidden_states: bool = False) -> list[Any]:
+    def _read(self, sessions: list[Session], left: list[Tensor]) -> None:
+        rows = Rows(sessions)
+        trunk, length = examine(rows.model).trunk, rows.router.segment_length
+        while rows.places:
+            # up to the end of each row's segment, so that from here on all rows end theirs together
+            shortest = min(left[place].shape[1] for place in rows.places)
+            whole = shortest - shortest % length
+            if whole and can_read_ahead(rows.model, rows.cache, rows.stream):
+                taken = dict.fromkeys(rows.places, whole)
+                ids = torch.cat([left[place][:, :whole] for place in rows.places])
+                rows.layer.stream = read_segments(rows.model, ids, rows.stream)
+            else:
+                running = dict(zip(rows.places, rows.running, strict=True))
+                taken = {place: min(left[place].shape[1], length - running[place]) for place in rows.places}
+                rows.call(trunk, [[left[place][:, : taken[place]]] for place in rows.places])
+            left = [ids[:, taken.get(place, 0) :] for place, ids in enumerate(left)]
+            rows.part_with([place for place in rows.places if not left[place].shape[1]])
+        rows.give_back()
+
+    def forward(self, texts: Texts | None = None, *, output_hidden_states: bool = False, **encoded: Any) -> list[Any]:
         """The model's outputs for each session's new tokens, in the model's own class: logits `[1, t, v]` (`[1, c]` of
         a classifier), hidden states `[1, t, d]`, and the session's own cache.
         """
-        texts = self._ids(texts)
+        texts = given(texts, encoded)
+        if encoded:
+            raise TypeError(f"forward takes texts and output_hidden_states, and no {', '.join(encoded)}")
         with self._all_or_none():
+            ids = self._some(texts)
             rows = Rows(self.sessions)
             wanted = {"output_hidden_states": True} if output_hidden_states else {}
-            output, keep = rows.call(rows.model, rows.in_step(texts), **wanted)
+            output, keep = rows.call(rows.model, rows.in_step(ids), **wanted)
             results = [_of_row(output, keep, row) for row in range(len(self))]
             rows.give_back()
             for session, result in zip(self.sessions, results, strict=True):
@@ -106,15 +120,16 @@ class SessionBatch:
                     result[OUTPUT_CACHE] = session.cache
         return results
 
-    def generate(self, prompts: Sequence[Text], **kwargs: Any) -> list[Any]:
+    def generate(self, prompts: Texts | None = None, **kwargs: Any) -> list[Any]:
         """Continues each session's prompt as `Session.generate` would, with processors and criteria of its own.
 
         `kwargs` are those of `model.generate`, for all sessions, without beams and several sequences. Rows whose answer
         has ended leave the batch. Sampling draws from the global generator in the order of the sessions. Returns the
         answers: a string for a string, else token ids `[1, n]`.
         """
-        texts = self._ids(prompts)
+        prompts = given(prompts, kwargs)
         with self._all_or_none(), torch.no_grad():
+            texts = self._some(prompts)
             rows = Rows(self.sessions)
             choosing = [
                 Choosing(session.model, ids, session.cache, **kwargs)
@@ -133,24 +148,44 @@ class SessionBatch:
             session.tokenizer.decode(chosen.answer[0], skip_special_tokens=True)
             if isinstance(prompt, str)
             else chosen.answer
-            for session, prompt, chosen in zip(self.sessions, prompts, choosing, strict=True)
+            for session, prompt, chosen in zip(self.sessions, _each(prompts), choosing, strict=True)
         ]
 
-    def _ids(self, texts: Sequence[Text]) -> list[Tensor]:
+    def _ids(self, texts: Any) -> list[Tensor]:
+        texts = _each(texts)
         if isinstance(texts, str | Tensor) or len(texts) != len(self):
             count = "one text" if isinstance(texts, str | Tensor) else f"{len(texts)} text(s)"
             raise ValueError(f"{count} for {len(self)} session(s); pass a list with one for each")
         return [session.ids(text) for session, text in zip(self.sessions, texts, strict=True)]
 
+    def _some(self, texts: Any) -> list[Tensor]:
+        ids = self._ids(texts)
+        if empty := [place for place, each in enumerate(ids) if not each.shape[1]]:
+            raise ValueError(f"the text of session {empty[0]} is empty; leave the session out of this batch")
+        return ids
+
     @contextlib.contextmanager
     def _all_or_none(self) -> Iterator[None]:
-        restores = [session._snapshot() for session in self.sessions]
-        try:
-            yield
-        except BaseException:
-            for restore in restores:
-                restore()
-            raise
+        with contextlib.ExitStack() as stack:
+            for session in self.sessions:
+                stack.enter_context(session.lock.use())
+            restores = [session._snapshot() for session in self.sessions]
+            try:
+                with evaluating(self.sessions[0].model):
+                    yield
+            except BaseException:
+                for restore in restores:
+                    restore()
+                raise
+
+
+def _each(texts: Any) -> Any:
+    """A tokenizer's dictionary of several texts as one of each."""
+    if not isinstance(texts, Mapping):
+        return texts
+    names = [name for name in texts if texts[name] is not None]
+    rows = zip(*(texts[name] for name in names), strict=True)
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 class Rows:
@@ -168,7 +203,7 @@ class Rows:
             self.cache = MemoryCache.concatenate([session.cache for session in sessions], self.router.device)
         self.layer = MemoryLayer() if self.cache is None else self.cache.memory
         self.layer.stream = Stream.concatenate([session._begun() for session in sessions])
-        self._window, self._apart = sessions[0].window, {}
+        self._apart = {}
         self._least = self.router.new_stream(1).state
         self._pad = self.model.config.get_text_config().pad_token_id or 0  # pyright: ignore
 
@@ -185,14 +220,6 @@ class Rows:
             return self.cache.window.running  # it moves on while the memory is disabled, too
         return self.stream.counts
 
-    def can_read_ahead(self) -> bool:
-        """Whether whole segments may go through the base as one batch: none is begun, and none depends on another."""
-        return (
-            self._window is not None
-            and not any(self.running + self.stream.counts)
-            and obstacle_to_parallel(self.model, self._window) is None
-        )
-
     def in_step(self, texts: Sequence[Tensor]) -> list[list[Tensor]]:
         """Each row's tokens, cut where its segments end."""
         length, parts = self.router.segment_length, []
@@ -208,12 +235,18 @@ class Rows:
         at one place of their segment end it in one column all the same. For encoders padding is on the right, as their
         positions count from the left.
         """
+        refuse_prompts(module)
         ids, keep = _columns(parts, self._pad, left=self.cache is not None)
         more = {} if bool(keep.all()) else {"attention_mask": keep.long()}
-        if self.cache is not None:
-            return module(input_ids=ids, **with_cache(module, self.cache), **more, **kwargs), keep
-        with carrying(self.layer):
-            return module(input_ids=ids, **more, **kwargs), keep
+        if self.cache is None:
+            with carrying(self.layer):
+                return module(input_ids=ids, **more, **kwargs), keep
+        before = self.cache.window.taken if self.cache.window is not None else (0,) * len(ids)
+        output = module(input_ids=ids, **with_cache(module, self.cache), **more, **kwargs)
+        after = self.cache.window.taken if self.cache.window is not None else before
+        for now, then, count in zip(after, before, keep.sum(1).tolist(), strict=True):
+            check_taken(module, now - then, count)
+        return output, keep
 
     def part_with(self, places: Sequence[int]) -> None:
         """These sessions are through: their rows leave the batch."""
@@ -235,6 +268,8 @@ class Rows:
 
     def give_back(self) -> None:
         """Every session gets its row, as it would be without the others."""
+        if torch.is_grad_enabled():
+            (self.layer if self.cache is None else self.cache).detach()
         self.part_with(self.places)
         for place, (cache, stream) in self._apart.items():
             session = self.sessions[place]

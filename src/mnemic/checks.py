@@ -21,7 +21,7 @@ from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
 from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
-from mnemic.state import State, StateError
+from mnemic.state import State, StateError, is_finite
 from mnemic.stream import waiting_width
 
 MOST = 2**62
@@ -81,8 +81,7 @@ def check_written(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> 
         return {name: (tensor.shape[1], tensor.shape[3]) for name, tensor in tensors.items() if _is_key(name)}
 
     try:
-        check_description(meta, source := "it")
-        config_of(meta["memory"], source)
+        check_description(meta, "it")
         check_unedited(router_of(model))
         if meta["window"] is not None:
             memory_cache(model, meta["window"])
@@ -247,7 +246,7 @@ def _check_history(tensors: State, meta: Mapping[str, Any]) -> None:
 
 def _check_finite(tensors: State) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise StateError(f"{name} is NaN or infinite somewhere")
 
 

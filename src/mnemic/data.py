@@ -80,19 +80,31 @@ def collate(
 class Streams(Dataset[dict[str, Tensor]]):
     """Documents cut into rows of `segments` whole segments, in order: `{"input_ids": [segments * segment_length]}`.
 
+    A document is a text, if there is a `tokenizer` (Hugging Face's), or its token ids. A text column of `datasets` is a
+    sequence of such: `Streams(dataset["text"], 64, 4, tokenizer)`.
+
     What does not fill a row at a document's end is a shorter row, of whole segments if it has one, and no row ever
     holds two documents. Less than a segment is left out.
 
     Raises:
-        ValueError: sizes below 1, or no document that fills a segment.
+        ValueError: sizes below 1, no document that fills a segment, texts without a tokenizer, or what is no document.
     """
 
-    def __init__(self, documents: Iterable[Int[Tensor, " n"]], segment_length: int, segments: int) -> None:
+    def __init__(
+        self,
+        documents: Iterable[str | Sequence[int] | Int[Tensor, " n"]],
+        segment_length: int,
+        segments: int,
+        tokenizer: Any = None,
+    ) -> None:
         if segment_length < 1 or segments < 1:
             raise ValueError(f"segment_length is {segment_length}, segments {segments}; use 1 or more")
         self.rows: list[Tensor] = []
         longest = 0
-        for document in documents:
+        if isinstance(documents, str):
+            raise ValueError("this is one text, and documents are several; pass [text]")
+        for given in documents:
+            document = _ids(given, tokenizer)
             longest = max(longest, len(document))
             whole = document[: len(document) - len(document) % segment_length]
             self.rows += [row for row in whole.split(segments * segment_length) if len(row)]
@@ -107,3 +119,17 @@ class Streams(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.rows[index]}
+
+
+def _ids(document: Any, tokenizer: Any) -> Int[Tensor, " n"]:
+    """The token ids of one document."""
+    if isinstance(document, str):
+        if tokenizer is None:
+            raise ValueError("texts need a tokenizer: Streams(texts, segment_length, segments, tokenizer)")
+        document = tokenizer(document, verbose=False)["input_ids"]  # not its reminder of the model's length
+    if isinstance(document, Mapping):
+        raise ValueError(f"a document is a text or token ids, this has {sorted(document)}; pass one column of the rows")
+    ids = torch.as_tensor(document)
+    if ids.ndim != 1 or ids.is_floating_point():
+        raise ValueError(f"a document is a text or a list of token ids, this is {list(ids.shape)} of {ids.dtype}")
+    return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -12,21 +13,26 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mnemic.attachment import check_fingerprint, check_settings, memory_cache, router_of
+from mnemic.attachment import check_fingerprint, check_settings, default_window, memory_cache, router_of
 from mnemic.checks import check_contents, check_description, check_written, keys_of
+from mnemic.generating import answer, generate
 from mnemic.history import Log
 from mnemic.host.anatomy import examine, fingerprint
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer, Window
 from mnemic.host.call import carrying
-from mnemic.host.choosing import Choosing, TextPieces
-from mnemic.host.release import GENERATE_CACHE, DynamicLayer
+from mnemic.host.choosing import Choosing, TextPieces, check_taken, refuse_prompts
+from mnemic.host.evaluating import evaluating
+from mnemic.host.release import DynamicLayer
 from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward, unwrapped, whole
+from mnemic.locks import Lock, alone
 from mnemic.state import StateError, from_bytes, read_file, to_bytes, write_file
 from mnemic.stream import Stream
-from mnemic.unrolling import obstacle_to_parallel, read_segments
+from mnemic.texts import Text, given, token_ids
+from mnemic.turns import Messages, Turns
+from mnemic.unrolling import can_read_ahead, read_segments
 
 if TYPE_CHECKING:
     from mnemic.analysis.show import Shown
@@ -48,10 +54,19 @@ class Stored:
 class Session:
     """One stream through a model with a memory: read any length, generate, save, load, fork, reset.
 
-    `window` is the number of the latest tokens whose keys the base keeps; by default the window of the memory's config,
-    which is the one it was trained with. Text needs a `tokenizer`; token ids `[1, T]` do not. Sessions of one model
-    share nothing. With `keep_text` the ids of all tokens are kept with the session and its file, 4 bytes a token, so
-    that `show` and `mnemic inspect` can tell in words what was written; without, nothing of the text but positions.
+    `window` is the number of the latest tokens whose keys the base keeps; by default that of the memory's config, or as
+    many as `default_window` says: until they are full the base sees all that was read. Text needs a `tokenizer`; token
+    ids `[1, T]` do not. Sessions of one model share nothing, and run as in evaluation whatever mode the model is in.
+
+    With `keep_text` the ids of all tokens are kept with the session and its file, 4 bytes a token, so that `show` and
+    `mnemic inspect` can tell in words what was written; without, nothing of the text but positions.
+
+    A text is a string, token ids, or what a tokenizer returns for one text, also as `read(**tokenizer(text))`. Ids are
+    taken as they are. The first string of a new session begins as its tokenizer begins texts ("<s>"), later ones go on
+    where the stream stands, and none gets an end. An encoder sees every text by itself, so there each gets both.
+
+    One thread at a time: while one's call of this session runs, another's is refused with a `RuntimeError`. Calls that
+    are to wait for each other hold `session.lock`, as does a thread that makes several calls one.
     """
 
     def __init__(
@@ -60,12 +75,21 @@ class Session:
         self.model, self.tokenizer, self.keep_text = model, tokenizer, keep_text
         router = router_of(model)
         if window is None and router.causal:
-            window = router.config.window or router.segment_length
+            window = default_window(model)
         self.window = window
         self._cache: MemoryCache | None = memory_cache(model, window) if router.causal else None
         self._layer = MemoryLayer() if self._cache is None else self._cache.memory
         self._layer.log = self._empty_log
         self.stored: Stored | None = None
+        self.lock = Lock()
+
+    def __repr__(self) -> str:
+        seen, written = (self.stream.seen[0], self.stream.written[0]) if self.stream is not None else (0, 0)
+        window = "" if self.window is None else f", window {self.window:,}"
+        return (
+            f"<mnemic.Session {self._router.config.kind} of {type(self.model).__name__}: {seen:,} tokens read, "
+            f"{written:,} segments of {self._router.segment_length:,} written{window}, {self.nbytes:,} bytes>"
+        )
 
     # --- using it ----------------------------------------------------------------------------------------------------
 
@@ -80,6 +104,11 @@ class Session:
     def stream(self) -> Stream | None:
         """What is carried; None before the first token."""
         return self._layer.stream
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it has taken in nothing yet: its first text begins as texts begin."""
+        return self.stream is None and (self._cache is None or self._cache.window is None)
 
     @property
     def nbytes(self) -> int:
@@ -113,14 +142,14 @@ class Session:
         log = self._log
         return [] if log is None else log.records()
 
-    def show(self) -> Shown:
+    def show(self, *, histograms: bool = False) -> Shown:
         """What the session holds, as `mnemic inspect` shows it: as the page in a notebook, else as in the terminal.
 
         With `keep_text` and a tokenizer it tells in words what was written.
         """
         from mnemic.analysis.show import Shown  # what looks at sessions stands above them
 
-        return Shown.of(self)
+        return Shown.of(self, histograms=histograms)
 
     def _begun(self) -> Stream:
         """The stream, or a new one with its history."""
@@ -134,35 +163,29 @@ class Session:
     def _empty_log(self) -> Log:
         return Log(text=() if self.keep_text else None)
 
-    def ids(self, text: str | Tensor | list[int]) -> Int[Tensor, "1 t"]:
-        """Token ids of a text, or ids as they are, on the model's device; raises `ValueError` if there are none."""
-        if isinstance(text, str):
-            if self.tokenizer is None:
-                raise ValueError("text needs a tokenizer: Session(model, tokenizer); or pass token ids [1, T]")
-            text = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = torch.as_tensor(text, dtype=torch.long)
-        ids = ids[None] if ids.ndim == 1 else ids
-        if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
-            raise ValueError(f"a session is one stream: expected token ids [1, T] with T >= 1, got {list(ids.shape)}")
+    def ids(self, text: Text) -> Int[Tensor, "1 t"]:
+        """The token ids that a text would be read as, on the model's device; raises `ValueError` for anything else."""
+        causal = self._cache is not None
+        ids = token_ids(text, self.tokenizer, start=self.is_new or not causal, end=not causal)
         return ids.to(self._router.device)
 
-    def read(self, text: str | Tensor | list[int]) -> int:
+    def read(self, text: Text | None = None, **encoded: Any) -> int:
         """Takes in a text of any length, segment by segment, in constant memory; returns the number of tokens.
 
-        If anything fails on the way, the session is as it was before.
+        If anything fails on the way, the session is as it was before. An empty text is nothing to read, and no error.
         """
-        ids, restore = self.ids(text), self._snapshot()
-        try:
-            with torch.no_grad():
+        wanted = given(text, encoded)
+        if encoded:
+            raise TypeError(f"read takes one text, and no {', '.join(encoded)}")
+        with self._call(), torch.no_grad():
+            ids = self.ids(wanted)
+            if ids.shape[1]:
                 as_forward(self.model, self._take_in, ids)
-        except BaseException:
-            restore()
-            raise
         return ids.shape[1]
 
     def _take_in(self, ids: Tensor) -> None:
         trunk, router = examine(self.model).trunk, self._router
-        if self._can_read_ahead():
+        if can_read_ahead(self.model, self._cache, self.stream):
             whole = ids.shape[1] - ids.shape[1] % router.segment_length
             if whole:
                 self._layer.stream = read_segments(self.model, ids[:, :whole], self._begun())
@@ -170,63 +193,59 @@ class Session:
         # the head is not needed to read, and a bounded call bounds what a read holds at once
         longest = router.segment_length if self._cache is None else 8 * router.segment_length
         for start in range(0, ids.shape[1], longest):
-            part = ids[:, start : start + longest]
-            if self._cache is not None:
-                trunk(input_ids=part, **with_cache(trunk, self._cache))
-            else:
-                with carrying(self._layer):
-                    trunk(input_ids=part)
+            self._feed(trunk, ids[:, start : start + longest])
 
-    def _can_read_ahead(self) -> bool:
-        """Whether whole segments may go through the base as one batch: none is begun, and none depends on another."""
-        return (
-            self.window is not None
-            and (self.stream is None or not self.stream.counts[0])
-            and obstacle_to_parallel(self.model, self.window) is None
-        )
-
-    def forward(self, text: str | Tensor | list[int], **kwargs: Any) -> Any:
-        """The model's outputs for new tokens, which the session takes in as `read` does."""
-        ids = self.ids(text)
-        restore = self._snapshot()
-        try:
-            if self._cache is not None:
-                return self.model(input_ids=ids, **with_cache(self.model, self._cache), **kwargs)
+    def _feed(self, module: nn.Module, ids: Tensor, **kwargs: Any) -> Any:
+        """What `module` puts out for tokens that the session takes in, each of them once."""
+        refuse_prompts(module)
+        stream, before = self.stream, self._taken
+        if self._cache is not None:
+            output = module(input_ids=ids, **with_cache(module, self._cache), **kwargs)
+        else:
             with carrying(self._layer):
-                return self.model(input_ids=ids, **kwargs)
-        except BaseException:
-            restore()
-            raise
+                output = module(input_ids=ids, **kwargs)
+        if self._cache is not None or self.stream is not stream:  # an encoder that is switched off takes in nothing
+            check_taken(module, self._taken - before, ids.shape[1])
+        return output
 
-    def generate(self, prompt: str | Tensor | list[int], **kwargs: Any) -> Any:
-        """Continues a prompt with `model.generate`; the session takes in the prompt and the answer.
+    @property
+    def _taken(self) -> int:
+        """Tokens that came through the model so far."""
+        if self._cache is not None:
+            return self._cache.window.taken[0] if self._cache.window is not None else 0
+        return self.stream.seen[0] if self.stream is not None else 0
 
-        Returns the answer: a string for a string, else token ids `[1, T]`. `kwargs` are those of `generate`.
+    def forward(self, text: Text | None = None, **kwargs: Any) -> Any:
+        """The model's outputs for new tokens, which the session takes in as `read` does; `kwargs` are the model's.
+
+        The outputs have the gradients of this call; what is carried on to the next one is outside any.
         """
-        ids = self.ids(prompt)
-        restore = self._snapshot()
-        try:
-            # generate works on a fork: it leaves out its last token, and with beams or several sequences it has many
-            # rows; the session then reads what was said, once
-            cache = self.cache.fork()
-            rows = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-            if rows > 1 and cache.window is not None:
-                cache.batch_repeat_interleave(rows)
-            output = self.model.generate(ids, **{GENERATE_CACHE: cache}, **kwargs)  # pyright: ignore[reportCallIssue]
-            sequences = output if isinstance(output, Tensor) else output.sequences
-            if rows == 1 and sequences.shape[1] > ids.shape[1]:
-                self._adopt(cache)
-                self.read(sequences[:, -1:])
-            else:
-                self.read(sequences[:1])
-        except BaseException:
-            restore()
-            raise
+        wanted = given(text, kwargs)
+        with self._call():
+            output = self._feed(self.model, self._some(wanted), **kwargs)
+            if torch.is_grad_enabled():
+                (self._layer if self._cache is None else self._cache).detach()
+        return output
+
+    def generate(self, prompt: Text | None = None, **kwargs: Any) -> Any:
+        """Continues a prompt with `model.generate`; the session takes in the prompt and the answer, each token once.
+
+        Returns the answer: a string for a string, else token ids `[1, T]`. `kwargs` are those of `generate`. With beams
+        or several sequences the session goes on with the first one returned.
+
+        Raises:
+            RuntimeError: the model was fed other tokens than the prompt's and the answer's; see `check_taken`.
+        """
+        wanted = given(prompt, kwargs)
+        with self._call(), torch.no_grad():
+            ids = self._some(wanted)
+            output = generate(self, ids, **kwargs)
+        sequences = output if isinstance(output, Tensor) else output.sequences
         if isinstance(prompt, str):
             return self.tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True)
         return sequences[:, ids.shape[1] :] if isinstance(output, Tensor) else output
 
-    def answer(self, prompt: str | Tensor | list[int], **kwargs: Any) -> Iterator[Any]:
+    def answer(self, prompt: Text | None = None, **kwargs: Any) -> Iterator[Any]:
         """`generate`, a piece at a time: text as it comes for a string, else token ids.
 
         The loop over it may be left at any time: the session has then taken in the prompt and exactly the pieces that
@@ -236,47 +255,55 @@ class Session:
 
         Raises:
             ValueError: a way of generating that does not choose one token after another.
-            RuntimeError: in the loop, when it has used the session for something else; use a fork for that.
+            RuntimeError: in the loop, when it or another thread has used the session for something else; use a fork
+                for that.
         """
-        ids = self.ids(prompt)
-        choosing = Choosing(self.model, ids, self.cache, **kwargs)
-        return self._answer(ids, choosing, TextPieces(self.tokenizer) if isinstance(prompt, str) else None)
+        wanted = given(prompt, kwargs)
+        with self.lock.use():
+            ids = self._some(wanted)
+            choosing = Choosing(self.model, ids, self.cache, **kwargs)
+            text = TextPieces(self.tokenizer) if isinstance(prompt, str) else None
+            return answer(self, ids, choosing, text)
 
-    def _answer(self, ids: Tensor, choosing: Choosing, text: TextPieces | None) -> Iterator[Any]:
-        restore, logits, stood = self._snapshot(), None, self._standing()
-        while not choosing.done:
-            if any(now is not then for now, then in zip(self._standing(), stood, strict=True)):
-                raise RuntimeError("the session was used while it answers; leave the loop first, or use session.fork()")
-            try:
-                with torch.no_grad():
-                    if logits is None:
-                        logits = self.forward(ids, **choosing.forward).logits[:, -1]
-                    token = choosing.choose(logits)
-                    logits = self.forward(token).logits[:, -1]
-                piece = int(token) if text is None else text.more(choosing.answer[0], last=choosing.done)
-            except BaseException:
-                restore()
-                raise
-            stood = self._standing()
-            if piece != "":
-                restore = self._snapshot()
-                yield piece
+    def chat(self, messages: Messages, **kwargs: Any) -> str:
+        """Says something to the model in the words of its chat template, and returns the answer.
+
+        `messages` are what is new: a user's text, or a list of `{"role": ..., "content": ...}`; what was said before is
+        in the session. The answer is closed as the template closes answers: the next turn begins where a turn begins.
+        `kwargs` are those of `generate`; an answer has at most 512 tokens unless they say otherwise.
+
+        Raises:
+            ValueError: no tokenizer, or messages that its template does not take.
+        """
+        if self.tokenizer is None:
+            raise ValueError("a chat needs a tokenizer: Session(model, tokenizer)")
+        turns = Turns(self.tokenizer)
+        with self._call():
+            prompt = turns.message(messages, first=self.is_new)
+            output = self.generate(prompt, **turns.ways(self.model, kwargs))
+            said = output[0] if isinstance(output, Tensor) else output.sequences[0, prompt.shape[1] :]
+            if (closing := turns.closing(said.tolist())) is not None:
+                self.read(closing)
+        return self.tokenizer.decode(said, skip_special_tokens=True)
 
     def flush(self) -> None:
         """Ends the running segment now: what waits is written, and a window of one segment starts anew."""
-        if self.stream is not None and self.stream.counts[0]:
-            with torch.no_grad():
-                if self._cache is not None:
-                    self._router.flush(examine(self.model).trunk, self._cache, (0,))
-                else:
-                    self._layer.stream = self.stream.commit(self._router.memory, [0])
+        with self._call(), torch.no_grad():
+            if self.stream is None or not self.stream.counts[0]:
+                return
+            if self._cache is not None:
+                self._router.flush(examine(self.model).trunk, self._cache, (0,))
+            else:
+                self._layer.stream = self.stream.commit(self._router.memory, [0])
 
+    @alone
     def reset(self) -> None:
         """Forgets everything."""
         if self._cache is not None:
             self._cache.reset()
         self._layer.reset()
 
+    @alone
     def fork(self) -> Session:
         """An independent session that begins with what this one has read."""
         other = Session(self.model, self.tokenizer, window=self.window, keep_text=self.keep_text)
@@ -359,6 +386,7 @@ class Session:
         check_written(tensors, meta, self.model)
         return tensors, meta
 
+    @alone
     def contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `save` writes, as tensors and their description."""
         tensors, meta = {}, self._description()
@@ -416,6 +444,25 @@ class Session:
     @property
     def _router(self) -> Router:
         return router_of(self.model)
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        """One use of the session: alone, as in evaluation, and as if it had not been where it fails."""
+        with self.lock.use():
+            restore = self._snapshot()
+            try:
+                with evaluating(self.model):
+                    yield
+            except BaseException:
+                restore()
+                raise
+
+    def _some(self, text: Text) -> Int[Tensor, "1 t"]:
+        """Its ids, of which there must be one at least."""
+        ids = self.ids(text)
+        if not ids.shape[1]:
+            raise ValueError("the input is empty (no token), and the model needs one to go on from")
+        return ids
 
     def _adopt(self, cache: MemoryCache) -> None:
         self._cache, self._layer = cache, cache.memory

@@ -72,6 +72,13 @@ def check_range(name: str, numbers: Tensor, least: int, most: int) -> None:
         raise StateError(f"{name} goes from {low} to {high}, and can be {least} to {most}")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in it; what holds no such numbers is finite. In one pass, no copy."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(end) for end in tensor.aminmax())
+
+
 def select(state: State, rows: Int[Tensor, " n"]) -> State:
     """Rows by index, in that order, repeats allowed (beam search)."""
     return map_state(state, lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
@@ -98,10 +105,12 @@ def level(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def grow(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     """A tensor padded with zeros to `sizes` in every dimension but the first."""
-    missing = [size - have for size, have in zip(sizes, tensor.shape[1:], strict=True)]
-    if not any(missing):
-        return tensor
-    return torch.nn.functional.pad(tensor, [amount for gap in reversed(missing) for amount in (0, gap)])
+    for dim, size in enumerate(sizes, 1):
+        if size != tensor.shape[dim]:
+            # not `pad`: that of torch 2.8 refuses a tensor that is empty in another dimension
+            missing = [*tensor.shape[:dim], size - tensor.shape[dim], *tensor.shape[dim + 1 :]]
+            tensor = torch.cat([tensor, tensor.new_zeros(missing)], dim)
+    return tensor
 
 
 def shrink(state: State, least: State) -> State:

@@ -189,9 +189,10 @@ class SessionStore:
             StoreError: more bytes than `size_limit`, or a database that cannot be reached.
             ValueError: a name that is empty, too long, or no text that can be stored.
         """
-        tensors, meta = session.checked()
-        session.stored = self._write(name, to_bytes(tensors, meta), meta, session.stored, ttl, overwrite)
-        return session.stored.version
+        with session.lock.use():  # of two threads that put it, the second would find the first one's version
+            tensors, meta = session.checked()
+            session.stored = self._write(name, to_bytes(tensors, meta), meta, session.stored, ttl, overwrite)
+            return session.stored.version
 
     def delete(self, name: str) -> Entry:
         """Removes a session, expired or not, and returns what was removed; raises `NotStored` if there is none."""

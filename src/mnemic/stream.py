@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mnemic.history import Log, told_of
 from mnemic.memories.base import Memory
-from mnemic.state import State, StateError, append_rows, concatenate, detach, nbytes, put, repeat, select
+from mnemic.state import State, StateError, append_rows, concatenate, detach, level, nbytes, put, repeat, select
 
 
 @dataclass(frozen=True)
@@ -247,8 +247,7 @@ class Stream:
     @staticmethod
     def concatenate(streams: Sequence[Stream]) -> Stream:
         """Several batches of streams as one."""
-        widest = max(stream.waiting.shape[1] for stream in streams)
-        waiting = [torch.nn.functional.pad(s.waiting, (0, 0, 0, widest - s.waiting.shape[1])) for s in streams]
+        waiting = level([stream.waiting for stream in streams])
         ledgers = (tuple(itertools.chain(*each)) for each in zip(*(stream._ledgers for stream in streams), strict=True))
         return Stream(concatenate([stream.state for stream in streams]), torch.cat(waiting), *ledgers)
 

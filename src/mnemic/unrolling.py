@@ -182,6 +182,17 @@ def obstacle_to_parallel(model: nn.Module, window: int) -> str | None:
     return None
 
 
+def can_read_ahead(model: nn.Module, cache: MemoryCache | None, stream: Stream | None) -> bool:
+    """Whether whole segments of what comes next may go through the base as one batch: no row has begun one, and none
+    depends on another. `cache` is None for encoders.
+    """
+    if cache is None or (size := cache.settings[0]) is None:
+        return False
+    counts = stream.counts if stream is not None else ()
+    running = cache.window.running if cache.window is not None else ()  # it moves on while the memory is disabled, too
+    return not any((*counts, *running)) and obstacle_to_parallel(model, size) is None
+
+
 # --- one after another -----------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from mnemic.analysis.inside import Contents, Words, contents
 from mnemic.analysis.page import render, values
 from mnemic.analysis.terminal import view
+from mnemic.attachment import attached
 
 if TYPE_CHECKING:
     from mnemic.session import Session
@@ -23,13 +24,16 @@ class Shown:
 
     contents: Contents
     words: Words | None = None
+    trained: bool | None = None
+    histograms: bool = False
 
     @classmethod
-    def of(cls, session: Session) -> Shown:
+    def of(cls, session: Session, *, histograms: bool = False) -> Shown:
         """The view of a session; in words where its text is kept and it has a tokenizer."""
-        found = contents(*session.contents(), "session")
+        found, trained = contents(*session.contents(), "session"), attached(session.model).trained
         ids = found.log.ids
-        return cls(found, Words(ids, session.tokenizer) if ids and session.tokenizer is not None else None)
+        words = Words(ids, session.tokenizer) if ids and session.tokenizer is not None else None
+        return cls(found, words, trained, histograms)
 
     @property
     def html(self) -> str:
@@ -42,7 +46,7 @@ class Shown:
         return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{html.escape(self.html)}"></iframe>'
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield view(self.contents, self.words)
+        yield view(self.contents, self.words, histograms=self.histograms, trained=self.trained)
 
     def __str__(self) -> str:
         text = io.StringIO()

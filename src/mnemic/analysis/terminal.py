@@ -24,15 +24,23 @@ LEVELS = {"long": ("long-term", BLUE), "short": ("short-term", AMBER), "working"
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def view(found: Contents, words: Words | None = None, top: int = 10) -> RenderableType:
-    """All that `mnemic inspect` shows of a session; of engrams, slots and other places the first `top`."""
-    parts: list[RenderableType] = [_head(found)]
-    if not found.state:
-        parts.append(Text("nothing was read yet", style=QUIET))
-    elif found.kind == "memoria":
-        parts += _memoria(found, top)
-    else:
-        parts += [_places(group) for group in inside.groups(found)]
+def view(
+    found: Contents,
+    words: Words | None = None,
+    top: int = 10,
+    *,
+    histograms: bool = False,
+    trained: bool | None = None,
+) -> RenderableType:
+    """All that `mnemic inspect` shows of a session; of engrams, slots and other places the first `top`.
+
+    `trained` is whether the memory is, None where that is not known.
+    """
+    parts: list[RenderableType] = [Text(summary(found, trained), style="bold"), _head(found)]
+    if found.state and found.kind == "memoria":
+        parts += _memoria(found, top, histograms)
+    elif found.state:
+        parts += [_places(group, histograms) for group in inside.groups(found)]
     parts += [table for table in (_matrices(found), _queues(found), _written(found, words, top)) if table is not None]
     if found.state:
         parts.append(_tensors(found))
@@ -40,14 +48,23 @@ def view(found: Contents, words: Words | None = None, top: int = 10) -> Renderab
     return Together(*parts)
 
 
+def summary(found: Contents, trained: bool | None = None) -> str:
+    """How much was read and written, and whether the memory is trained, in one line."""
+    length, seen, written = found.meta["memory"]["segment_length"], found.ledger("seen"), found.ledger("written")
+    said = f"{seen:,} token{'s' * (seen != 1)} read, {written:,} segment{'s' * (written != 1)} of {length:,} written"
+    if not found.state:
+        said = "nothing was read yet"
+    told = {None: "", True: "; the memory is trained", False: "; the memory is not trained"}
+    return said + told[trained]
+
+
 def _head(found: Contents) -> RenderableType:
     meta, length, rest = found.meta, found.meta["memory"]["segment_length"], found.rest
-    seen, waiting, written = (found.ledger(name) for name in ("seen", "counts", "written"))
+    waiting = found.ledger("counts")
     held = int(rest["window.valid"].sum()) if "window.valid" in rest else 0
     table = _pairs()
     table.add_row("memory", f"{escape(found.title)} [{QUIET}]{escape(meta['memory_fingerprint'])}")
     table.add_row("base", f"{escape(meta['base_model'] or 'unnamed')} [{QUIET}]{escape(meta['base_fingerprint'])}")
-    table.add_row("read", f"{seen:,} tokens, {written:,} segment{'s' * (written != 1)} of {length:,} written")
     if writes := found.log.records():
         table.add_row("written", f"from {inside.clock(writes[0]['time'])} to {inside.clock(writes[-1]['time'])}")
     table.add_row("waiting", Text.assemble(bar(waiting, length, 20), f" {waiting:,} of {length:,} tokens"))
@@ -176,7 +193,7 @@ def _passage(entry: dict[str, Any]) -> Text:
 # --- slots, matrices, queues -----------------------------------------------------------------------------------------
 
 
-def _places(group: Group) -> RenderableType:
+def _places(group: Group, histograms: bool) -> RenderableType:
     """Norms of slots or rows, and how alike they are: those that say the same hold one thing."""
     norms, cosine = group.vectors.norm(dim=-1), group.cosine
     upper = torch.triu_indices(len(cosine), len(cosine), 1)
@@ -193,10 +210,11 @@ def _places(group: Group) -> RenderableType:
         table.add_row("directions in use", f"{group.directions:.1f} of {min(group.vectors.shape)}")
     for name, values in group.columns.items():
         table.add_row(name, f"{_range(values, '{:.2f}')}, mean {np.mean(values):.2f}")
-    shapes = [histogram(norms.numpy(), f"norms of {group.unit[1]}")]
-    if len(pairs):
+    shapes = [histogram(norms.numpy(), f"norms of {group.unit[1]}")] if histograms else []
+    if histograms and len(pairs):
         shapes.append(histogram(pairs.numpy(), "similarity of pairs (cosine)", colour=AMBER))
-    return Panel(Together(table, Columns(shapes, padding=(1, 4))), title=group.name, title_align="left")
+    parts = [table, Columns(shapes, padding=(1, 4))] if shapes else [table]
+    return Panel(Together(*parts), title=group.name, title_align="left")
 
 
 def _matrices(found: Contents) -> RenderableType | None:
@@ -225,8 +243,8 @@ def _queues(found: Contents) -> RenderableType | None:
 # --- Memoria ---------------------------------------------------------------------------------------------------------
 
 
-def _memoria(found: Contents, top: int) -> list[RenderableType]:
-    """Levels, the engrams that fired most with their strongest ties, ages and lifespans."""
+def _memoria(found: Contents, top: int, histograms: bool) -> list[RenderableType]:
+    """Levels, the engrams that fired most with their strongest ties, and ages and lifespans where they are wanted."""
     from mnemic.analysis.memoria import Moment
 
     state, moment = found.state, Moment.of(found.state)
@@ -250,17 +268,20 @@ def _memoria(found: Contents, top: int) -> list[RenderableType]:
             _range(moment.ages(ids), "{:,.0f}"),
             _range(spans, "{:,.1f}"),
         )
-    ages = histogram(moment.ages(moment.ids), "ages, segments", whole=True)
-    spans = histogram(moment.lifespans, "lifespans left, segments", colour=AMBER)
     (group,) = inside.groups(found)
     alike = f"engrams are alike by {group.cosine.mean():.3f} on the mean"
     if group.directions is not None:
         alike += f", {group.directions:.1f} directions in use"
-    return [
-        Panel(Together(levels, Text(alike, style=QUIET)), title=f"engrams at step {moment.step:,}", title_align="left"),
+    title = f"engrams at step {moment.step:,}"
+    parts: list[RenderableType] = [
+        Panel(Together(levels, Text(alike, style=QUIET)), title=title, title_align="left"),
         _strongest(found, moment, group, top),
-        Columns([ages, spans], padding=(1, 4)),
     ]
+    if histograms:
+        ages = histogram(moment.ages(moment.ids), "ages, segments", whole=True)
+        spans = histogram(moment.lifespans, "lifespans left, segments", colour=AMBER)
+        parts.append(Columns([ages, spans], padding=(1, 4)))
+    return parts
 
 
 def _strongest(found: Contents, moment: Any, group: Group, top: int) -> Table:

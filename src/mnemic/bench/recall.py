@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from mnemic.attachment import Attachment, memory_cache
 from mnemic.bench.results import Score
-from mnemic.controls import CONDITIONS, conditions, parts
+from mnemic.controls import CONDITIONS, conditions, others, parts
 from mnemic.host.arguments import with_cache
 from mnemic.host.release import GENERATE_CACHE
 from mnemic.state import State
@@ -248,7 +248,7 @@ def _ask_all(
     episode = task.tell(rows, source, segments=places.segments, corrected=places.corrected)
     laid = task.lay(episode, places.draw(rows, source), places.total, source)
     stream = read_stream(attachment, laid, progress)
-    states = conditions(attachment, stream.state)
+    states = conditions(attachment, stream.state, others(laid))
     outdated = replace(episode, values=torch.where(episode.before < 0, episode.values, episode.before))
     right: dict[str, list[Tensor]] = {name: [] for name in CONDITIONS}
     floors: list[dict[str, Tensor]] = []

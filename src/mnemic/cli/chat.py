@@ -128,16 +128,11 @@ class Chat:
         keep_text: bool = False,
         ways: dict[str, Any] | None = None,
     ) -> None:
-        from mnemic.cli.turns import Turns
+        from mnemic.turns import Turns
 
         self.model, self.tokenizer, self.store, self.name = model, tokenizer, store, name
         self.keep_text, self.turns = keep_text, Turns(tokenizer)
-        self.ways = dict(ways or {})
-        config = model.generation_config
-        if getattr(config, "eos_token_id", None) is None and tokenizer.eos_token_id is not None:
-            self.ways["eos_token_id"] = tokenizer.eos_token_id
-        if getattr(config, "pad_token_id", None) is None:
-            self.ways["pad_token_id"] = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        self.ways = self.turns.ways(model, ways or {})
         self.spent: tuple[int, float] | None = None
         self.unsaved = False
         self.session = self._stored() or self._new()
@@ -147,12 +142,18 @@ class Chat:
         kind = mnemic.attached(self.model).config
         if memory is None:
             self.say(
-                f"No --memory: this one is not trained, so nothing is remembered beyond the last {kind.window:,} "
-                "tokens. `mnemic train` makes one.",
+                "No --memory: this one is not trained, so nothing is remembered beyond the window. "
+                "`mnemic train` makes one.",
                 "yellow",
             )
         seen = self.session.stream.seen[0] if self.session.stream is not None else 0
         stands = f"goes on after {seen:,} tokens" if seen else "is new"
+        self.say(
+            f"Window: the last {self.session.window or seen:,} tokens, as they were. Memory ({kind.kind}): "
+            f"{self.session.stream.written[0] if seen and self.session.stream else 0:,} segments of "
+            f"{kind.segment_length:,} written.",
+            QUIET,
+        )
         how = "" if self.turns.template else " The model has no chat template: it continues what you write."
         self.say(f"Session {self.name!r} in {self.store.url} {stands}.{how} /help lists commands.", QUIET)
 
@@ -185,7 +186,7 @@ class Chat:
         begun, said = time.monotonic(), []
         with interrupts() as stop:
             try:
-                prompt = self.turns.message(text, first=self.session.stream is None)
+                prompt = self.turns.message(text, first=self.session.is_new)
                 pieces = TextPieces(self.tokenizer)
                 with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C, in the middle of a step
                     for token in self.session.answer(prompt, **self.ways):
@@ -239,6 +240,10 @@ class Chat:
     def memory(self) -> None:
         """what the memory holds: its slots or engrams, and what wrote them"""
         console.print(self.session.show())
+
+    def histograms(self) -> None:
+        """the same, and how norms, similarities, ages and lifespans are spread"""
+        console.print(self.session.show(histograms=True))
 
     def cost(self) -> None:
         """bytes, tokens and seconds"""
@@ -323,6 +328,5 @@ class Chat:
         console.file.flush()
 
 
-COMMANDS: dict[str, Callable[[Chat], None]] = {
-    name: getattr(Chat, name) for name in ("memory", "cost", "reset", "forget", "reload", "overwrite", "help")
-}
+_NAMES = ("memory", "histograms", "cost", "reset", "forget", "reload", "overwrite", "help")
+COMMANDS: dict[str, Callable[[Chat], None]] = {name: getattr(Chat, name) for name in _NAMES}

@@ -30,6 +30,9 @@ def inspect(
     text: Annotated[
         Path | None, typer.Option(help="The text that was read, from its beginning, where the session kept none.")
     ] = None,
+    histograms: Annotated[
+        bool, typer.Option("--histograms", help="How norms, similarities, ages and lifespans are spread.")
+    ] = False,
     graph: Annotated[Path | None, typer.Option(help="Memoria: draw the engrams and their ties to this PNG.")] = None,
 ) -> None:
     """What a saved session holds: its memory, what was written when, what waits, its window, and whose it is."""
@@ -46,7 +49,7 @@ def inspect(
                 draw(found, graph)
             if page is not None:
                 write_page(found, page, words)
-            return view(found, words, top)
+            return view(found, words, top, histograms=histograms)
         except (StateError, OSError, ImportError):
             raise
         except Exception as error:
@@ -82,12 +85,13 @@ def words_of(found: Contents, tokenizer: str | None, text: Path | None) -> Words
     from transformers import AutoTokenizer
 
     from mnemic.analysis.inside import Words
+    from mnemic.texts import token_ids
 
     if text is None and not ids:
         raise ValueError(f"{found.name} kept no text (keep_text); name the text that was read: --text FILE")
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     if text is not None:
-        ids = loaded(text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
+        ids = token_ids(text.read_text("utf-8"), loaded, start=True, end=False)[0].tolist()  # as Session.read does
     return Words(ids or [], loaded)
 
 

@@ -18,6 +18,7 @@ from mnemic.cli.analyse import analyse
 from mnemic.cli.bench import bench
 from mnemic.cli.capacity import capacity
 from mnemic.cli.chat import chat
+from mnemic.cli.fetch import fetch
 from mnemic.cli.inspect import inspect, look_inside
 from mnemic.cli.peers import peers
 from mnemic.cli.show import Show, console, listing
@@ -41,6 +42,7 @@ app.add_typer(tasks_app, name="tasks", rich_help_panel=RESEARCH)
 app.add_typer(store_app, name="store")
 app.command()(chat)
 app.command()(train)
+app.command()(fetch)
 app.command()(inspect)
 
 

@@ -28,7 +28,7 @@ class Table(RichTable):
         super().add_column(*given, **{"overflow": "fold", **options})
 
 
-def listing(entries: Iterable[tuple[str | Text, str | Text, Mapping[str, str | Text]]]) -> Table:
+def listing(entries: Iterable[tuple[str | Text, str | Text, Mapping[str, str | Text]]]) -> RichTable:
     """Entries one below another: a name, what it is called, and facts by name."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bright_black")

@@ -36,6 +36,9 @@ COMPUTED_ROTARY_LIMIT = 2**17
 COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet")
 """Encoders whose first position is `pad_token_id + 1`, so that their table holds fewer."""
 
+FIRST_TOKENS = 32
+"""Rows of embeddings and heads that tell a base: what is added to them comes behind."""
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -92,7 +95,7 @@ def examine(model: nn.Module) -> Anatomy:
     takes_positions = "position_ids" in parameter_names(type(trunk))
     if getattr(text, "alibi", False) or not takes_positions:
         positions = None
-    elif any("Rotary" in type(module).__name__ for module in trunk.modules()):
+    elif any(_computes_rotations(module) for module in trunk.modules()):
         positions = COMPUTED_ROTARY_LIMIT
     else:
         positions = text.max_position_embeddings
@@ -130,6 +133,11 @@ def _check_keys(name: str, config: Any) -> None:
             )
 
 
+def _computes_rotations(module: nn.Module) -> bool:
+    """Whether a module is a rotary embedding for any position, not one that looks them up in a table (GPT-J)."""
+    return "Rotary" in type(module).__name__ and any("inv_freq" in name for name in module._buffers)
+
+
 def _is_causal(trunk: PreTrainedModel, model_type: str) -> bool:
     said = [module.is_causal for module in trunk.modules() if isinstance(getattr(module, "is_causal", None), bool)]
     if said:
@@ -151,24 +159,41 @@ def fingerprint(model: nn.Module) -> str:
 
     Values enter in bfloat16, 32 from each parameter, so a model loaded in float32 and in bfloat16 is the same base,
     and a memory or an adapter attached to it changes nothing. One whose wider weights were rounded to float16 is
-    another: what float16 rounds, bfloat16 rounds again. Offloaded weights are read from where they are; sharded ones
-    are gathered one by one, so all processes must ask at once.
+    another: what float16 rounds, bfloat16 rounds again. Of what has a row for each token, the first rows count: one
+    with tokens added (`resize_token_embeddings`) is the same base. Offloaded weights are read from where they are;
+    sharded ones are gathered one by one, so all processes must ask at once.
 
     Raises:
         ValueError: weights on the meta device that were never loaded.
     """
+    return fingerprints(model)[0]
+
+
+def fingerprints(model: nn.Module) -> tuple[str, str]:
+    """Those that a file of this model may have: `fingerprint`, and the one that was written while every row counted."""
     base = unwrapped(model)
-    return remembered(base, lambda: _fingerprint(base), without=MEMORY_NAME)
+    first, second = remembered(base, lambda: " ".join(_fingerprints(base)), without=MEMORY_NAME).split()
+    return first, second
 
 
-def _fingerprint(base: nn.Module) -> str:
-    digest = hashlib.sha256(own_class(base).__name__.encode())
+def _fingerprints(base: nn.Module) -> tuple[str, str]:
+    kind = own_class(base).__name__.encode()
+    first, second = hashlib.sha256(kind), hashlib.sha256(kind)
+    assert isinstance(base, PreTrainedModel)
+    ends = [end for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end is not None]
+    by_token = {id(parameter) for end in ends for parameter in end.parameters()}
     tied = getattr(base, "all_tied_weights_keys", {})  # offloading unties them
     for name, weight in sorted(weights(base, MEMORY_NAME).items()):
         if name not in tied:
-            digest.update(f"{name}{tuple(weight.parameter.shape)}".encode())
-            digest.update(_sample(weight.value()))
-    return digest.hexdigest()[:16]
+            value, shape = weight.value(), tuple(weight.parameter.shape)
+            whole = f"{name}{shape}".encode(), _sample(value)
+            few = whole
+            if id(weight.parameter) in by_token:
+                few = f"{name}{shape[1:]}".encode(), _sample(value[:FIRST_TOKENS])
+            for digest, parts in ((first, few), (second, whole)):
+                for part in parts:
+                    digest.update(part)
+    return first.hexdigest()[:16], second.hexdigest()[:16]
 
 
 def _sample(tensor: Tensor) -> bytes:

@@ -21,8 +21,8 @@ class MemoryLayer(DummyLayer):
     It stores no keys: masks, sizes and early initialisation skip it.
     """
 
-    # A rollback is exact for tokens of the last call alone (`crop`), which is what assisted decoding needs, no more.
-    is_croppable = False
+    # for tokens of the last call, which are all that assisted decoding takes back
+    is_croppable = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +55,11 @@ class MemoryLayer(DummyLayer):
     def reset(self) -> None:
         """The streams are forgotten."""
         self.stream = self.replay = None
+
+    def detach(self) -> None:
+        """Cuts what is carried out of any gradient."""
+        self._map(Stream.detach)
+        self.replay = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens of the last call by writing that call again without them."""
@@ -96,6 +101,10 @@ def snapshot(cache: Cache) -> Callable[[], None]:
     return restore
 
 
+LEDGERS = ("context", "running", "position", "taken")
+"""What a window counts for each row."""
+
+
 @dataclass(frozen=True)
 class Window:
     """Which of the base's keys each row may still see, and where its next token stands. Immutable.
@@ -106,6 +115,7 @@ class Window:
 
     `valid [b, kept]` marks, of the keys that are physically there, those of real tokens inside the row's window.
     Keys of memory tokens, of which at most `beside` come with a segment, are kept and leave as those of words do.
+    `taken[b]` counts the words that came through the base since the window was made here: it is in no file.
     """
 
     size: int | None
@@ -116,6 +126,7 @@ class Window:
     context: tuple[int, ...]
     running: tuple[int, ...]
     position: tuple[int, ...]
+    taken: tuple[int, ...] = (0,)
 
     @staticmethod
     def new(
@@ -124,7 +135,7 @@ class Window:
         """The window of `batch` streams at their beginning."""
         zeros = (0,) * batch
         valid = torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        return Window(size, segment_length, limit, beside, valid, zeros, zeros, zeros)
+        return Window(size, segment_length, limit, beside, valid, zeros, zeros, zeros, zeros)
 
     @property
     def kept(self) -> int:
@@ -167,12 +178,17 @@ class Window:
         keep = torch.ones(batch, time, dtype=torch.bool, device=self.valid.device) if keep_bt is None else keep_bt
         added = [time] * batch if keep_bt is None else keep_bt.sum(1).tolist()
         counted = [words.stop - words.start] * batch if keep_bt is None else keep_bt[:, words].sum(1).tolist()
-        context, running, position = (
+        context, running, position, taken = (
             tuple(value + new for value, new in zip(values, more, strict=True))
-            for values, more in ((self.context, added), (self.running, counted), (self.position, added))
+            for values, more in (
+                (self.context, added),
+                (self.running, counted),
+                (self.position, added),
+                (self.taken, counted),
+            )
         )
         valid = torch.cat([self.valid, keep], 1)
-        return replace(self, valid=valid, context=context, running=running, position=position)
+        return replace(self, valid=valid, context=context, running=running, position=position, taken=taken)
 
     def close_segment(self, rows: Sequence[int]) -> Window:
         """`rows` end their segment: the oldest keys leave so that another segment fits."""
@@ -195,20 +211,15 @@ class Window:
     def select(self, rows: Sequence[int]) -> Window:
         """Rows by index, repeats allowed."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self.valid.device)
-        ledgers = [tuple(values[row] for row in rows) for values in (self.context, self.running, self.position)]
-        return replace(
-            self, valid=self.valid[index], **dict(zip(("context", "running", "position"), ledgers, strict=True))
-        )
+        ledgers = {name: tuple(getattr(self, name)[row] for row in rows) for name in LEDGERS}
+        return replace(self, valid=self.valid[index], **ledgers)
 
     @staticmethod
     def concatenate(windows: Sequence[Window]) -> Window:
         """Rows of several windows of one size, one after another; those that hold less have theirs on the right."""
         kept = max(window.kept for window in windows)
         valid = [torch.nn.functional.pad(window.valid, (kept - window.kept, 0)) for window in windows]
-        ledgers = {
-            name: tuple(value for window in windows for value in getattr(window, name))
-            for name in ("context", "running", "position")
-        }
+        ledgers = {name: tuple(value for window in windows for value in getattr(window, name)) for name in LEDGERS}
         return replace(windows[0], valid=torch.cat(valid), **ledgers)
 
 
@@ -308,6 +319,18 @@ class MemoryCache(DynamicCache):
         """Everything is forgotten."""
         super().reset()
         self.window = None
+
+    def detach(self) -> None:
+        """Cuts memory and keys out of any gradient."""
+        self.memory.detach()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Never: keys that have left the window do not come back."""
+        return False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: keys that left the window cannot come back."""

@@ -2,15 +2,81 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import StoppingCriteria
 from transformers.generation.configuration_utils import GenerationMode
 
 from mnemic.host.cache import MemoryCache
 from mnemic.host.release import GENERATE_CACHE
+
+
+def ways(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` on a session's cache, which no config may leave out or replace."""
+    kwargs = dict(kwargs)
+    if (config := kwargs.get("generation_config")) is not None:
+        kwargs["generation_config"] = config = copy.deepcopy(config)
+        config.use_cache = True
+    else:
+        kwargs["use_cache"] = True
+    if setting(model, kwargs, "cache_implementation") is not None:
+        kwargs["cache_implementation"] = None
+    return kwargs
+
+
+def setting(model: nn.Module, kwargs: dict[str, Any], name: str) -> Any:
+    """What `generate` goes by: its argument, else that of the config it is given, else that of the model's."""
+    if name in kwargs:
+        return kwargs[name]
+    configs = kwargs.get("generation_config"), getattr(model, "generation_config", None)
+    return next((found for config in configs if (found := getattr(config, name, None)) is not None), None)
+
+
+def rows_of(model: nn.Module, kwargs: dict[str, Any]) -> int:
+    """How many rows `generate` makes of one prompt."""
+    return max(setting(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
+
+
+def one_by_one(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether `generate` chooses one token after another, and returns nothing else."""
+    more = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "return_dict_in_generate")
+    more += ("dola_layers", "penalty_alpha", "constraints", "force_words_ids")
+    return rows_of(model, kwargs) == 1 and not any(setting(model, kwargs, name) for name in more)
+
+
+def refuse_prompts(model: nn.Module) -> None:
+    """Raises `RuntimeError` for a PEFT model that puts tokens or keys of its own before every call: a session would
+    read them again and again, or they would stand beside its window unseen.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise RuntimeError(
+            f"{type(model).__name__} puts tokens of its own before every call (prompt or prefix tuning), and a session "
+            "goes on from one call to the next; nothing was read. Use the model without that"
+        )
+
+
+def check_taken(model: nn.Module, taken: int, expected: int) -> None:
+    """Raises `RuntimeError` where a model gave a session other tokens than those it was called with."""
+    if taken != expected:
+        raise RuntimeError(
+            f"{type(model).__name__} gave the session {taken:,} token(s) where {expected:,} were to be read: it fed "
+            "some again, added some, or left the cache that it was given; nothing was read"
+        )
+
+
+class Counting(StoppingCriteria):
+    """Ends nothing: it notes how long the rows of `generate` are, the last token included; None before the first."""
+
+    length: int | None = None
+
+    def __call__(self, input_ids: Int[Tensor, "b t"], scores: Any, **kwargs: Any) -> Any:
+        """No row is done."""
+        self.length = input_ids.shape[1]
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class Choosing:
@@ -24,11 +90,9 @@ class Choosing:
         """Raises `ValueError` for ways of generating that do not choose one token after another, and for arguments that
         would have no part here.
         """
+        refuse_prompts(model)
         if kwargs.get("streamer") is not None:
             raise ValueError("a streamer is for Session.generate; here the tokens come to the caller as they are made")
-        for name in ("attention_mask", "position_ids", "inputs_embeds"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is the session's own; leave it out")
         caught: dict[str, Any] = {}
 
         def catch(
@@ -44,8 +108,11 @@ class Choosing:
             )
             return input_ids
 
+        if kwargs.get("custom_generate") is not None:
+            raise ValueError("custom_generate is for Session.generate; here one token is chosen after another")
         # the cache is looked at and not written to: what is prepared depends on what generate finds there
-        model.generate(ids, **{GENERATE_CACHE: cache.fork()}, custom_generate=catch, **kwargs)  # pyright: ignore
+        own = {GENERATE_CACHE: cache.fork(), "custom_generate": catch}
+        model.generate(ids, **own, **ways(model, kwargs))  # pyright: ignore[reportCallIssue]
         config = caught["config"]
         mode = config.get_generation_mode(kwargs.get("assistant_model"))
         several = max(config.num_beams or 1, config.num_return_sequences or 1)

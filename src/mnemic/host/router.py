@@ -55,6 +55,7 @@ class Router(nn.Module):
                 "leave it out"
             )
         self.frozen: list[nn.Parameter] = []
+        self.made_with: list[float] = []
         layers = range(self.depth) if memory.beside else {*memory.read_layers, *memory.written_layers}
         self.taps = nn.ModuleDict({str(layer): Tap(layer, self) for layer in sorted({max(0, each) for each in layers})})
 

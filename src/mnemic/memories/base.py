@@ -61,7 +61,8 @@ class MemoryConfig(ABC):
     """Settings of a mechanism: plain values (numbers, text, lists of them), each of the type it is declared with.
 
     `segment_length` is the number of a row's real tokens between two writes. `window` is how many of the latest tokens
-    the base itself sees while the memory is trained and used; one segment by default.
+    the base itself sees while the memory is trained and used. By default that is one segment in training, so that all
+    that is earlier must come through the memory, and in a session as much as `mnemic.attachment.default_window` says.
     """
 
     kind: ClassVar[str]

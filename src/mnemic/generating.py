@@ -1,0 +1,93 @@
+"""What a session generates, and that each token of it reaches the session once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from mnemic.host.cache import MemoryCache
+from mnemic.host.choosing import Choosing, Counting, TextPieces, check_taken, one_by_one, refuse_prompts, rows_of, ways
+from mnemic.host.evaluating import evaluating
+from mnemic.host.release import GENERATE_CACHE
+
+if TYPE_CHECKING:
+    from mnemic.session import Session
+
+
+def take_steps(session: Session, ids: Int[Tensor, "1 t"], choosing: Choosing) -> Iterator[Int[Tensor, "1 1"]]:
+    """Token after token, each taken in before it is given out."""
+    output = session._feed(session.model, ids, **choosing.forward)
+    while not choosing.done:
+        token = choosing.choose(output.logits[:, -1])
+        output = session._feed(session.model, token)
+        yield token
+
+
+def generate(session: Session, ids: Int[Tensor, "1 t"], *, streamer: Any = None, **kwargs: Any) -> Any:
+    """What `model.generate` returns, prompt included; the session has taken in the first row of it.
+
+    Raises:
+        RuntimeError: `generate` fed the model other tokens than those it returned.
+    """
+    refuse_prompts(session.model)
+    if one_by_one(session.model, kwargs):
+        choosing = Choosing(session.model, ids, session.cache, **kwargs)
+        if streamer is not None:
+            streamer.put(ids.cpu())
+        for token in take_steps(session, ids, choosing):
+            if streamer is not None:
+                streamer.put(token[0].cpu())
+        if streamer is not None:
+            streamer.end()
+        return choosing.ids
+    # generate works on a fork: it leaves out its last token, and with beams or several sequences it has many rows; the
+    # session then reads what was said, once
+    cache, counting = session.cache.fork(), Counting()
+    if cache.window is not None:
+        cache.batch_repeat_interleave(rows_of(session.model, kwargs))
+    before = _taken(cache)
+    criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), counting])
+    more = {GENERATE_CACHE: cache, "stopping_criteria": criteria, "streamer": streamer}
+    output = session.model.generate(ids, **more, **ways(session.model, kwargs))  # pyright: ignore[reportCallIssue]
+    if counting.length is not None:
+        check_taken(session.model, _taken(cache) - before, counting.length - 1)
+    session.read((output if isinstance(output, Tensor) else output.sequences)[:1])
+    return output
+
+
+def answer(
+    session: Session, ids: Int[Tensor, "1 t"], choosing: Choosing, text: TextPieces | None
+) -> Iterator[int | str]:
+    """Piece after piece. Nobody else may use the session from now on until the last one."""
+    return _pieces(session, take_steps(session, ids, choosing), choosing, text, session._standing())
+
+
+def _pieces(
+    session: Session, steps: Iterator[Tensor], choosing: Choosing, text: TextPieces | None, stood: tuple[Any, ...]
+) -> Iterator[int | str]:
+    restore = session._snapshot()
+    while not choosing.done:
+        with session.lock.use():
+            if any(now is not then for now, then in zip(session._standing(), stood, strict=True)):
+                raise RuntimeError("the session was used while it answers; leave the loop first, or use session.fork()")
+            try:
+                with evaluating(session.model), torch.no_grad():
+                    token = next(steps)
+                piece = int(token) if text is None else text.more(choosing.answer[0], last=choosing.done)
+            except BaseException:
+                restore()
+                raise
+            stood = session._standing()
+            if piece != "":
+                restore = session._snapshot()
+        if piece != "":  # between two pieces nothing is held: the loop may be left here for good
+            yield piece
+
+
+def _taken(cache: MemoryCache) -> int:
+    return cache.window.taken[0] if cache.window is not None else 0

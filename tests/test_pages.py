@@ -1,0 +1,70 @@
+"""The examples of the pages, each block run as it is written, one page after another, on SmolLM2 in bfloat16."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import mnemic
+from runs import prose
+
+pytestmark = pytest.mark.real
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = {
+    "README.md": 2,
+    "docs/chatbot.md": 5,
+    "docs/own-text.md": 3,
+    "docs/quickstart.md": 7,
+    "docs/chat.md": 1,
+    "docs/store.md": 1,
+    "docs/windows-and-sessions.md": 5,
+    "docs/families.md": 1,
+}
+"""How many blocks of each are run, from the first on."""
+MECHANISMS = sorted((ROOT / "docs" / "mechanisms").glob("*.md"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a book, where SmolLM2 is at hand."""
+    try:
+        mnemic.fetch("smollm2")
+    except (mnemic.FetchError, ModuleNotFoundError) as error:
+        pytest.skip(f"no SmolLM2 here: {error}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text(prose(700))
+    return tmp_path
+
+
+def blocks(page):
+    return BLOCK.findall(page.read_text())
+
+
+def run(code, names):
+    exec(compile(code, "a page", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_of_a_page_run_as_they_are_written(page, here, capsys):
+    names: dict[str, object] = {"__name__": "page"}
+    for code in blocks(ROOT / page)[: PAGES[page]]:
+        run(code, names)
+    said = capsys.readouterr().out
+    if page == "docs/chatbot.md":
+        mine, anns, bobs = [line for line in said.splitlines() if line.strip()][-3:]
+        assert "Ann" in anns, (mine, anns, bobs)
+        assert "Ann" not in bobs, (mine, anns, bobs)
+
+
+@pytest.mark.parametrize("page", MECHANISMS, ids=lambda page: page.stem)
+def test_a_mechanism_is_attached_as_its_page_says(page, here):
+    names: dict[str, object] = {"__name__": "page"}
+    run(blocks(page)[0], names)
+    model = names["model"]
+    assert isinstance(model, torch.nn.Module)
+    assert mnemic.attached(model).config.kind == page.stem
