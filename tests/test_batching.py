@@ -256,7 +256,7 @@ def test_what_is_no_batch_is_refused():
         mnemic.batch([one, two, one])
     with pytest.raises(ValueError, match=r"session 1 is of another model \(LlamaForCausalLM\)"):
         mnemic.batch([one, mnemic.Session(host("llama", EMT))])
-    with pytest.raises(ValueError, match="session 1 has a window of 16 tokens, session 0 one of 8"):
+    with pytest.raises(ValueError, match="session 1 has a window of 16 tokens, session 0 one of 256"):
         mnemic.batch([one, mnemic.Session(model, window=16)])
     batch = mnemic.batch([one, two])
     with pytest.raises(ValueError, match=r"1 text\(s\) for 2 session\(s\)"):

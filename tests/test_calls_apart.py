@@ -137,7 +137,7 @@ def test_whatever_ends_a_call_leaves_nothing_behind(kind, place, error):
     model(ids, **{CACHE: cache})
     copied = cache.fork()
     expected = model(ids, **{CACHE: copied}).logits
-    session = mnemic.Session(model)
+    session = mnemic.Session(model, window=SEGMENT)
     session.read(ids)
     for call in (lambda: model(ids, **{CACHE: cache}), lambda: model(ids), lambda: session.forward(ids)):
         interrupted(model, place, error)

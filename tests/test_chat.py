@@ -458,8 +458,9 @@ def test_the_examples_of_the_pages_run(page, tmp_path, monkeypatch, capsys):
     assert len(blocks) >= (1 if page == "chat.md" else 5)
     monkeypatch.chdir(tmp_path)
     model = make("gpt2", vocab_size=101)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda _: model)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: tokenizer_of())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(mnemic, "fetch", lambda name: name)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer_of())
     names = {}
     for block in blocks:  # each goes on from the one before
         exec(block, names)

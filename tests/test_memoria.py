@@ -82,7 +82,7 @@ def test_a_decoder_reads_everywhere_and_writes_last():
     assert memory.writes_see_reads
     assert not memory.reads_own_segment
     assert memory.starts_empty
-    memory = SMALL.replace(read_layers=[-3, 1, 1], write_layer=-2).build(WIDTH, 6)
+    memory = SMALL.replace(read_layers=[-3, 1], write_layer=-2).build(WIDTH, 6)
     assert (memory.read_layers, memory.write_layer) == ((1, 3), 4)
     assert set(memory.readers) == {"1", "3"}
     # at the write layer itself it still reads first

@@ -107,7 +107,8 @@ def test_the_recipe(tmp_path):
     left = run("offloaded.py", tmp_path / "base", tmp_path)
     assert offloaded_blocks(left["model"]) > 0
     again = mnemic.Session.load(tmp_path / "alice.memory", left["model"])
-    assert again.stream.seen == (37 + 5 + 4,)
+    assert again.stream.seen == left["session"].stream.seen
+    assert 37 + 5 < again.stream.seen[0] <= 37 + 5 + 4
 
 
 def test_an_offloaded_memory_is_refused(tmp_path):

@@ -169,9 +169,10 @@ def observe(
     rows = torch.atleast_2d(torch.as_tensor(ids))
     if isinstance(reader, Session) and len(rows) != 1:
         raise ValueError(f"a session is one stream, got {len(rows)} rows of ids; pass the model instead")
+    window = router.segment_length if router.causal else None  # the engrams alone, not what a longer window shows
     history, keep = History([[] for _ in rows]), set(keep)
     for row, tokens in enumerate(rows):
-        session = reader if isinstance(reader, Session) else Session(model)
+        session = reader if isinstance(reader, Session) else Session(model, window=window)
         start = 0
         while start < len(tokens):
             waiting = session.stream.counts[0] if session.stream is not None else 0

@@ -219,10 +219,10 @@ def thousand(url: str, sessions: int, seed: int = 0, progress: Progress = quiet)
     config = EMTConfig(slots=SLOTS, dim=DIM, segment_length=16)
     model = gpt2_small()
     attach(model, config)
-    session = Session(model)
+    session = Session(model, window=config.segment_length)
     with SessionStore(url) as store:
         for number in range(sessions):
-            session = Session(model)
+            session = Session(model, window=config.segment_length)
             session.read(torch.randint(0, model.config.vocab_size, (1, config.segment_length)))
             store.put(f"user {number}", session, overwrite=True)
             progress(1)

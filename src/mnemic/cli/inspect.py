@@ -143,7 +143,7 @@ def look_inside(model: nn.Module, out: Path, seed: int = 0, fillers: int = 16) -
 
     task, generator = SymbolRecall(), torch.Generator().manual_seed(seed)
     told = task.tell(1, generator).told[:, 0]
-    session = Session(model, Symbols(), keep_text=True)
+    session = Session(model, Symbols(), window=task.segment_length, keep_text=True)
     session.read(torch.cat([told, task.filler(1, fillers, generator)], 1))
     out.mkdir(parents=True, exist_ok=True)
     session.save(out / "session.memory")

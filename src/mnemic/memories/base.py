@@ -142,6 +142,10 @@ class MemoryConfig(ABC):
         raw = object.__new__(cls)
         vars(raw).update(_defaults(cls) | settings)
         unused = raw.unused()
+        hints = get_type_hints(cls)
+        for name in unused.keys() & settings.keys():  # left out, but not taken on trust
+            if not is_a(settings[name], hints[name]):
+                raise ValueError(f"{name} is {settings[name]!r}; use {_readable(hints[name])}")
         return cls(**{name: value for name, value in settings.items() if name not in unused})
 
     def replace(self, **changes: Any) -> Self:

@@ -106,15 +106,11 @@ class MemoriaConfig(MemoryConfig):
             raise ValueError("read_layers is empty; name at least one block, or leave it out for all")
 
     def unused(self) -> dict[str, str]:
-        """The settings of a search that finds or returns nothing, and the seed where nothing is drawn."""
+        """The settings of a search that finds or returns nothing; a seed of what is not drawn asks for nothing."""
         found: dict[str, str] = {}
-        if self.reminded_ltm and not self.reminded_stm and not self.random_ltm_seeds:
-            found["reminded_ltm"] = "set reminded_stm or random_ltm_seeds above 0, where its search begins"
         if not self.reminded_ltm:
             searching = ("depth", "edges", "positive_edges", "random_ltm_seeds", "ties")
             found |= dict.fromkeys(searching, "set reminded_ltm above 0")
-        if not self.reservoir and (not self.reminded_ltm or (self.ties == "oldest" and not self.random_ltm_seeds)):
-            found["seed"] = "set ties='random', or random_ltm_seeds or reservoir above 0"
         return found
 
     def with_rule(self, rule: str) -> MemoriaConfig:
