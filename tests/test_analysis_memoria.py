@@ -211,7 +211,7 @@ def test_edges_that_are_left_out(watched):
 
 def test_observing_changes_nothing(model, watched):
     ids = tokens(2, 30 * SEGMENT)
-    session = mnemic.Session(model)
+    session = mnemic.Session(model, window=SEGMENT)
     session.read(ids[1:])
     assert session.stream is not None
     for name, tensor in session.stream.state.items():
@@ -220,7 +220,7 @@ def test_observing_changes_nothing(model, watched):
 
 def test_a_session_goes_on_where_it_stands(model, watched):
     ids = tokens(2, 30 * SEGMENT)[0]
-    session = mnemic.Session(model)
+    session = mnemic.Session(model, window=SEGMENT)
     session.read(ids[: 3 * SEGMENT + 5][None])
     history = observe(session, ids[3 * SEGMENT + 5 :])
     assert history.steps == list(range(4, 31))
