@@ -382,7 +382,8 @@ def test_embeddings_are_written_as_they_are_and_blocks_with_what_stands_before()
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_what_enters_the_first_block_can_be_watched(name):
     model, ids = make(name), tokens(2, SEGMENT)
-    anatomy = mnemic.attach(model, CONFIGS["fast-weights-0"]).anatomy
+    config = CONFIGS["fast-weights-0"].replace(write_layer="embeddings", read_layers=[0])
+    anatomy = mnemic.attach(model, config).anatomy
     wanted = {}
     with anatomy.blocks[0].register_forward_pre_hook(lambda block, args: wanted.update(entered=args[0])):
         model(ids)

@@ -561,7 +561,7 @@ def test_bytes_law():
         ({"widths": []}, r"widths are \[\]; give at least one, all above 0"),
         ({"widths": [1.0, 0.0]}, r"widths are \[1.0, 0.0\]; give at least one, all above 0"),
         ({"samples": 0}, "samples is 0; it must be at least 1"),
-        ({"bins": 0}, "bins is 0; it must be at least 1"),
+        ({"bins": 0, "sticky": True}, "bins is 0; it must be at least 1"),
         ({"dim": 10}, "dim 10 is not divisible by 4 heads; set heads= to a divisor"),
         ({"ridge": 0.0}, "ridge is 0.0; it must be above 0"),
         ({"prior": -1.0}, "prior is -1.0; it must be above 0"),

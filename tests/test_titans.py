@@ -299,7 +299,8 @@ def test_it_remembers_more_than_a_linear_memory_of_the_same_keys():
     values = torch.randn(1, 1, 24, 8, generator=generator, dtype=torch.float64)
     missed = {}
     for layers in (1, 2):
-        state, first = start(layers, rows=1, heads=1, size=8, expansion=8, written=False)
+        wide = {"expansion": 8} if layers > 1 else {}
+        state, first = start(layers, rows=1, heads=1, size=8, written=False, **wide)
         first[-1] = torch.zeros_like(first[-1])
         pairs = draw(24, 1, 1, 8, rate=0.3, log_momentum=-1, log_keep=0)._replace(key=keys, value=values)
         for _ in range(100):
@@ -453,7 +454,7 @@ def test_placement():
         assert (memory.read_layers, memory.write_layer) == ((middle,), middle)
         assert not memory.writes_see_reads
         assert build(depth=depth, context="tokens", read_layers=[]).write_layer == middle
-    memory = build(depth=12, read_layers=[-1, 0, 11], write_layer=-12)
+    memory = build(depth=12, read_layers=[-1, 0], write_layer=-12)
     assert (memory.read_layers, memory.write_layer) == ((0, 11), 0)
     assert build(read_layers=[0], write_layer=1).writes_see_reads
     encoder = TitansConfig(read_layers=[0, 1], write_layer=1).build(64, 2, causal=False)
@@ -464,7 +465,8 @@ def test_placement():
 def test_bytes_law():
     for layers, expansion, count in ((1, 4, 64), (2, 3, 2 * 3 * 64), (3, 2, 64 * (2 + 4 + 2))):
         for rows in (1, 4):
-            state = build(layers=layers, expansion=expansion).init_state(rows)
+            wide = {"expansion": expansion} if layers > 1 else {}
+            state = build(layers=layers, **wide).init_state(rows)
             assert nbytes(state) == rows * 8 * 2 * count
             assert not any(tensor.any() for tensor in state.values())
     assert nbytes(TitansConfig().build(64, 2).init_state(1)) == 512 * 1024

@@ -95,7 +95,7 @@ def test_accumulated_batches_count_by_their_labels(tmp_path):
     for curve, found in results[1:]:
         assert curve == pytest.approx(results[0][0], rel=1e-5)
         for name, parameter in found.items():
-            assert_near(parameter, results[0][1][name], 1e-4)
+            assert_near(parameter, results[0][1][name], 5e-4)
 
 
 class Penalised(mnemic.memories.emt.EMT):
@@ -243,8 +243,9 @@ def test_the_documentations_recipes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text(prose(4000))
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: make("gpt2"))
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: characters())
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: make("gpt2"))
+    monkeypatch.setattr(mnemic, "fetch", lambda name: name)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: characters())
     names = {}
     for block in blocks:
         exec(compile(block, "training.md", "exec", dont_inherit=True), names)
