@@ -10,10 +10,20 @@ import torch
 import transformers
 
 from mnemic.cli.show import console
+from mnemic.memories.registry import import_file
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--mechanism", metavar="FILE.py", help="a mechanism outside of the package, which the tests join")
+
+
+def pytest_configure(config):
+    if file := config.getoption("--mechanism"):
+        import_file(file)  # before the matrix is made of what is registered
 
 
 def pytest_collection_finish():

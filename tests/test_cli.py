@@ -209,6 +209,47 @@ def test_report_fills_and_check_tells_what_is_stale(root):
     assert mnemic_command("report", "--check", *options).exit_code == 1, "new results are not noticed"
 
 
+def test_report_of_a_folder_prints_scores_beside_their_controls_and_writes_nothing(root, monkeypatch):
+    monkeypatch.chdir(root)
+    mine = root / "mine"
+    record().save(mine / "deep")
+    (mine / "other.json").write_text("[1]")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    result = mnemic_command("report", mine)
+    assert result.exit_code == 0, result.output
+    for words in ("recall-symbols, emt on tiny, seed 0, %", "memory", *CONTROLS, "floor: chance", "ceiling", "90.0"):
+        assert all(word in result.output for word in words.split()), words
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    [path] = (mine / "deep").glob("*.json")
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    result = mnemic_command("report", mine)
+    assert result.exit_code == 1
+    assert "edited: " in result.output
+    path.unlink()
+    result = mnemic_command("report", mine)
+    assert result.exit_code == 2
+    assert "holds no result file" in result.output
+
+
+def test_report_outside_of_a_checkout_says_what_it_wants(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = mnemic_command("report")
+    assert result.exit_code == 2
+    assert "name a folder of result files" in " ".join(result.output.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [("demo",), ("report", "--root", ".", "--results", "results")])
+def test_without_matplotlib_the_extra_is_named_before_anything_is_done(words, root, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    before = sorted(root.rglob("*"))
+    result = mnemic_command(*words)
+    assert result.exit_code == 2
+    assert "this needs matplotlib: pip install 'mnemic[plot]'" in result.output
+    assert sorted(root.rglob("*")) == before
+
+
 @pytest.mark.parametrize("option", ["--seeds", "--lengths"])
 @pytest.mark.parametrize("value", ["one", "0,", "1.5", "0;1"])
 def test_no_list_of_numbers(option, value, tmp_path):

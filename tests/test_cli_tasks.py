@@ -126,6 +126,12 @@ def test_what_cannot_be_is_refused(words, says):
     assert says in " ".join(found.output.replace("│", " ").split())
 
 
+def test_floors_are_written_where_a_folder_is_named_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("floors", "digit", "--rows", 5).exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_floors_are_printed_and_written(tmp_path):
     found = run("floors", "digit", "--rows", 50, "--set", "segments=2,40", "--out", tmp_path)
     assert found.exit_code == 0, found.output

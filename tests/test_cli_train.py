@@ -61,6 +61,7 @@ def test_a_memory_is_trained_and_the_base_measured(host_folder, book, tmp_path):
     for name, value in found.items():
         assert f"{value:.3f}" in result.output, name
     assert f"{100 * (found['trained'] / found['disabled'] - 1):+.2f} %" in result.output
+    assert record.measures["verdict"] in result.output
     assert [step for step, _ in record.measures["loss"]] == [1, 2, 3, 4, 5, 6]
     # the same numbers by hand: the end of the book in rows of two segments, each segment on its own
     _, ((_, text),) = hold_out([("book", prose(4000))])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import mnemic
 from helpers import CACHE, CONFIGS, SEGMENT, assert_differ, assert_near, every_kind, host, tokens
 from mnemic import controls
 from mnemic.bench import asking, recall, sorting
-from mnemic.controls import CONDITIONS, CONTROLS, apart, conditions, measure, others, parts, zeroed
+from mnemic.controls import CONDITIONS, CONTROLS, apart, conditions, measure, others, parts, verdict, zeroed
 from mnemic.stream import Stream
 from mnemic.tasks.recall import SymbolStreams
 from mnemic.unrolling import IGNORED
@@ -158,3 +160,22 @@ def test_a_stream_that_is_left_over_is_asked_with_another_streams_memory():
     assert score.outcomes == {name: "".join("1" if each else "0" for each in found) for name, found in right.items()}
     with pytest.raises(ValueError, match=r"row 0 of \d has no other stream"):
         asking.evaluate(attachment, task, 1)
+
+
+def test_the_verdict_is_about_the_difference_to_another_stream():
+    labelled, own = torch.tensor([10.0, 20.0, 10.0, 0.0]), torch.tensor([20.0, 44.0, 18.0, 0.0])
+    better = verdict(labelled, own, own + labelled * 0.5)
+    assert better.startswith("the own memory is better than another stream's by +0.5000 nats a token over 4 rows")
+    assert better.endswith("something is remembered")
+    for other in (own, own - 5, own + torch.tensor([9.0, -8.0, 0.0, 0.0])):
+        assert "no better than another stream's" in verdict(labelled, own, other)
+        assert verdict(labelled, own, other).endswith("nothing is remembered")
+    # a single row has no spread to compare with
+    assert verdict(labelled[:1], own[:1], own[:1] + 1).endswith("nothing is remembered")
+
+
+def test_the_verdict_leaves_out_rows_without_another_stream():
+    labelled, own = torch.tensor([10.0, 20.0, 10.0]), torch.tensor([20.0, 44.0, 18.0])
+    some = torch.tensor([21.0, math.nan, 19.0])
+    assert "by +0.1000 nats a token over 2 rows" in verdict(labelled, own, some)
+    assert verdict(labelled, own, some * math.nan).endswith("cannot be told; use batches of 2")

@@ -347,6 +347,54 @@ def test_every_mechanism_is_evaluated(config, tmp_path):
             assert found["eval_loss_other_stream"] != pytest.approx(found["eval_loss"], abs=1e-6)
 
 
+def test_evaluation_ends_with_a_verdict(tmp_path, capsys):
+    model = host("llama", CONFIGS["emt-0"])
+    trainer = Trainer(model, arguments(tmp_path, per_device_eval_batch_size=2), eval_dataset=rows(4))
+    found = trainer.evaluate()
+    gain = found["eval_loss_other_stream"] - found["eval_loss"]
+    assert f"{gain:+.4f} nats a token over 4 rows" in trainer.verdict
+    assert trainer.verdict.endswith(" is remembered")
+    assert capsys.readouterr().out.splitlines()[-1] == trainer.verdict
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.evaluate()
+    assert capsys.readouterr().out == ""
+    trainer = Trainer(model, arguments(tmp_path), eval_dataset=rows(4), controls=("zeroed",))
+    trainer.evaluate()
+    assert trainer.verdict is None
+
+
+@pytest.mark.parametrize("lengths", [[5], [SEGMENT, 3, SEGMENT]])
+def test_rows_of_a_segment_or_less_are_refused(lengths, tmp_path):
+    """Nothing is read before the second segment."""
+    model = host("llama", CONFIGS["emt-0"])
+    short = [{"input_ids": tokens(1, n, n)[0]} for n in lengths]
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=short)
+    before = weights(model)
+    with pytest.raises(
+        ValueError, match=rf"all of the first {len(lengths)} rows fit one segment of 8 .*mnemic.Streams"
+    ):
+        trainer.train()
+    assert_same_memory(weights(model), before)
+    Trainer(model, arguments(tmp_path), train_dataset=[*short, {"input_ids": tokens(1, 9)[0]}]).train()
+
+
+def test_another_collator_s_rows_are_told_from_segments(tmp_path):
+    def stack(batch):
+        ids = torch.stack([row["input_ids"][:13] for row in batch])
+        return {"input_ids": ids, "labels": ids}
+
+    trainer = Trainer(host("llama", CONFIGS["emt-0"]), arguments(tmp_path), stack, train_dataset=rows(4))
+    with pytest.raises(ValueError, match=r"stack made rows of 13 tokens, .*mnemic\.SegmentCollator\(8\)"):
+        trainer.train()
+
+
+def test_a_step_is_told_in_a_line():
+    ids = tokens(2, 3 * SEGMENT)
+    step = next(mnemic.train(host("llama", CONFIGS["emt-0"]), lambda _: mnemic.Batch(ids, ids), steps=1))
+    assert re.fullmatch(r"step 0: loss \d\.\d{4}, \d+\.\d% right, \d+\.\d s", str(step))
+    assert "tensor" not in repr(step)
+
+
 def test_a_batch_of_one_row_has_no_other_stream(tmp_path):
     model = host("llama", CONFIGS["emt-0"])
     trainer = Trainer(model, arguments(tmp_path, per_device_eval_batch_size=2), eval_dataset=rows(3))
@@ -354,6 +402,7 @@ def test_a_batch_of_one_row_has_no_other_stream(tmp_path):
         found = trainer.evaluate()
     assert "eval_loss_other_stream" not in found
     assert "eval_accuracy_other_stream" not in found
+    assert "over 2 rows" in trainer.verdict
     assert all(math.isfinite(found[f"eval_loss{name}"]) for name in ("", "_no_memory", "_zeroed"))
 
 

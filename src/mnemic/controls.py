@@ -89,6 +89,28 @@ def parts(rows: int, batch: int) -> Iterator[slice]:
         start = stop
 
 
+def verdict(
+    labelled: Float[Tensor, " b"], own: Float[Tensor, " b"], other: Float[Tensor, " b"], spread: float = 2.0
+) -> str:
+    """What the streams of a test say in a line: whether their own memory predicts them better than that of another.
+
+    Of each row how many tokens are labelled, and their nats with the own memory and with the other's. Better is by more
+    than `spread` standard errors of the mean over rows. NaN in `other` are rows that have no other stream.
+    """
+    known = other.isfinite()
+    rows, tokens = int(known.sum()), float(labelled[known].sum())
+    if not tokens:
+        return "no row has another stream beside it: whether anything is remembered cannot be told; use batches of 2"
+    gain = (other - own)[known].double()
+    mean = float(gain.sum()) / tokens
+    # of the mean of rows, as shares of all tokens
+    error = float((gain - mean * labelled[known].double()).square().sum().sqrt()) / tokens
+    told = f"{mean:+.4f} nats a token over {rows} rows, standard error {error:.4f}"
+    if mean > spread * error and rows > 1:
+        return f"the own memory is better than another stream's by {told}: something is remembered"
+    return f"the own memory is no better than another stream's ({told}): nothing is remembered"
+
+
 @dataclass
 class Measured:
     """Of each row of a batch: how many tokens are labelled `[b]`; their nats, and how many of them are right, with the

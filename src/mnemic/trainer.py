@@ -7,6 +7,7 @@ learning rates that a memory scales, evaluation under controls, and that a kille
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -18,11 +19,18 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from mnemic.attachment import WEIGHTS_FILE, Attachment, attached, check_settings, check_weights, router_of
-from mnemic.controls import CONTROLS, measure
+from mnemic.controls import CONTROLS, measure, verdict
 from mnemic.data import SegmentCollator
 from mnemic.host.anatomy import MEMORY_NAME
 from mnemic.host.router import Router
@@ -81,12 +89,15 @@ class Trainer(transformers.Trainer):
     `evaluate` and `predict` report loss (nats a labelled token) and accuracy with the stream's own memory, and under
     `controls`, some of `mnemic.controls.CONTROLS`: with the memory switched off, with every value of it zero, with that
     of another row of the batch, which is left out, with a warning, where a batch has a row without another; `fresh` is
-    a memory that begins with each segment. Each control costs about one more pass.
+    a memory that begins with each segment. Each control costs about one more pass. `verdict` then says in a line
+    whether anything is remembered; `evaluate` prints it where it prints its measures.
 
     Raises:
         RuntimeError: the model has no memory.
         ValueError: an encoder, unknown controls, or arguments that this Trainer does not serve.
     """
+
+    verdict: str | None = None
 
     def __init__(
         self,
@@ -109,6 +120,7 @@ class Trainer(transformers.Trainer):
             raise ValueError(f"{type(self.model).__name__} is an encoder; mnemic.Trainer serves causal models")
         if data_collator is None:
             self.data_collator = SegmentCollator(router.segment_length)
+        self.args.dataloader_pin_memory &= torch.accelerator.is_available()  # torch warns where there is none
         self.window, self.bptt_segments, self.controls = window, bptt_segments, tuple(controls)
         # the loss is normalized by the labels of all accumulated batches, and it predicts the next token
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
@@ -133,8 +145,18 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss at the labelled tokens of a batch of streams, and the memory's own."""
+        """The loss at the labelled tokens of a batch of streams, and the memory's own.
 
+        Raises:
+            ValueError: rows that are not whole segments.
+            FloatingPointError: the loss became NaN or infinite.
+        """
+        length, found = self.router.segment_length, inputs["input_ids"].shape[1]
+        if found % length:
+            raise ValueError(
+                f"{_called(self.data_collator)} made rows of {found} tokens, which are not whole segments of {length}; "
+                f"leave data_collator out, or use mnemic.SegmentCollator({length})"
+            )
         # what runs outside of the model's forward, such as writes of a whole row, needs mixed precision too
         with self.accelerator.autocast():
             unrolled = unroll(
@@ -210,11 +232,14 @@ class Trainer(transformers.Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As the parent's; loss and accuracy are means over labelled tokens, under every control."""
-        self._counted = []
+        self._counted, self.verdict = [], None
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         names = ("", *(f"_{control}" for control in self.controls))
         if self._counted and output.metrics is not None:
-            count, *sums = torch.cat(self._counted).sum(0).tolist()
+            rows = torch.cat(self._counted)
+            if "other_stream" in self.controls:
+                self.verdict = verdict(rows[:, 0], rows[:, 1], rows[:, 2 + self.controls.index("other_stream")])
+            count, *sums = rows.sum(0).tolist()
             for place, name in enumerate(names):
                 nats, right = sums[place], sums[len(names) + place]
                 if math.isnan(nats):
@@ -228,6 +253,14 @@ class Trainer(transformers.Trainer):
                     output.metrics[f"{metric_key_prefix}_accuracy{name}"] = right / max(count, 1)
         self._counted = []
         return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the parent's; ends with the verdict, where measures are printed."""
+        metrics = super().evaluate(*args, **kwargs)
+        printing = any(isinstance(each, PrinterCallback | ProgressCallback) for each in self.callback_handler.callbacks)
+        if self.verdict is not None and printing and self.is_world_process_zero():
+            print(self.verdict)
+        return metrics
 
     def prediction_step(
         self,
@@ -260,15 +293,31 @@ class Trainer(transformers.Trainer):
         """Trains; `resume_from_checkpoint` is a checkpoint's folder, or True for the last whole one in `output_dir`.
 
         Raises:
-            ValueError: True, and there is none.
+            ValueError: True, and there is none; rows that all fit one segment, behind which nothing is asked.
             StateError: a checkpoint of another memory.
         """
+        if isinstance(self.data_collator, SegmentCollator) and self.train_dataset is not None:
+            self._check_lengths(self.train_dataset, self.data_collator)
         if resume_from_checkpoint is True:
             last = last_checkpoint(self.args.output_dir)  # pyright: ignore[reportArgumentType]
             if last is None:
                 raise ValueError(f"no whole checkpoint in {self.args.output_dir}; train without resume_from_checkpoint")
             resume_from_checkpoint = str(last)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_lengths(self, rows: Any, collator: SegmentCollator, most: int = 256) -> None:
+        """Raises `ValueError` where the first rows are all too short for a memory, read from the second segment on."""
+        lengths: list[int] = []
+        for row in itertools.islice(rows, most):
+            lengths.append(collator([row])["input_ids"].shape[1] // self.router.segment_length)
+            if lengths[-1] > 1:
+                return
+        if lengths:
+            raise ValueError(
+                f"all of the first {len(lengths)} rows fit one segment of {self.router.segment_length} tokens, and "
+                "what is written there is read from the next one on: nothing could be remembered. Give longer rows, "
+                "such as those of mnemic.Streams, or attach with a shorter segment_length"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -294,6 +343,11 @@ class Trainer(transformers.Trainer):
         # the memory has its own file
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if f"{MEMORY_NAME}." not in name]
         super()._issue_warnings_after_load(load_result)
+
+
+def _called(collator: Any) -> str:
+    """What a collator is called in a message."""
+    return getattr(collator, "__name__", type(collator).__name__)
 
 
 def _refuse(args: TrainingArguments, options: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -60,8 +60,11 @@ class Step:
     accuracy: float
     learning_rate: float
     seconds: float
-    correct: Bool[Tensor, " n"]
-    rows: Int[Tensor, " n"]
+    correct: Bool[Tensor, " n"] = field(repr=False)
+    rows: Int[Tensor, " n"] = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"step {self.step}: loss {self.loss:.4f}, {self.accuracy:.1%} right, {self.seconds:.1f} s"
 
 
 def hold_then_fall(progress: float, hold: float = 0.5, floor: float = 0.01) -> float:

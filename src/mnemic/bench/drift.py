@@ -136,7 +136,9 @@ class TextRun:
         seconds["all"] = time.monotonic() - begun
         nats = {name: found[measure] for name, measure in CONDITIONS.items() if measure in found}
         curve = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
-        return attachment, self._record(attachment, described, nats, curve, size, seconds)
+        record = self._record(attachment, described, nats, curve, size, seconds)
+        record.measures["verdict"] = trainer.verdict
+        return attachment, record
 
     def described(self) -> dict[str, Any]:
         """The settings that decide a run's result."""
@@ -178,7 +180,7 @@ class TextRun:
         )
 
     def _tokens(self, texts: Texts, tokenizer: Any, report: Reporter) -> list[Tokens]:
-        report.phase("tokens", sum(len(text) for _, text in texts))
+        report.phase("tokenize, characters", sum(len(text) for _, text in texts))
         return [tokenize(text, tokenizer, advance=report.advance) for _, text in texts]
 
     def _test(self, held: Sequence[Tokens]) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -118,6 +118,15 @@ def _recomputed(outcome: str, measures: dict[str, Any], details: dict[str, float
     return sum(right) / len(right)
 
 
+def is_record(path: str | os.PathLike[str]) -> bool:
+    """Whether a JSON file is a result file."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return False
+    return isinstance(values, dict) and {"task", "mechanism", "scores", "digest"} <= values.keys()
+
+
 def records(folder: str | os.PathLike[str], task: str | None = None) -> list[Record]:
     """All records in a folder, of one task if named, by file name."""
     found = [Record.load(path) for path in sorted(Path(folder).glob("*.json"))]

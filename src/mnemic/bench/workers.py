@@ -16,6 +16,7 @@ import torch
 from mnemic.bench.compare import Run
 from mnemic.bench.results import Record, Score
 from mnemic.bench.suite import file_name, finished
+from mnemic.memories.registry import import_file, imported_files
 
 CHECKPOINTS = ".checkpoints"
 
@@ -71,6 +72,12 @@ def _one(number: int, run: Run, folder: Path, command: str, tell: Callable[[Even
     return record
 
 
+def _import_all(files: Sequence[Path]) -> None:
+    """What the parent knows of mechanisms outside of this package, a spawned worker must know too."""
+    for file in files:
+        import_file(file)
+
+
 def _said(error: BaseException) -> str:
     return "".join(traceback.format_exception_only(error)).strip()
 
@@ -103,7 +110,7 @@ def perform(
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         events = manager.Queue()
-        pool = ProcessPoolExecutor(workers, mp_context=context)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_import_all, initargs=(imported_files(),))
         try:
             waiting: dict[Future[Record], int] = {
                 pool.submit(_one, number, runs[number], folder, command, events.put): number for number in left

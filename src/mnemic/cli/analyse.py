@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mnemic.cli.bench import _numbers
-from mnemic.cli.show import Show, Table, console
+from mnemic.cli.show import Show, Table, console, need
 
 analyse = typer.Typer(no_args_is_help=True, help="What a memory does while it reads, in numbers and pictures.")
 
@@ -47,20 +47,19 @@ def memoria(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mnemic.analysis.memoria import PAPER, PUBLISHED, require
+    from mnemic.analysis.memoria import PAPER, PUBLISHED
     from mnemic.analysis.memoria_report import analyse as run
     from mnemic.analysis.memoria_report import draw, record_of
     from mnemic.bench.settings import read_text
     from mnemic.memories.memoria import MemoriaConfig
 
+    need("matplotlib", "networkx")
     rules = rule or ["paper", "seeds", "lift"]
     keep = [step for step in _numbers(steps) if step <= segments]
     try:
-        for package in ("matplotlib", "networkx"):
-            require(package)
         for name in rules:
             MemoriaConfig().with_rule(name)
-    except (ImportError, ValueError) as error:
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     config, weights = MemoriaConfig(segment_length=segment_length), None

@@ -21,7 +21,7 @@ from mnemic.cli.chat import chat
 from mnemic.cli.fetch import fetch
 from mnemic.cli.inspect import inspect, look_inside
 from mnemic.cli.peers import peers
-from mnemic.cli.show import Show, console, listing
+from mnemic.cli.show import Show, console, listing, need
 from mnemic.cli.store import bench_mutated_files, bench_store, store_app
 from mnemic.cli.tasks import tasks_app
 from mnemic.cli.train import train
@@ -49,6 +49,9 @@ app.command()(inspect)
 @app.callback()
 def main(
     threads: Annotated[int, typer.Option(min=1, help="Threads for PyTorch; small models run fastest with one.")] = 1,
+    files: Annotated[
+        list[Path] | None, typer.Option("--import", metavar="FILE.py", help="A mechanism of your own; repeat it.")
+    ] = None,
 ) -> None:
     """Options of every command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -56,6 +59,13 @@ def main(
         sys.modules["torch"].set_num_threads(threads)
     else:  # it asks for these when it is imported, by commands that need it
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    for file in files or ():
+        from mnemic.memories.registry import import_file
+
+        try:
+            import_file(file)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
 
 
 @app.command()
@@ -68,6 +78,7 @@ def demo(
     from mnemic.bench.recall import beyond_chance
     from mnemic.bench.settings import demo_experiment
 
+    need("matplotlib")
     begun = time.monotonic()
     experiment, make_base = demo_experiment(seed)
     console.print(
@@ -80,8 +91,8 @@ def demo(
         attachment, record = experiment.run(model, "GPT-2, 3 blocks, width 64, trained on the spot", show)
     record.seconds |= {"base": base["seconds"], "all": time.monotonic() - begun}
     path = record.save(out)
-    picture = recall_curve([record], out / "recall.png", "EMT on a frozen GPT-2 with a window of 32 tokens")
     attachment.save_pretrained(out / "memory")
+    picture = recall_curve([record], out / "recall.png", "EMT on a frozen GPT-2 with a window of 32 tokens")
     page = look_inside(model, out, seed)
     above = [f"{name} {100 * share:.1f} %" for name, share in beyond_chance(record.scores).items()]
     console.print(
@@ -108,23 +119,38 @@ def list_mechanisms() -> None:
 
 @app.command(rich_help_panel=RESEARCH)
 def report(
-    results: Annotated[Path, typer.Option(help="Folder of result files.")] = Path("results"),
-    root: Annotated[Path, typer.Option(help="Folder with README.md and docs/.")] = Path(),
+    folder: Annotated[
+        Path | None, typer.Argument(help="Result files of yours: prints their tables, and writes nothing.")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Without a folder: the result files of the documentation.")] = Path(
+        "results"
+    ),
+    root: Annotated[Path, typer.Option(help="Without a folder: where README.md and docs/ are.")] = Path(),
     check: Annotated[bool, typer.Option(help="Change nothing; fail if something would change.")] = False,
 ) -> None:
-    """Writes the tables and pictures of the documentation from the result files, unless one was edited."""
+    """Prints the tables of result files, controls and floors beside every score; or writes those of the documentation.
+
+    A result file that was edited is refused.
+    """
+    if folder is not None:
+        from mnemic.cli.results import print_results
+
+        print_results(folder)
+        return
+    from mnemic.cli.results import refuse_edited
+
+    if not (root / "docs").is_dir() or not results.is_dir():
+        raise typer.BadParameter(f"{root.absolute()} has no docs/ and results/ to write; name a folder of result files")
+    if not check:
+        need("matplotlib")
     from mnemic.analysis.capacity import picture as capacity_picture
     from mnemic.analysis.curves import recall_curve
     from mnemic.analysis.report import fill, tables
     from mnemic.analysis.suite_pictures import draw_suite
     from mnemic.analysis.suite_tables import suites
-    from mnemic.bench.results import problems, records
+    from mnemic.bench.results import records
 
-    edited = {path: found for path in sorted(results.rglob("*.json")) if (found := problems(path))}
-    for path, found in edited.items():
-        console.print(f"[red]edited:[/red] {path}: {'; '.join(found)}; make it anew with its command", soft_wrap=True)
-    if edited:
-        raise typer.Exit(1)
+    refuse_edited(results)
     made = tables(results)
     pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     changed = [page for page in pages if page.is_file() and fill(page, made, write=not check)]

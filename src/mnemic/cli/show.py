@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
 
 console = Console()
 SECONDS_BETWEEN_LINES = 20
+
+
+def need(*packages: str, extra: str = "plot") -> None:
+    """Raises a usage error for packages of an extra that are not installed, before anything is done."""
+    if lacking := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise typer.BadParameter(f"this needs {' and '.join(lacking)}: pip install 'mnemic[{extra}]'")
 
 
 class Table(RichTable):

@@ -156,7 +156,7 @@ def floors(
         typer.Option("--set", help="A setting as key=value; several values, separated by commas, are a row each."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Test streams.")] = 200,
-    out: Annotated[Path, typer.Option(help="Folder for the result files.")] = Path("results"),
+    out: Annotated[Path | None, typer.Option(help="Write the result files to this folder too.")] = None,
 ) -> None:
     """What is reached without a memory that has learned anything, and what is reached by the oracle."""
     from mnemic.bench.floors import measure
@@ -167,7 +167,8 @@ def floors(
         scores: list[Score] = []
         record = measure(tasks, rows, report=lambda _, score, scores=scores: scores.append(score))
         console.print(floors_table(tasks, scores))
-        console.print(f"results {record.save(out, f'{record.task}.json')}")
+        if out is not None:
+            console.print(f"results {record.save(out, f'{record.task}.json')}")
 
 
 # --- what they print -------------------------------------------------------------------------------------------------

@@ -47,7 +47,9 @@ def train(
     ),
     results: Annotated[Path | None, typer.Option(help="Another folder for the result file.")] = None,
 ) -> None:
-    """Trains a memory on text, then measures the base: perplexity with the memory untrained, trained and disabled."""
+    """Trains a memory on text, then measures the base: perplexity with the memory untrained, trained, disabled and with
+    that of another stream, and says whether anything is remembered.
+    """
     try:
         import accelerate  # noqa: F401
     except ModuleNotFoundError:
@@ -78,6 +80,7 @@ def train(
         console.print(f"stopped; the same command with --resume goes on from the last checkpoint in {out}")
         raise typer.Exit(130) from None
     console.print(table(record.measures))
+    console.print(record.measures["verdict"], soft_wrap=True)
     words = (record.mechanism, record.config["text"], record.config["held-out text"], f"seed{seed}")
     name = re.sub(r"[^\w.-]+", "-", "-".join(("drift", *words))) + ".json"
     console.print(f"memory  {out}\nresults {record.save(results or out, name if results else 'drift.json')}")

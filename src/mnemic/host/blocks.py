@@ -50,8 +50,8 @@ def _keys_apart(
     rest: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Lets a block make keys of the tokens before, which it leaves as soon as they are in the cache; what it would
-    make of their queries is not wanted. Returns its arguments for the words.
+    """Lets a block make keys of the tokens before, which it leaves as soon as they are in the cache, where it can be
+    left: what it makes of their queries is not wanted. Returns its arguments for the words.
     """
     assert beside.before is not None
     assert cache.window is not None
@@ -60,7 +60,7 @@ def _keys_apart(
     del arguments[name]
     cache.taking = True
     try:
-        # what was compiled cannot be left on the way: the block's own eager code
+        # compiled code cannot be left on the way: a block whose forward is compiled runs to its end
         block._call_impl(
             beside.before.inputs[layer].to(hidden_btd),
             **for_queries(arguments, slice(0, beside.first), cache.window.kept, hidden_btd),
@@ -83,6 +83,8 @@ def at_block(router: Router, layer: int, hidden_btd: Tensor) -> Tensor:
     if not router.enabled or not router.calls:
         return hidden_btd
     call = router.calls[-1]
+    if isinstance(call.cache, MemoryCache) and call.cache.taking:
+        return hidden_btd
     if layer in memory.written_layers:
         call.written[layer] = _to_write(router, call, hidden_btd)
     writes = layer == memory.write_layer

@@ -259,9 +259,9 @@ class MemoryCache(DynamicCache):
         return super().get_seq_length(layer_idx) if self.inside else 0
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """As every cache; while `taking`, raises `KeysTakenError` when it is done."""
+        """As every cache; while `taking`, raises `KeysTakenError` when it is done, outside of compiled code."""
         keys_and_values = super().update(*args, **kwargs)
-        if self.taking:
+        if not torch.compiler.is_compiling() and self.taking:
             raise KeysTakenError
         return keys_and_values
 

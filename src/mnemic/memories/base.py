@@ -114,7 +114,8 @@ class MemoryConfig(ABC):
     @classmethod
     def small(cls, segment_length: int, width: int, size: int | None = None) -> Self:
         """Settings for comparisons on a small host of `width`. Where the state has a size to choose, `size` chooses it,
-        and bytes grow with it; otherwise it is ignored.
+        from 1 on, and bytes never fall as it grows; None is the mechanism's own choice. Where there is nothing to
+        choose it is ignored.
         """
         return cls(segment_length=segment_length)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import sys
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -74,6 +76,38 @@ def cards() -> dict[str, Card]:
         kind: CONFIGS.defined[kind].card if kind in CONFIGS.defined else _written(home(kind), MECHANISMS[kind])
         for kind in CONFIGS
     }
+
+
+def import_file(path: str | Path) -> list[str]:
+    """Runs a Python file outside of this package and returns the kinds of the mechanisms it defines, which are
+    registered then. A file that was run before is not run again.
+
+    Raises:
+        ValueError: no Python file, one that fails, or one without a mechanism.
+    """
+    file = Path(path).resolve()
+    name = f"mnemic_file_{file.stem}"
+    known = sys.modules.get(name)
+    if known is None or known.__file__ != str(file):
+        spec = importlib.util.spec_from_file_location(name, file) if file.suffix == ".py" else None
+        if spec is None or spec.loader is None or not file.is_file():
+            raise ValueError(f"{path} is no Python file; name one that defines a MemoryConfig")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not (kinds := [kind for kind, config in CONFIGS.defined.items() if config.__module__ == name]):
+        raise ValueError(f"{path} defines no mechanism: a subclass of mnemic.MemoryConfig with a kind")
+    return kinds
+
+
+def imported_files() -> list[Path]:
+    """The files that `import_file` ran: another process needs them too."""
+    names = {config.__module__ for config in CONFIGS.defined.values()}
+    files = (sys.modules[name].__file__ for name in sorted(names) if name.startswith("mnemic_file_"))
+    return [Path(file) for file in files if file is not None]
 
 
 def _written(module: str, name: str) -> Card:

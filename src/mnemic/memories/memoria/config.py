@@ -88,11 +88,13 @@ class MemoriaConfig(MemoryConfig):
             ("working", 1),
             ("heads", 1),
             ("stm_capacity", 1),
+            ("dim", 1),
+            ("feed_forward", 1),
             ("reminded_stm", 0),
             ("reminded_ltm", 0),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
         for name in ("depth", "random_ltm_seeds", "grad_segments", "seed", "interference", "reservoir"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")

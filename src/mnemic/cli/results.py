@@ -1,0 +1,61 @@
+"""`mnemic report FOLDER`: the tables of result files, as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from mnemic.cli.show import Table, console
+
+if TYPE_CHECKING:
+    from mnemic.bench.results import Record
+
+
+def refuse_edited(folder: Path) -> None:
+    """Names the files that are not as a command wrote them, and ends the command where there are any."""
+    from mnemic.bench.results import is_record, problems
+
+    files = (path for path in sorted(folder.rglob("*.json")) if is_record(path))
+    edited = {path: found for path in files if (found := problems(path))}
+    for path, found in edited.items():
+        console.print(f"[red]edited:[/red] {path}: {'; '.join(found)}; make it anew with its command", soft_wrap=True)
+    if edited:
+        raise typer.Exit(1)
+
+
+def print_results(folder: Path) -> None:
+    """A table of every record in a folder and the folders in it."""
+    from mnemic.bench.results import Record, is_record
+
+    paths = [path for path in sorted(folder.rglob("*.json")) if is_record(path)]
+    if not paths:
+        raise typer.BadParameter(f"{folder} holds no result file; mnemic bench and mnemic train write some with --out")
+    refuse_edited(folder)
+    for path in paths:
+        record = Record.load(path)
+        console.print(table(record))
+        console.print(f"[dim]{record.command}   {path}[/dim]\n", soft_wrap=True)
+
+
+def table(record: Record) -> Table:
+    """Lengths in rows; the score, every control, floor and the ceiling in columns."""
+    metric = record.measures.get("metric", "%" if record.task != "drift" else "perplexity")
+    title = f"{record.task}, {record.mechanism} on {record.host}, seed {record.seed}, {metric}"
+    made = Table(title=title, title_justify="left", title_style="bold")
+    controls = list(dict.fromkeys(name for score in record.scores for name in score.controls))
+    floors = list(dict.fromkeys(name for score in record.scores for name in score.floors))
+    made.add_column("length")
+    for name in ("memory", *controls, *(f"floor: {name}" for name in floors), "ceiling"):
+        made.add_column(name, justify="right", style="bold" if name == "memory" else "")
+    for score in record.scores:
+        values = [
+            score.score,
+            *(score.controls.get(name) for name in controls),
+            *(score.floors.get(name) for name in floors),
+            score.ceiling,
+        ]
+        cells = ("-" if v is None else f"{100 * v:.1f}" if metric == "%" else f"{v:.4f}" for v in values)
+        made.add_row(f"{score.length:,}", *cells)
+    return made
