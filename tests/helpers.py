@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import os
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -56,38 +58,53 @@ def _seams() -> dict[tuple[bool, ...], str]:
 
 SEAMS = [label for _, label in sorted(_seams().items())]
 """A config of each seam, the plainest first."""
+FIRST = {*SEAMS, *(f"{kind}-0" for kind in FIRST_FORMS)}
 
 
-def matrix(families: Iterable[str], sparse: bool = False, forms: bool = True) -> pytest.MarkDecorator:
-    """Mechanisms over these families, with ids like `emt-0-llama`; skipped where one says that it cannot serve.
+WHOLE = "MNEMIC_WHOLE_MATRIX" in os.environ
+"""Whether every pair that can be met is met in every test: for a release, an hour or two."""
 
-    Every family meets a mechanism of each seam, and every mechanism meets the shared families among them (the first
-    family where there is none): what is between the two is the seam. The other forms of a mechanism, which differ in
-    what they compute, meet the last of those, and an encoder. A `sparse` matrix is for what the core does alike
-    whatever the seam: there, only the first mechanism meets all families. Without `forms`, only first forms are met.
 
-    Marked `small` are every family with the first mechanism, and the first form of every mechanism with one family.
+def matrix(families: Iterable[str], forms: bool = True) -> Callable[[Any], Any]:
+    """Mechanisms over these families, with ids like `emt-0-llama`.
+
+    What is between a family and a mechanism is the seam, and what is common to all is the core. So in each test every
+    family meets a mechanism of one seam, and every form of every mechanism (without `forms` the first one) meets one of
+    the shared families (the first family where there is none of them among these). Which ones differs from test to
+    test, by its name: over all tests every family meets every seam and every mechanism every shared family.
+
+    Marked `small` are the families and the first forms.
     """
     families = list(families)
     shared = [name for name in families if name in SHARED_FAMILIES] or families[:1]
-    home = [name for name in shared if name in DECODERS][-1:] or shared[:1]
-    cases = []
-    for label, config in CONFIGS.items():
-        first = label.removesuffix("-0") in FIRST_FORMS
-        met = set(shared if first else [*home, *(name for name in shared if name in ENCODERS)] if forms else [])
-        if label in SEAMS[: 1 if sparse else None] and (first or forms):
-            met = set(families)
-        for name in families:
-            if name in met:
-                small = label == SEAMS[0] or (first and name in home)
-                marks = [pytest.mark.small] if small else []
-                if (reason := refusal(label, name)) is not None:
-                    marks.append(pytest.mark.skip(reason=reason))
-                cases.append(pytest.param(config, name, id=f"{label}-{name}", marks=marks))
-    return pytest.mark.parametrize(("config", "name"), cases)
+    labels = [label for label in CONFIGS if forms or label.removesuffix("-0") in FIRST_FORMS]
+
+    def over(test: Any) -> Any:
+        turn = zlib.crc32(test.__name__.encode())
+        met: dict[tuple[str, str], None] = {}
+        for place, name in enumerate(families):
+            serving = [label for label in SEAMS if refusal(label, name) is None and label in labels]
+            met |= dict.fromkeys((label, name) for label in _some(serving, turn + place))
+        for place, label in enumerate(labels):
+            served = [name for name in shared if refusal(label, name) is None]
+            met |= dict.fromkeys((label, name) for name in _some(served, turn + place))
+        cases = [
+            pytest.param(
+                CONFIGS[label], name, id=f"{label}-{name}", marks=[pytest.mark.small] if label in FIRST else []
+            )
+            for label, name in met
+        ]
+        return pytest.mark.parametrize(("config", "name"), cases)(test)
+
+    return over
 
 
-def first_forms(families: Iterable[str]) -> pytest.MarkDecorator:
+def _some(found: list[str], turn: int) -> list[str]:
+    """One of them, the next with the next turn; all of them for the whole matrix."""
+    return found if WHOLE else [found[turn % len(found)]] if found else []
+
+
+def first_forms(families: Iterable[str]) -> Callable[[Any], Any]:
     """The matrix without other forms: where the forms of a mechanism differ in nothing that is asked."""
     return matrix(families, forms=False)
 
@@ -112,9 +129,7 @@ def trains(model: nn.Module) -> bool:
 
 
 over_all = matrix(FAMILIES)
-sparsely_over_all = matrix(FAMILIES, sparse=True)
 over_decoders = matrix(DECODERS)
-sparsely_over_decoders = matrix(DECODERS, sparse=True, forms=False)
 over_encoders = matrix(ENCODERS)
 
 

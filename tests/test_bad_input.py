@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 import mnemic
-from families import COMMON, POSITIONS, make
+from families import COMMON, DECODERS, POSITIONS, make
 from helpers import (
     CONFIGS,
     SEGMENT,
@@ -18,10 +18,10 @@ from helpers import (
     carrier,
     every_kind,
     feed,
+    first_forms,
     host,
     matrix,
     positions_of,
-    sparsely_over_decoders,
     stream,
     tokens,
     trained,
@@ -147,7 +147,7 @@ def refuse_call(model, message, *, window, error=ValueError, rows=2, **inputs):
     assert torch.equal(feed(model, more, carried=carried), feed(model, more, carried=control))
 
 
-@sparsely_over_decoders
+@first_forms(DECODERS)
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_empty_input(config, name, window):
     model = host(name, config)
@@ -162,14 +162,14 @@ def test_empty_input(config, name, window):
         session.read(torch.zeros(2, 3))
 
 
-@sparsely_over_decoders
+@first_forms(DECODERS)
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_a_batch_that_changes_size(config, name, window):
     message = r"the cache carries 2 stream\(s\) and the call brings 3 row\(s\); use one cache a batch"
     refuse_call(host(name, config), message, window=window, input_ids=tokens(3, 11))
 
 
-@sparsely_over_decoders
+@first_forms(DECODERS)
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_a_token_that_does_not_exist(config, name, window):
     # fails in the third segment of the call, when two are already written

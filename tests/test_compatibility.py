@@ -24,8 +24,6 @@ from helpers import (
     other,
     over_all,
     over_decoders,
-    sparsely_over_all,
-    sparsely_over_decoders,
     stream,
     tokens,
     trained,
@@ -76,7 +74,7 @@ def test_generate_greedy(config, name):
         assert_differ(generate(model, ids, max_new_tokens=1, min_new_tokens=1)[1][:, 0], logits[:, 0])
 
 
-@matrix([name for name, family in DECODERS.items() if family.static], sparse=True, forms=False)
+@matrix([name for name, family in DECODERS.items() if family.static], forms=False)
 def test_generate_with_a_static_cache(config, name):
     model, ids = host(name, config), tokens(2, 11)
     sequences, logits = generate(model, ids)
@@ -91,7 +89,7 @@ def test_generate_with_a_static_cache(config, name):
         logits_near(again_logits, logits)
 
 
-@sparsely_over_decoders
+@first_forms(DECODERS)
 def test_generate_sampled_under_a_seed(config, name):
     model, ids = host(name, config), tokens(2, 11)
 
@@ -132,7 +130,7 @@ def test_generate_over_left_padding(config, name):
         logits_near(padded[0], logits[0])
 
 
-@sparsely_over_decoders
+@first_forms(DECODERS)
 def test_generate_with_prompt_lookup(config, name):
     model = host(name, config)
     ids = tokens(1, 7).repeat(1, 3)
@@ -147,7 +145,7 @@ def test_generate_with_prompt_lookup(config, name):
     logits_near(looked_up, logits)
 
 
-@sparsely_over_decoders
+@first_forms(DECODERS)
 @torch.no_grad()
 def test_generate_past_the_window_and_the_positions(config, name):
     # 16 positions where a table bounds them; the answer alone is longer than that
@@ -183,7 +181,7 @@ def test_generate_continues_a_memory_cache(config, name):
 # --- copies ----------------------------------------------------------------------------------------------------------
 
 
-@sparsely_over_all
+@over_all
 @torch.no_grad()
 def test_copies_keep_their_own_memory(config, name):
     model, ids = host(name, config), tokens(2, 2 * SEGMENT)

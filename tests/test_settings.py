@@ -22,8 +22,11 @@ from mnemic.trainer import load_memory
 WIDTH, DEPTH = 16, 3
 CORE = {"segment_length", "window"}
 """What the core uses of every config."""
-ELSEWHERE = {("knn", "exact_up_to"), ("knn", "size")}
-"""A way to compute the same, and a limit that lies beyond these streams."""
+ELSEWHERE = {
+    *(("knn", name) for name in ("exact_up_to", "size")),
+    *(("memoria", name) for name in ("correlation", "edges", "positive_edges", "random_ltm_seeds")),
+}
+"""A way to compute the same, limits that lie beyond these streams, and rules of a search that finds the same in them."""
 
 
 def others(config: mnemic.MemoryConfig, name: str) -> Iterator[mnemic.MemoryConfig]:
@@ -60,7 +63,7 @@ def told(config: mnemic.MemoryConfig) -> list[Any]:
     plain: list[Any] = [memory.read_layers, memory.write_layer, memory.beside, memory.span, memory.gradient_reach]
     plain += [memory.parameter_dtype(), memory.most_bytes(3), *memory.state_dict()]
     state, found = memory.init_state(2), [*memory.state_dict().values()]
-    for _ in range(6):
+    for _ in range(16 if config.kind == "memoria" else 6):  # until there are long-term engrams
         # of many lengths, so that one measure of likeness is told from another
         hidden = (
             torch.randn(2, SEGMENT, width, generator=generator) * torch.rand(2, SEGMENT, 1, generator=generator) * 3

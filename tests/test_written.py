@@ -116,7 +116,7 @@ def test_bytes_that_no_model_could_take_are_not_put(tmp_path):
         "keys.0 is NaN": lambda t, _: t["keys.0"].fill_(torch.inf),
         "nothing here keeps 'strange'": lambda t, _: t.update(strange=torch.zeros(1)),
         "nothing here keeps 'keys.0": lambda _, m: m.update(running=None),
-        "9 tokens cannot be 2 segments": lambda _, m: m["stream"].update(seen=[9]),
+        "3 tokens cannot be 2 segments": lambda _, m: m["stream"].update(seen=[3]),
         "a window of 3 keys, of which": lambda _, m: m["running"].update(context=[3]),
         "history's writes should be": lambda t, _: t.update({"history.writes": torch.zeros(2, 2)}),
         "slots is 0; it must be at least 1": lambda _, m: m["memory"].update(slots=0),
@@ -187,7 +187,7 @@ def test_two_files_are_replaced_together_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_what_the_caller_does_to_a_config_is_none_of_the_memory_s(tmp_path):
-    config, model = mnemic.EMTConfig(segment_length=SEGMENT, slots=4, dim=16, read_layers=[0]), make("llama")
+    config, model = EMT.replace(read_layers=[0]), make("llama")
     attachment = mnemic.attach(model, config)
     config.slots = 8
     assert config.read_layers is not None
