@@ -4,6 +4,7 @@
 #   make test         style, types, documentation, tests, on the releases in constraints.txt
 #   make test-floor   the small matrix of tests on the oldest releases that pyproject.toml allows
 #   make test-newest  the small matrix of tests on the newest releases there are when it is first run
+#   make test-long    the tests that take minutes each: long examples of the pages on a real model
 #   make docs         the documentation, served on this machine
 #   make clean        removes the environments and everything that was built
 #
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --only-b
   $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types report pages units test-floor test-newest small docs clean
+.PHONY: demo test lint types report pages units test-long test-floor test-newest small docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mnemic demo
@@ -42,7 +43,10 @@ pages: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 units: $(VENV)/.test
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal -m "not long"
+
+test-long: $(VENV)/.test
+	$(BIN)/pytest -m long
 
 test-floor: .venv-floor.txt
 	$(MAKE) small VENV=.venv-floor CONSTRAINTS=$<
@@ -51,7 +55,7 @@ test-newest:
 	$(MAKE) small VENV=.venv-newest CONSTRAINTS=
 
 small: $(VENV)/.small
-	$(BIN)/pytest -n 2 --dist worksteal -m small
+	$(BIN)/pytest -n 2 --dist worksteal -m "small and not long"
 
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

@@ -304,6 +304,7 @@ def test_a_result_that_was_edited(tmp_path):
     values["seconds"] = {"training": 1.0}
     path.write_text(json.dumps(values))
     assert problems(path) == ["the digest does not fit"]
+    (tmp_path / "docs").mkdir()
     result = CliRunner().invoke(app, ["report", "--check", "--results", str(tmp_path), "--root", str(tmp_path)])
     assert result.exit_code == 1
     assert "edited" in result.output

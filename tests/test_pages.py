@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,6 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = {
     "README.md": 2,
-    "docs/chatbot.md": 4,
     "docs/own-text.md": 3,
     "docs/quickstart.md": 7,
     "docs/chat.md": 1,
@@ -26,6 +27,8 @@ PAGES = {
     "docs/families.md": 1,
 }
 """How many blocks of each are run, from the first on."""
+LONG = {"docs/own-text.md", "docs/quickstart.md", "docs/windows-and-sessions.md"}
+"""Of these, those that take minutes on two cores."""
 MECHANISMS = sorted((ROOT / "docs" / "mechanisms").glob("*.md"))
 
 
@@ -49,12 +52,27 @@ def run(code, names):
     exec(compile(code, "a page", "exec"), names)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.long] * (page in LONG)) for page in PAGES])
 def test_the_examples_of_a_page_run_as_they_are_written(page, here, capsys):
     names: dict[str, object] = {"__name__": "page"}
     for code in blocks(ROOT / page)[: PAGES[page]]:
         run(code, names)
     assert capsys.readouterr().out or page == "docs/families.md"
+
+
+def test_the_chatbot_knows_its_user_s_name_in_another_process_and_nobody_else_s(here):
+    names: dict[str, object] = {"__name__": "page"}
+    begin, attach, go_on, ask = blocks(ROOT / "docs" / "chatbot.md")
+    for code in (begin, attach, go_on):
+        run(code, names)
+    for user, knows in (("maria", True), ("bob", False)):
+        code = go_on.replace('print(turn("maria", "I am a baker and my name is Maria."))', "") + (
+            f'print(turn("{user}", "Please repeat my name."))'
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
+        assert done.returncode == 0, done.stderr
+        assert ("Maria" in done.stdout) is knows, done.stdout
+        assert f'print(turn("{user}", "Please repeat my name."))' in ask
 
 
 @pytest.mark.parametrize("page", MECHANISMS, ids=lambda page: page.stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,8 +20,8 @@ from mnemic.tasks.facts import LanguageRecall, SymbolRecall
 
 MakeBase = Callable[[Reporter], tuple[nn.Module, dict[str, float]]]
 
-SYMBOLS = Recipe(steps=2400)
-DEMO = Recipe(steps=1500, hold=0.75)
+SYMBOLS = Recipe(steps=2500, rows=32, learning_rate=3e-3, hold=0.6, growth=2.0, pass_mark=0.8, segments=256)
+DEMO = replace(SYMBOLS, steps=1600, learning_rate=4e-3, hold=0.5, pass_mark=0.72, segments=192)
 LANGUAGE = Recipe(
     steps=2600,
     rows=240,
@@ -37,7 +38,17 @@ LANGUAGE = Recipe(
 def symbols_experiment(seed: int, lengths: Sequence[int], far: int, rows: int) -> tuple[Experiment, MakeBase]:
     """Four pairs a segment, window 32; the base is trained with the same seed."""
     task = SymbolRecall()
-    config = EMTConfig(slots=16, dim=64, heads=4, segment_length=task.segment_length)
+    config = EMTConfig(
+        slots=32,
+        dim=64,
+        heads=4,
+        read_layers=[1, 2],
+        write_layer=1,
+        feedback=1.0,
+        final_blend=1.0,
+        gate_bias=1.0,
+        segment_length=task.segment_length,
+    )
     places = test_places(lengths, far, corrected=2)
     experiment = Experiment(task, config, SYMBOLS, places, rows=rows, batch=min(rows, 128), seed=seed)
     return experiment, lambda reporter: symbol_base(task, seed, reporter)
