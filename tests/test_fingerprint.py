@@ -34,7 +34,7 @@ def test_float16_is_a_base_of_its_own_unless_it_rounds_nothing(tmp_path):
     model, narrow = host("llama", CONFIGS["emt-0"]), make("llama").to(torch.float16)
     mnemic.attached(model).save_pretrained(tmp_path)
     with pytest.raises(
-        mnemic.StateError, match="this one is .* in float16, whose rounding makes another base of wider weights"
+        mnemic.StateError, match=r"this one is .* in float16, whose rounding makes another base of wider weights"
     ):
         mnemic.from_pretrained(narrow, tmp_path)
     mnemic.from_pretrained(narrow, tmp_path, strict=False).save_pretrained(tmp_path)

@@ -26,7 +26,7 @@ ELSEWHERE = {
     *(("knn", name) for name in ("exact_up_to", "size")),
     *(("memoria", name) for name in ("correlation", "edges", "positive_edges", "random_ltm_seeds")),
 }
-"""A way to compute the same, limits that lie beyond these streams, and rules of a search that finds the same in them."""
+"""A way to compute the same, limits beyond these streams, and rules of a search that finds the same in them."""
 
 
 def others(config: mnemic.MemoryConfig, name: str) -> Iterator[mnemic.MemoryConfig]:
