@@ -180,7 +180,7 @@ def test_streams_past_the_ring_of_columns():
     config = draw(random.Random(1000 + seed)).replace(
         working=1, lifespan=60.0, alpha=8.0, stm_capacity=3, reminded_stm=2, reminded_ltm=4
     )
-    seen = compare(1000 + seed, config, steps=170, batch=1)
+    seen = compare(1000 + seed, config, steps=200, batch=2)
     assert seen["folded"] > 100
     assert seen["deaths"] > 10
     assert seen["long recalled"] > 100

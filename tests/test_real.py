@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mnemic
+from runs import prose
 
 pytestmark = pytest.mark.real
 
@@ -79,6 +80,27 @@ def test_a_new_memory_changes_nothing(loaded, model):
         assert torch.equal(model(ids).logits, expected), config.kind
         attachment.detach()
     assert torch.equal(model(ids).logits, expected)
+
+
+UNTRAINED = {
+    "emt": mnemic.EMTConfig(segment_length=64),
+    "memoria": mnemic.MemoriaConfig(segment_length=64),
+    "fast-weights": mnemic.FastWeightsConfig(segment_length=64),
+    "knn": mnemic.KNNConfig(segment_length=64),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", UNTRAINED)
+def test_a_session_with_an_untrained_memory_says_what_the_base_says(kind, loaded, model):
+    """A prompt of 300 tokens and 200 greedy ones, over many segments: the base's own, all of them."""
+    ids = loaded[1](prose(2000), return_tensors="pt").input_ids[:, :300]
+    options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False}
+    expected = model.generate(ids, **options)[0, 300:]
+    mnemic.attach(model, UNTRAINED[kind])
+    session = mnemic.Session(model)
+    assert session.window >= 500
+    assert torch.equal(session.generate(ids, **options)[0], expected)
 
 
 def test_read_generate_save_and_go_on_elsewhere(folder, loaded, model, tmp_path):

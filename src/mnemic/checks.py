@@ -44,12 +44,14 @@ def check_description(meta: Mapping[str, Any], source: object) -> None:
         "memory": isinstance(meta.get("memory"), dict),
         "memory_fingerprint": isinstance(meta.get("memory_fingerprint"), str),
         "keep_text": type(meta.get("keep_text", False)) is bool,
+        "keep_keys": meta.get("keep_keys", True) is True
+        or (meta["keep_keys"] is False and meta.get("keep_text") is True),
         "base_fingerprint": isinstance(meta.get("base_fingerprint"), str),
         "base_model": meta.get("base_model") is None or isinstance(meta["base_model"], str),
         "stream": meta.get("stream") is None or _ledger(meta["stream"], STREAM),
         "running": meta.get("running") is None or _ledger(meta["running"], WINDOW),
     }
-    if missing := sorted(fields.keys() - meta.keys() - {"keep_text", "stream", "running"}):
+    if missing := sorted(fields.keys() - meta.keys() - {"keep_text", "keep_keys", "stream", "running"}):
         raise StateError(
             f"{source} does not say {', '.join(missing)}, which every session does; restore it from a copy"
         )
@@ -115,10 +117,10 @@ def _check_fit(
     """
     router = router_of(model)
     _check_history(tensors, meta)
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in HISTORY}
     if (meta["window"] is None) is router.causal:
         raise StateError(f"its window is {meta['window']}; decoders have one, encoders have none")
     expected = _stream(tensors, meta, router) | _window(tensors, meta, model, keys)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in HISTORY}
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise StateError(f"nothing here keeps {', '.join(unknown)[:200]!r}")
     if missing := sorted(expected.keys() - tensors.keys()):
@@ -192,10 +194,26 @@ def _window(
         raise StateError(f"{type(model).__name__} is an encoder and keeps no keys")
     kept = tensors["window.valid"].shape[-1] if "window.valid" in tensors and tensors["window.valid"].ndim else 0
     expected: dict[str, Kind] = {"window.valid": ((1, kept), (torch.bool,))}
-    if kept:
+    if kept and meta.get("keep_keys", True) is False and not any(_is_key(name) for name in tensors):
+        _check_rereading(tensors.get("history.text"), kept, meta, model)
+    elif kept:
         for name, (heads, width) in keys(model).items():
             expected[name] = ((1, heads, kept, width), (router.dtype, *FLOATS))
     return expected
+
+
+def _check_rereading(text: torch.Tensor | None, kept: int, meta: Mapping[str, Any], model: nn.Module) -> None:
+    """Raises `StateError` where `kept` keys of a window are not there and could not be made from the text."""
+    router = router_of(model)
+    seen = meta["stream"]["seen"][0] if meta.get("stream") is not None else 0
+    ids = None if text is None or not kept <= text.numel() == seen else text[seen - kept :]
+    if ids is None or bool((ids < 0).any()) or router.memory.beside or router.segment_length < 2:
+        raise StateError(f"it has neither the {kept} keys of its window nor the text that they could be made from")
+    if kept > meta["window"]:
+        raise StateError(f"its window of {meta['window']} cannot hold {kept} tokens")
+    embeddings: Any = examine(model).trunk.get_input_embeddings()
+    if (highest := int(ids.max())) >= (known := embeddings.weight.shape[0]):
+        raise StateError(f"token {highest} is in its window, and the model knows {known}")
 
 
 def keys_of(cache: MemoryCache) -> State:

@@ -76,6 +76,19 @@ class Log:
         """Ids of all tokens from the first on, None where they are not kept."""
         return None if self.text is None else [int(token) for part in self.text for token in part]
 
+    def last(self, count: int) -> np.ndarray | None:
+        """Ids of the last `count` tokens; None where they are not kept, or fewer are."""
+        if self.text is None:
+            return None
+        parts, there = [], 0
+        for part in reversed(self.text):
+            if there >= count:
+                break
+            parts.append(part)
+            there += len(part)
+        ids = np.concatenate([np.zeros(0, np.int32), *reversed(parts)])
+        return ids[len(ids) - count :] if there >= count else None
+
     def records(self) -> list[dict[str, Any]]:
         """Plain values, a record a write, oldest first; see `mnemic.Session.history`."""
         places: dict[int, list[dict[str, Any]]] = {}

@@ -28,6 +28,7 @@ from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward, unwrapped, whole
 from mnemic.locks import Lock, alone
+from mnemic.rereading import reread, window_ids
 from mnemic.state import StateError, from_bytes, read_file, to_bytes, write_file
 from mnemic.stream import Stream
 from mnemic.texts import Text, given, token_ids
@@ -61,6 +62,10 @@ class Session:
     With `keep_text` the ids of all tokens are kept with the session and its file, 4 bytes a token, so that `show` and
     `mnemic inspect` can tell in words what was written; without, nothing of the text but positions.
 
+    The keys of the window are most of a file. With `keep_keys=False`, which needs `keep_text`, they are left out, and
+    made again from the text when the session is loaded: as many tokens are read then as the window holds, and what
+    comes next is not the same to the bit (`mnemic.rereading`). A window that cannot be read again is kept as keys.
+
     A text is a string, token ids, or what a tokenizer returns for one text, also as `read(**tokenizer(text))`. Ids are
     taken as they are. The first string of a new session begins as its tokenizer begins texts ("<s>"), later ones go on
     where the stream stands, and none gets an end. An encoder sees every text by itself, so there each gets both.
@@ -70,9 +75,17 @@ class Session:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any = None, *, window: int | None = None, keep_text: bool = False
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        window: int | None = None,
+        keep_text: bool = False,
+        keep_keys: bool = True,
     ) -> None:
-        self.model, self.tokenizer, self.keep_text = model, tokenizer, keep_text
+        if not (keep_text or keep_keys):
+            raise ValueError("keep_keys is False, and keys are made again from the text; pass keep_text=True")
+        self.model, self.tokenizer, self.keep_text, self.keep_keys = model, tokenizer, keep_text, keep_keys
         router = router_of(model)
         if window is None and router.causal:
             window = default_window(model)
@@ -82,6 +95,7 @@ class Session:
         self._layer.log = self._empty_log
         self.stored: Stored | None = None
         self.lock = Lock()
+        self._before = 0  # tokens of the stream that another process, or an earlier window, took in
 
     def __repr__(self) -> str:
         seen, written = (self.stream.seen[0], self.stream.written[0]) if self.stream is not None else (0, 0)
@@ -302,15 +316,17 @@ class Session:
         if self._cache is not None:
             self._cache.reset()
         self._layer.reset()
+        self._before = 0
 
     @alone
     def fork(self) -> Session:
         """An independent session that begins with what this one has read."""
-        other = Session(self.model, self.tokenizer, window=self.window, keep_text=self.keep_text)
+        settings = {"keep_text": self.keep_text, "keep_keys": self.keep_keys}
+        other = Session(self.model, self.tokenizer, window=self.window, **settings)
         if self._cache is not None:
             other._adopt(self._cache.fork())
         other._layer.stream = self._layer.stream
-        other.stored = self.stored
+        other.stored, other._before = self.stored, self._before
         return other
 
     # --- keeping it --------------------------------------------------------------------------------------------------
@@ -373,7 +389,8 @@ class Session:
                     f"{source} was written with another memory (other weights); load the memory it was written with"
                 )
         try:
-            session = cls(model, tokenizer, window=meta["window"], keep_text=meta.get("keep_text", False))
+            settings = {"keep_text": meta.get("keep_text", False), "keep_keys": meta.get("keep_keys", True)}
+            session = cls(model, tokenizer, window=meta["window"], **settings)
         except ValueError as error:
             raise StateError(f"{source} has a window that this model cannot have: {error}") from error
         check_contents(tensors, meta, model, source)
@@ -400,8 +417,10 @@ class Session:
         if self._cache is not None and (window := self._cache.window) is not None:
             counts = {"context": window.context, "running": window.running, "position": window.position}
             meta["running"] = {name: list(values) for name, values in counts.items()}
-            tensors["window.valid"] = window.valid
-            tensors |= keys_of(self._cache)
+            if self._ids_of_window is None:
+                tensors |= {"window.valid": window.valid} | keys_of(self._cache)
+            else:
+                tensors["window.valid"] = window.valid.new_ones(1, window.context[0])
         return tensors, meta
 
     def _fill(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -426,6 +445,21 @@ class Session:
                     assert isinstance(layer, DynamicLayer)
                     layer.lazy_initialization(tensors[f"keys.{index}"], tensors[f"values.{index}"])
                     layer.keys, layer.values = tensors[f"keys.{index}"], tensors[f"values.{index}"]
+            self._before = self.stream.seen[0] if self.stream is not None else 0
+            if not any(name.startswith("keys.") for name in tensors) and ledgers["context"][0]:
+                ids = window_ids(self._log, self._before, self._cache, router.segment_length)
+                assert ids is not None  # checked
+                reread(self.model, self._cache, self._cache.window, ids.to(router.device), router.segment_length)
+
+    @property
+    def _ids_of_window(self) -> Int[Tensor, "1 k"] | None:
+        """What a file holds instead of the window's keys; None where it holds these."""
+        if self.keep_keys or self._cache is None:
+            return None
+        # what was read while the memory was switched off has keys, and is not in the text
+        seen = self.stream.seen[0] if self.stream is not None else 0
+        whole = self._before + self._taken == seen
+        return window_ids(self._log, seen, self._cache, self._router.segment_length) if whole else None
 
     def _description(self) -> dict[str, Any]:
         router = self._router
@@ -433,6 +467,7 @@ class Session:
             "content": "session",
             "window": self.window,
             "keep_text": self.keep_text,
+            **({} if self.keep_keys else {"keep_keys": False}),  # a file with keys is as it ever was
             "memory": router.config.to_dict(),
             "memory_fingerprint": fingerprint_of(router),
             "base_fingerprint": fingerprint(self.model),
