@@ -39,13 +39,15 @@ def reread(model: nn.Module, cache: MemoryCache, window: Window, ids: Int[Tensor
     """Puts the keys of `ids` into an empty cache, which then has this window; its stream stays as it is."""
     trunk, layer, stream = examine(model).trunk, cache.memory, cache.memory.stream
     first = window.position[0] - window.context[0]
-    cache.window = replace(window, valid=window.valid[:, :0], context=(0,), running=(0,), position=(first,))
+    empty = replace(window, valid=window.valid[:, :0], context=(0,), running=(0,), position=(first,))
     # pieces shorter than a segment, each with the memory as it is: none fills a segment, so nothing is written
     idle = None if stream is None else replace(stream, waiting=stream.waiting[:, :0], counts=(0,), logs=())
+    cache.window = None
     with evaluating(model):
         for piece in ids.split(segment_length - 1, 1):
             layer.stream = idle
-            cache.window = replace(cache.window, running=(0,))
+            cache.window = replace(cache.window or empty, running=(0,))
             trunk(input_ids=piece, **with_cache(trunk, cache))
     layer.stream, layer.replay = stream, None
+    assert cache.window is not None
     cache.window = replace(window, valid=cache.window.valid, taken=(0,))
