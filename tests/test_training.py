@@ -560,3 +560,10 @@ def test_where_every_segment_has_a_loss_a_training_base_runs_them_one_after_anot
     with torch.no_grad(), pytest.raises(TypeError):
         unroll(model, ids, ids)
     assert seen == ["one", "all", "all"]
+
+
+def test_an_empty_batch_is_named_so():
+    model, ids = host("llama", CONFIGS["emt-0"]), tokens(2, 3 * SEGMENT)
+    for empty in (ids[:0], ids[:0, :5]):
+        with pytest.raises(ValueError, match=r"the batch is empty \(0 rows\)"):
+            next(mnemic.train(model, lambda _, empty=empty: mnemic.Batch(empty, empty), steps=1))

@@ -85,7 +85,7 @@ def unroll(
     Under DDP or FSDP2 all of it is one forward pass of the wrapped model, so processes exchange what they must.
 
     Raises:
-        ValueError: tokens that are not whole segments, no labels, or `parallel=True` where it would not be exact.
+        ValueError: no rows, tokens that are not whole segments, no labels, or `parallel=True` where it would not be exact.
     """
     done: list[Unrolled] = []
 
@@ -111,6 +111,8 @@ def _unroll(
 ) -> Unrolled:
     router = router_of(model)
     length = router.segment_length
+    if not len(input_ids):
+        raise ValueError("the batch is empty (0 rows); give at least one stream, of texts long enough to make one")
     if input_ids.shape[1] % length or input_ids.shape[1] == 0:
         raise ValueError(f"{input_ids.shape[1]} tokens are not whole segments of {length}; pad or trim the stream")
     if bptt_segments is not None and bptt_segments < 0:
