@@ -85,7 +85,7 @@ def unroll(
     Under DDP or FSDP2 all of it is one forward pass of the wrapped model, so processes exchange what they must.
 
     Raises:
-        ValueError: no rows, tokens that are not whole segments, no labels, or `parallel=True` where it would not be exact.
+        ValueError: no rows, tokens that are not whole segments, no labels, or `parallel=True` where it is not exact.
     """
     done: list[Unrolled] = []
 
