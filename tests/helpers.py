@@ -33,8 +33,7 @@ TRAINED = {kind: config for kind, config in FIRST_FORMS.items() if list(config.b
 
 
 def _over(configs: dict[str, mnemic.MemoryConfig]) -> pytest.MarkDecorator:
-    cases = [pytest.param(config, id=label, marks=pytest.mark.small) for label, config in configs.items()]
-    return pytest.mark.parametrize("config", cases)
+    return pytest.mark.parametrize("config", list(configs.values()), ids=list(configs))
 
 
 every_config = _over(CONFIGS)
