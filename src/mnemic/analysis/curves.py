@@ -66,6 +66,7 @@ def recall_curve(records: Sequence[Record], path: str | Path, title: str) -> Pat
         axes.annotate("everything in one window", (lengths[0], ceiling), fontsize=7.5, color="#2e7d32", va="bottom")
     axes.set_xscale("symlog", linthresh=1, base=4)
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.set_xlim(lengths[0] - 0.25, 1.3 * lengths[-1])
     axes.minorticks_off()
     tokens = first.tokens // places_of(first).total
     axes.set_xlabel(f"segments of filler before, between and after the facts, each ({tokens} tokens a segment)")
