@@ -29,7 +29,7 @@ SOME = ["gpt2", "llama", "gemma3", "bloom", "opt", "mistral"]
 EMT = CONFIGS["emt-0"]
 # every mechanism with one family and a window of one segment, some with others and a longer one
 CASES = [(CONFIGS[f"{kind}-0"], "llama", SEGMENT) for kind in mnemic.CONFIGS]
-CASES += [(EMT, name, 3 * SEGMENT) for name in SOME]
+CASES += [(EMT, name, 3 * SEGMENT) for name in SOME[::2]]
 CASES += [
     (CONFIGS[f"{kind}-0"], "gemma3", 3 * SEGMENT) for kind in ("compressive", "transformer-xl", "rmt", "persistent")
 ]
@@ -273,7 +273,7 @@ def test_what_is_no_batch_is_refused():
 
 NARROW = {"n_embd": 16, "n_head": 2}  # sums in order are slow
 FEW = settings(
-    max_examples=2,
+    max_examples=1,
     derandomize=True,
     deadline=None,
     database=None,

@@ -106,6 +106,7 @@ def test_a_base_that_trains_is_written_too(host_folder, book, tmp_path):
     assert (described["freeze"], described["stages"], described["bf16"]) == (False, [[0, 1]], True)
 
 
+@pytest.mark.long
 def test_a_killed_command_goes_on(tmp_path):
     """SIGKILL at random moments: the same curve, the same weights, the same drift."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import mnemic
-from helpers import CONFIGS, SEGMENT, every_config, host, tokens
+from helpers import CONFIGS, SEGMENT, every_kind, host, tokens
 from mnemic.analysis.inside import open_session
 from mnemic.analysis.terminal import bar
 from mnemic.cli import app
@@ -38,7 +38,7 @@ def files(tmp_path):
     return make
 
 
-@every_config
+@every_kind
 def test_any_session(config, tmp_path):
     session = mnemic.Session(host("llama", config))
     session.read(tokens(1, 3 * SEGMENT + 5))

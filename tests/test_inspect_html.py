@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import mnemic
-from helpers import CONFIGS, SEGMENT, every_config, host, tokens
+from helpers import CONFIGS, SEGMENT, every_kind, host, tokens
 from mnemic.analysis import inside, page
 from mnemic.analysis.inside import Words, open_session
 from mnemic.cli import app
@@ -52,7 +52,7 @@ def embedded(text):
 # --- what is in it ---------------------------------------------------------------------------------------------------
 
 
-@every_config
+@every_kind
 def test_every_mechanism_has_a_page(config, tmp_path):
     label = next(name for name, each in CONFIGS.items() if each is config)
     found, words = saved(tmp_path / "a.memory", label)

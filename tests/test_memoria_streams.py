@@ -162,7 +162,7 @@ def compare(seed: int, config: MemoriaConfig, steps: int, batch: int) -> Counter
     return seen
 
 
-@pytest.mark.parametrize("chunk", range(4))
+@pytest.mark.parametrize("chunk", range(2))
 def test_random_streams(chunk):
     seen = Counter()
     for seed in range(10 * chunk, 10 * chunk + 10):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mnemic
-from helpers import CONFIGS, SEGMENT, every_config, host, tokens
+from helpers import CONFIGS, SEGMENT, every_kind, host, tokens
 from mnemic.attachment import WEIGHTS_FILE
 from mnemic.bench import mutations
 from mnemic.bench.mutations import OF_ADAPTERS, OF_SESSIONS, mutated_files, seal
@@ -40,7 +40,7 @@ def test_the_measurement_finds_what_is_loaded_crashes_or_changes(tmp_path, monke
     assert len(found.loaded) == 2
 
 
-@every_config
+@every_kind
 @torch.no_grad()
 def test_what_a_session_writes_passes_its_own_checks(config):
     model = host("llama", config)

@@ -64,6 +64,7 @@ def test_a_file_that_is_none(text, message, tmp_path):
     assert message in " ".join(result.output.replace("│", " ").split())
 
 
+@pytest.mark.long
 def test_it_is_listed_and_compared_at_the_terminal(tmp_path):
     result = command("--import", FILE, "list")
     assert result.exit_code == 0, result.output

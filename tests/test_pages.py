@@ -60,6 +60,7 @@ def test_the_examples_of_a_page_run_as_they_are_written(page, here, capsys):
     assert capsys.readouterr().out or page == "docs/families.md"
 
 
+@pytest.mark.long
 def test_the_chatbot_knows_its_user_s_name_in_another_process_and_nobody_else_s(here):
     names: dict[str, object] = {"__name__": "page"}
     begin, attach, go_on, ask = blocks(ROOT / "docs" / "chatbot.md")
@@ -75,6 +76,7 @@ def test_the_chatbot_knows_its_user_s_name_in_another_process_and_nobody_else_s(
         assert f'print(turn("{user}", "Please repeat my name."))' in ask
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", MECHANISMS, ids=lambda page: page.stem)
 def test_a_mechanism_is_attached_as_its_page_says(page, here):
     names: dict[str, object] = {"__name__": "page"}

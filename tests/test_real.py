@@ -133,6 +133,7 @@ def test_read_generate_save_and_go_on_elsewhere(folder, loaded, model, tmp_path)
     assert there.stderr == ""
 
 
+@pytest.mark.long
 def test_a_chat_through_a_pipe(folder, tmp_path):
     """Two runs of the command are one conversation."""
     command = [str(Path(sys.executable).with_name("mnemic")), "chat", str(folder), "--greedy", "--max-new-tokens", "10"]

@@ -42,10 +42,8 @@ def session_of(model, name, read=21):
 def test_a_new_process_continues_bit_exactly(tmp_path):
     # one process for all: to start one takes longer than all that it does
     jobs, expected, question = [], {}, tokens(1, SEGMENT, 5)
-    for label, config in CONFIGS.items():
-        for name in FAMILIES:
-            if refusal(label, name):
-                continue
+    for place, (label, config) in enumerate(CONFIGS.items()):
+        for name in [name for name in FAMILIES if refusal(label, name) is None][place % 4 :: 4]:
             job = f"{label}-{name}"
             model = host(name, config)
             mnemic.attached(model).save_pretrained(tmp_path / job)

@@ -16,7 +16,7 @@ from helpers import (
     assert_equal_stream,
     assert_near,
     assert_same_stream,
-    every_config,
+    every_kind,
     feed,
     first_forms,
     host,
@@ -145,7 +145,7 @@ def test_two_sessions_of_one_model_never_mix(name):
     assert_near(fresh, alone[0][0], 1e-5)
 
 
-@every_config
+@every_kind
 @torch.no_grad()
 def test_forks_are_independent(config):
     model, question = host("llama", config), tokens(1, 5, 3)
@@ -173,7 +173,7 @@ def test_reset_forgets_everything(config, name):
     assert torch.equal(session.forward(tokens(1, SEGMENT)).logits, first)
 
 
-@every_config
+@every_kind
 @torch.no_grad()
 def test_flush_writes_what_waits(config):
     model = host("llama", config)
@@ -278,7 +278,7 @@ def test_a_session_and_a_memory_say_what_they_are(model):
     assert "detached" in repr(memory)
 
 
-@every_config
+@every_kind
 def test_a_memory_knows_whether_it_is_trained(config):
     model = make("llama")
     memory = mnemic.attach(model, config)

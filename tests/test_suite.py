@@ -248,11 +248,12 @@ def test_wrong_names(tmp_path):
 
 
 def test_the_smoke_suite(tmp_path):
-    """What a user tries first, whole: every mechanism, every condition, every floor."""
-    result = bench("smoke", "--seeds", 1, "--workers", 1, "--out", tmp_path)
+    """What a user tries first: every condition, every floor."""
+    few = {"emt", "fast-weights"}
+    result = bench("smoke", "--memory", ",".join(few), "--seeds", 1, "--workers", 1, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     found = records(tmp_path / "suite-smoke")
-    assert {record.mechanism for record in found} == {NONE, *CONFIGS}
+    assert {record.mechanism for record in found} == {NONE, *few}
     assert {record.task for record in found} == {"reverse", "rewrites"}
     for record in found:
         for score in record.scores:
