@@ -27,13 +27,11 @@ from ordered import ordered
 
 SOME = ["gpt2", "llama", "gemma3", "bloom", "opt", "mistral"]
 EMT = CONFIGS["emt-0"]
-# every mechanism with one family and a window of one segment, some with others and a longer one
-CASES = [(CONFIGS[f"{kind}-0"], "llama", SEGMENT) for kind in mnemic.CONFIGS]
+# every mechanism with one family, in a window of one segment or a longer one, and one with others
+WIDE = ("compressive", "transformer-xl", "rmt", "persistent", "memoria", "knn")
+CASES = [(CONFIGS[f"{kind}-0"], "llama", SEGMENT) for kind in mnemic.CONFIGS if kind not in WIDE]
 CASES += [(EMT, name, 3 * SEGMENT) for name in SOME[::2]]
-CASES += [
-    (CONFIGS[f"{kind}-0"], "gemma3", 3 * SEGMENT) for kind in ("compressive", "transformer-xl", "rmt", "persistent")
-]
-CASES += [(CONFIGS[f"{kind}-0"], "gpt2", 3 * SEGMENT) for kind in ("memoria", "knn")]
+CASES += [(CONFIGS[f"{kind}-0"], "gemma3", 3 * SEGMENT) for kind in WIDE]
 over_cases = pytest.mark.parametrize(
     ("config", "name", "window"), CASES, ids=[f"{config.kind}-{name}-{window}" for config, name, window in CASES]
 )

@@ -388,6 +388,7 @@ class Process:
         return self.output + rest.decode(errors="replace")
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_the_answer_and_a_new_process_goes_on(talk):
     first = Process(talk, "--max-new-tokens", "100000")
     first.type("who is ann?")

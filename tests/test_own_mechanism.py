@@ -64,6 +64,25 @@ def test_a_file_that_is_none(text, message, tmp_path):
     assert message in " ".join(result.output.replace("│", " ").split())
 
 
+def test_files_of_one_name_and_those_that_fail_half_way(tmp_path):
+    here, there = tmp_path / "here" / "my.py", tmp_path / "there" / "my.py"
+    for path in (here, there):
+        path.parent.mkdir()
+    here.write_text(FILE.read_text())
+    there.write_text("x = 1")
+    assert import_file(here) == ["average"]
+    with pytest.raises(ValueError, match="defines no mechanism"):
+        import_file(there)
+    assert imported_files() == [here]
+    del mnemic.CONFIGS["average"]
+    broken = tmp_path / "broken.py"
+    broken.write_text(FILE.read_text() + "\n1 / 0\n")
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        import_file(broken)
+    assert "average" not in mnemic.CONFIGS
+    assert imported_files() == []
+
+
 @pytest.mark.long
 def test_it_is_listed_and_compared_at_the_terminal(tmp_path):
     result = command("--import", FILE, "list")
@@ -79,6 +98,7 @@ def test_it_is_listed_and_compared_at_the_terminal(tmp_path):
     assert {record.mechanism for record in records(tmp_path / "suite-mine")} == {"none", "average"}
 
 
+@pytest.mark.long
 def test_it_joins_the_matrix():
     words = ("tests/test_matrix.py", "--mechanism", str(FILE), "-k", "average-0 and (naive or initialisation)")
     found = subprocess.run(

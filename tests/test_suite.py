@@ -347,7 +347,7 @@ def test_a_killed_run_goes_on(tmp_path, mechanism):
     assert again.scores[0].details["nats a labelled token"] == whole.scores[0].details["nats a labelled token"]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_that_fails_says_so_and_the_others_go_on(tmp_path, workers):
     wrong, events = replace(REVERSE, recipe=replace(QUICK, learning_rate=1e30)), []
     perform([wrong, replace(REVERSE, seed=1)], tmp_path, "mnemic bench", workers, events.append)

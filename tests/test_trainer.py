@@ -363,19 +363,66 @@ def test_evaluation_ends_with_a_verdict(tmp_path, capsys):
     assert trainer.verdict is None
 
 
-@pytest.mark.parametrize("lengths", [[5], [SEGMENT, 3, SEGMENT]])
+@pytest.mark.parametrize("lengths", [[5], [SEGMENT, 3, SEGMENT], [SEGMENT + 1]])
 def test_rows_of_a_segment_or_less_are_refused(lengths, tmp_path):
-    """Nothing is read before the second segment."""
+    """Nothing is read before the second segment, and its first token is predicted from before."""
     model = host("llama", CONFIGS["emt-0"])
     short = [{"input_ids": tokens(1, n, n)[0]} for n in lengths]
     trainer = Trainer(model, arguments(tmp_path), train_dataset=short)
     before = weights(model)
-    with pytest.raises(
-        ValueError, match=rf"all of the first {len(lengths)} rows fit one segment of 8 .*mnemic.Streams"
-    ):
+    with pytest.raises(ValueError, match=rf"none of the first {len(lengths)} rows has a label .*mnemic.Streams"):
         trainer.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
-    Trainer(model, arguments(tmp_path), train_dataset=[*short, {"input_ids": tokens(1, 9)[0]}]).train()
+    Trainer(model, arguments(tmp_path), train_dataset=[*short, {"input_ids": tokens(1, 10)[0]}]).train()
+
+
+def test_what_else_leaves_nothing_to_remember_is_refused(tmp_path):
+    def trainer(data, collator=None, **options):
+        return Trainer(host("llama", CONFIGS["emt-0"]), arguments(tmp_path), collator, train_dataset=data, **options)
+
+    early = rows(2)
+    for row in early:
+        row["labels"] = row["input_ids"].clone()
+        row["labels"][SEGMENT:] = IGNORED
+    short = [{"input_ids": tokens(1, 6)[0]}]
+    for made, match in (
+        (trainer(early), "labels there"),
+        (trainer(short, lambda rows: mnemic.collate(rows, SEGMENT)), "longer rows"),
+        (trainer(rows(2), mnemic.SegmentCollator(SEGMENT, segments=1)), "the SegmentCollator more segments than 1"),
+        (
+            trainer(rows(2), callbacks=[SegmentCurriculum([(0, 1)])]),
+            "the SegmentCurriculum never goes beyond 1 segment",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            made.train()
+    trainer(rows(2), callbacks=[SegmentCurriculum([(0, 1), (1, 2)])]).train()
+
+
+def test_a_collator_s_padding_and_labels_are_looked_at(tmp_path):
+    def stack(batch, **more):
+        ids = torch.stack([row["input_ids"] for row in batch])
+        return {"input_ids": ids, "labels": ids, **more}
+
+    def left(batch):
+        mask = torch.ones(len(batch), 3 * SEGMENT, dtype=torch.long)
+        mask[0, :2] = 0
+        return stack(batch, attention_mask=mask)
+
+    def unlabelled(batch):
+        return {"input_ids": stack(batch)["input_ids"]}
+
+    for collator, match in ((left, "left put padding before tokens"), (unlabelled, "unlabelled made no labels")):
+        trainer = Trainer(host("llama", CONFIGS["emt-0"]), arguments(tmp_path), collator, train_dataset=rows(4))
+        with pytest.raises(ValueError, match=match):
+            trainer.train()
+
+
+def test_each_of_several_datasets_has_its_verdict_once(tmp_path, capsys):
+    data = {"one": rows(4), "two": rows(4, seed=1)}
+    model = host("llama", CONFIGS["emt-0"])
+    Trainer(model, arguments(tmp_path, per_device_eval_batch_size=2), eval_dataset=data).evaluate()
+    assert capsys.readouterr().out.count(" is remembered") == 2
 
 
 def test_another_collator_s_rows_are_told_from_segments(tmp_path):

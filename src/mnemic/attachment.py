@@ -106,6 +106,10 @@ class Attachment:
         vars(unwrapped(self.model)).pop(PAGED, None)
         for parameter in router.frozen:
             parameter.requires_grad_(True)
+        # by name too: `resize_token_embeddings` puts new parameters in the place of others
+        for name, parameter in unwrapped(self.model).named_parameters():
+            if name in router.frozen_names:
+                parameter.requires_grad_(True)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `memory_config.json` and `memory_model.safetensors`, without any stream's state.
@@ -203,10 +207,12 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     router = Router(memory, config, anatomy)
     router.train(model.training)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
+    trained = {name for name, parameter in unwrapped(model).named_parameters() if parameter.requires_grad}
     for parameter in frozen:
         parameter.requires_grad_(False)
     router.made_with = _mark(memory)
     router.frozen = frozen  # a list of the router's own, so that copies of a model know theirs
+    router.frozen_names = trained if freeze else set()
     router.install(anatomy)
     vars(unwrapped(model))[PAGED] = refuse_paged
     _save_apart(model)
@@ -243,6 +249,11 @@ def check_segment(model: nn.Module, config: MemoryConfig, beside: int = 0) -> No
 def attached(model: nn.Module) -> Attachment:
     """The handle of a model that has a memory: for copies and unpickled models, whose first handle is elsewhere."""
     return Attachment(model, router_of(model).config)
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether a model has a memory."""
+    return any(MEMORY_NAME in module._modules for module in model.modules())
 
 
 def router_of(model: nn.Module) -> Router:

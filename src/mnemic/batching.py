@@ -70,6 +70,9 @@ class SessionBatch:
     def __len__(self) -> int:
         return len(self.sessions)
 
+    def __repr__(self) -> str:
+        return f"<mnemic.SessionBatch of {len(self.sessions):,} sessions of {type(self.sessions[0].model).__name__}>"
+
     def read(self, texts: Texts | None = None, **encoded: Any) -> list[int]:
         """Each session takes in its text, of any length, in bounded memory; returns their numbers of tokens."""
         texts = given(texts, encoded)

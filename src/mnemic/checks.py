@@ -100,10 +100,26 @@ def check_bytes(tensors: State, meta: Mapping[str, Any], source: object) -> None
         _check_history(tensors, meta)
         if unknown := sorted(name for name in tensors if not _has_place(name, meta)):
             raise StateError(f"nothing here keeps {', '.join(unknown)[:200]!r}")
+        if lacking := _lacking(tensors, meta):
+            raise StateError(f"it lacks {lacking}")
         _check_finite(tensors)
         _check_numbers(tensors, meta, config.segment_length)
     except StateError as error:
         raise StateError(f"{source} is no session that could be loaded: {error}") from error
+
+
+def _lacking(tensors: State, meta: Mapping[str, Any]) -> str | None:
+    """What the description tells of and is not there, as far as that can be told without a model."""
+    if meta.get("stream") is not None and "waiting" not in tensors:
+        return "waiting"
+    if meta.get("running") is not None:
+        if "window.valid" not in tensors:
+            return "window.valid"
+        kept, text = tensors["window.valid"].numel(), tensors.get("history.text")
+        reread = meta.get("keep_keys", True) is False and text is not None and text.numel() >= kept
+        if kept and not any(map(_is_key, tensors)) and not reread:
+            return "the keys of its window"
+    return None
 
 
 def _check_fit(

@@ -53,6 +53,8 @@ class SegmentCollator:
         return {"input_ids": input_ids, "labels": labels}
 
     def _pair(self, row: Mapping[str, Any], number: int) -> tuple[Tensor, Tensor]:
+        if row.get("input_ids") is None:
+            raise ValueError(f"row {number} has no input_ids, it has {sorted(row)}; tokenize the texts first")
         ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
         given = row.get("labels")
         labels = ids if given is None else torch.as_tensor(given, dtype=torch.long)
@@ -129,7 +131,10 @@ def _ids(document: Any, tokenizer: Any) -> Int[Tensor, " n"]:
         document = tokenizer(document, verbose=False)["input_ids"]  # not its reminder of the model's length
     if isinstance(document, Mapping):
         raise ValueError(f"a document is a text or token ids, this has {sorted(document)}; pass one column of the rows")
-    ids = torch.as_tensor(document)
+    try:
+        ids = torch.as_tensor(document)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"a document is a text or a list of token ids, this is {str(document)[:80]!r}") from error
     if ids.ndim != 1 or ids.is_floating_point():
         raise ValueError(f"a document is a text or a list of token ids, this is {list(ids.shape)} of {ids.dtype}")
     return ids

@@ -11,7 +11,17 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from mnemic.host.cache import MemoryCache
-from mnemic.host.choosing import Choosing, Counting, TextPieces, check_taken, one_by_one, refuse_prompts, rows_of, ways
+from mnemic.host.choosing import (
+    Choosing,
+    Counting,
+    TextPieces,
+    check_taken,
+    one_by_one,
+    refuse_prompts,
+    rows_of,
+    setting,
+    ways,
+)
 from mnemic.host.evaluating import evaluating
 from mnemic.host.release import GENERATE_CACHE
 
@@ -28,8 +38,11 @@ def take_steps(session: Session, ids: Int[Tensor, "1 t"], choosing: Choosing) ->
         yield token
 
 
-def generate(session: Session, ids: Int[Tensor, "1 t"], *, streamer: Any = None, **kwargs: Any) -> Any:
-    """What `model.generate` returns, prompt included; the session has taken in the first row of it.
+def generate(
+    session: Session, ids: Int[Tensor, "1 t"], *, streamer: Any = None, **kwargs: Any
+) -> tuple[Any, Int[Tensor, "1 n"]]:
+    """What `model.generate` returns, prompt included, and the first row of it without padding, which the session has
+    taken in.
 
     Raises:
         RuntimeError: `generate` fed the model other tokens than those it returned.
@@ -44,20 +57,33 @@ def generate(session: Session, ids: Int[Tensor, "1 t"], *, streamer: Any = None,
                 streamer.put(token[0].cpu())
         if streamer is not None:
             streamer.end()
-        return choosing.ids
+        return choosing.ids, choosing.ids
     # generate works on a fork: it leaves out its last token, and with beams or several sequences it has many rows; the
     # session then reads what was said, once
     cache, counting = session.cache.fork(), Counting()
     if cache.window is not None:
         cache.batch_repeat_interleave(rows_of(session.model, kwargs))
     before = _taken(cache)
+    # every token of the prompt is one, also where it is the padding token's
+    kwargs.setdefault("attention_mask", torch.ones_like(ids))
     criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), counting])
     more = {GENERATE_CACHE: cache, "stopping_criteria": criteria, "streamer": streamer}
     output = session.model.generate(ids, **more, **ways(session.model, kwargs))  # pyright: ignore[reportCallIssue]
     if counting.length is not None:
         check_taken(session.model, _taken(cache) - before, counting.length - 1)
-    session.read((output if isinstance(output, Tensor) else output.sequences)[:1])
-    return output
+    said = _without_padding((output if isinstance(output, Tensor) else output.sequences)[:1], ids, session, kwargs)
+    session.read(said)
+    return output, said
+
+
+def _without_padding(
+    row: Int[Tensor, "1 n"], prompt: Int[Tensor, "1 t"], session: Session, kwargs: dict[str, Any]
+) -> Int[Tensor, "1 n"]:
+    """The row up to the first token that ends it: where others go on, `generate` pads it."""
+    ends = setting(session.model, kwargs, "eos_token_id")
+    ends = torch.as_tensor([] if ends is None else ends, device=row.device).flatten()
+    over = torch.isin(row[0, prompt.shape[1] :], ends).nonzero().flatten()
+    return row if not len(over) else row[:, : prompt.shape[1] + int(over[0]) + 1]
 
 
 def answer(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mnemic.attachment import check_fingerprint, check_settings, default_window, memory_cache, router_of
+from mnemic.attachment import check_fingerprint, check_settings, default_window, is_attached, memory_cache, router_of
 from mnemic.checks import check_contents, check_description, check_written, keys_of
 from mnemic.generating import answer, generate
 from mnemic.history import Log
@@ -31,7 +31,7 @@ from mnemic.locks import Lock, alone
 from mnemic.rereading import reread, window_ids
 from mnemic.state import StateError, from_bytes, read_file, to_bytes, write_file
 from mnemic.stream import Stream
-from mnemic.texts import Text, given, token_ids
+from mnemic.texts import Text, check_known, given, token_ids
 from mnemic.turns import Messages, Turns
 from mnemic.unrolling import can_read_ahead, read_segments
 
@@ -89,15 +89,22 @@ class Session:
         router = router_of(model)
         if window is None and router.causal:
             window = default_window(model)
+        if window is not None and not router.causal:
+            raise ValueError(
+                f"window is {window}, but {type(model).__name__} is an encoder and keeps no keys; leave it out"
+            )
         self.window = window
         self._cache: MemoryCache | None = memory_cache(model, window) if router.causal else None
         self._layer = MemoryLayer() if self._cache is None else self._cache.memory
         self._layer.log = self._empty_log
         self.stored: Stored | None = None
         self.lock = Lock()
-        self._before = 0  # tokens of the stream that another process, or an earlier window, took in
+        self._before: int | None = 0
+        """Tokens that the stream had when the window was made here; None where the text lacks some of the window's."""
 
     def __repr__(self) -> str:
+        if not is_attached(self.model):
+            return f"<mnemic.Session of a {type(self.model).__name__} that has no memory any more>"
         seen, written = (self.stream.seen[0], self.stream.written[0]) if self.stream is not None else (0, 0)
         window = "" if self.window is None else f", window {self.window:,}"
         return (
@@ -181,6 +188,7 @@ class Session:
         """The token ids that a text would be read as, on the model's device; raises `ValueError` for anything else."""
         causal = self._cache is not None
         ids = token_ids(text, self.tokenizer, start=self.is_new or not causal, end=not causal)
+        check_known(ids, self.model)
         return ids.to(self._router.device)
 
     def read(self, text: Text | None = None, **encoded: Any) -> int:
@@ -253,10 +261,10 @@ class Session:
         wanted = given(prompt, kwargs)
         with self._call(), torch.no_grad():
             ids = self._some(wanted)
-            output = generate(self, ids, **kwargs)
+            output, said = generate(self, ids, **kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
         if isinstance(prompt, str):
-            return self.tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True)
+            return self.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
         return sequences[:, ids.shape[1] :] if isinstance(output, Tensor) else output
 
     def answer(self, prompt: Text | None = None, **kwargs: Any) -> Iterator[Any]:
@@ -294,8 +302,9 @@ class Session:
         turns = Turns(self.tokenizer)
         with self._call():
             prompt = turns.message(messages, first=self.is_new)
-            output = self.generate(prompt, **turns.ways(self.model, kwargs))
-            said = output[0] if isinstance(output, Tensor) else output.sequences[0, prompt.shape[1] :]
+            with torch.no_grad():
+                _, whole = generate(self, self._some(prompt), **turns.ways(self.model, kwargs))
+            said = whole[0, prompt.shape[1] :]
             if (closing := turns.closing(said.tolist())) is not None:
                 self.read(closing)
         return self.tokenizer.decode(said, skip_special_tokens=True)
@@ -445,16 +454,18 @@ class Session:
                     assert isinstance(layer, DynamicLayer)
                     layer.lazy_initialization(tensors[f"keys.{index}"], tensors[f"values.{index}"])
                     layer.keys, layer.values = tensors[f"keys.{index}"], tensors[f"values.{index}"]
-            self._before = self.stream.seen[0] if self.stream is not None else 0
-            if not any(name.startswith("keys.") for name in tensors) and ledgers["context"][0]:
-                ids = window_ids(self._log, self._before, self._cache, router.segment_length)
+            self._before = seen = self.stream.seen[0] if self.stream is not None else 0
+            if any(name.startswith("keys.") for name in tensors):
+                self._before = seen if self.keep_keys else None  # a file that could not leave them out
+            elif ledgers["context"][0]:
+                ids = window_ids(self._log, seen, self._cache, router.segment_length)
                 assert ids is not None  # checked
                 reread(self.model, self._cache, self._cache.window, ids.to(router.device), router.segment_length)
 
     @property
     def _ids_of_window(self) -> Int[Tensor, "1 k"] | None:
         """What a file holds instead of the window's keys; None where it holds these."""
-        if self.keep_keys or self._cache is None:
+        if self.keep_keys or self._cache is None or self._before is None:
             return None
         # what was read while the memory was switched off has keys, and is not in the text
         seen = self.stream.seen[0] if self.stream is not None else 0

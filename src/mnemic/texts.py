@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from mnemic.host.anatomy import examine
 
 Text = str | Tensor | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or a tokenizer's dictionary of them."""
@@ -71,7 +73,18 @@ BATCH = "use mnemic.batch(sessions) with one for each"
 
 def plain(tokenizer: Any, text: str) -> list[int]:
     """A text's own tokens, with nothing around them."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # a session takes texts of any length: not the reminder of the model's
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def check_known(ids: Int[Tensor, "1 t"], model: nn.Module) -> None:
+    """Raises `ValueError` for ids that the model has no embedding for."""
+    known = examine(model).trunk.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    for extreme in (int(ids.min()), int(ids.max())) if ids.numel() else ():
+        if not 0 <= extreme < known:
+            raise ValueError(
+                f"token {extreme} is none of the model's, which are 0 .. {known - 1}; use its own tokenizer"
+            )
 
 
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -20,8 +20,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
-    PrinterCallback,
-    ProgressCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -35,9 +33,11 @@ from mnemic.data import SegmentCollator
 from mnemic.host.anatomy import MEMORY_NAME
 from mnemic.host.router import Router
 from mnemic.state import read_file
-from mnemic.unrolling import base_trains, unroll
+from mnemic.unrolling import IGNORED, base_trains, unroll
 
 STATE_FILE = "trainer_state.json"
+PRINTING = {"PrinterCallback", "ProgressCallback", "NotebookProgressCallback"}
+"""What prints measures; the last cannot be imported outside of a notebook."""
 
 
 class SegmentCurriculum(TrainerCallback):
@@ -148,15 +148,10 @@ class Trainer(transformers.Trainer):
         """The loss at the labelled tokens of a batch of streams, and the memory's own.
 
         Raises:
-            ValueError: rows that are not whole segments.
+            ValueError: rows that are not whole segments, without labels, or padded on the left.
             FloatingPointError: the loss became NaN or infinite.
         """
-        length, found = self.router.segment_length, inputs["input_ids"].shape[1]
-        if found % length:
-            raise ValueError(
-                f"{_called(self.data_collator)} made rows of {found} tokens, which are not whole segments of {length}; "
-                f"leave data_collator out, or use mnemic.SegmentCollator({length})"
-            )
+        self._check_batch(inputs)
         # what runs outside of the model's forward, such as writes of a whole row, needs mixed precision too
         with self.accelerator.autocast():
             unrolled = unroll(
@@ -257,8 +252,10 @@ class Trainer(transformers.Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent's; ends with the verdict, where measures are printed."""
         metrics = super().evaluate(*args, **kwargs)
-        printing = any(isinstance(each, PrinterCallback | ProgressCallback) for each in self.callback_handler.callbacks)
-        if self.verdict is not None and printing and self.is_world_process_zero():
+        given = kwargs.get("eval_dataset", args[0] if args else None)
+        several = isinstance(self.eval_dataset if given is None else given, dict)  # of which each was told by itself
+        printing = PRINTING & {type(each).__name__ for each in self.callback_handler.callbacks}
+        if self.verdict is not None and printing and not several and self.is_world_process_zero():
             print(self.verdict)
         return metrics
 
@@ -271,6 +268,7 @@ class Trainer(transformers.Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, logits `[b, t, v]` and labels `[b, t]` of a batch; position t has the logits behind its token."""
         inputs = self._prepare_inputs(inputs)
+        self._check_batch(inputs)
         ids, labels = inputs["input_ids"], inputs["labels"]
         with self.accelerator.autocast():
             found = measure(
@@ -293,11 +291,11 @@ class Trainer(transformers.Trainer):
         """Trains; `resume_from_checkpoint` is a checkpoint's folder, or True for the last whole one in `output_dir`.
 
         Raises:
-            ValueError: True, and there is none; rows that all fit one segment, behind which nothing is asked.
+            ValueError: True, and there is none; rows with no label behind their first segment.
             StateError: a checkpoint of another memory.
         """
-        if isinstance(self.data_collator, SegmentCollator) and self.train_dataset is not None:
-            self._check_lengths(self.train_dataset, self.data_collator)
+        if self.train_dataset is not None:
+            self._check_lengths(self.train_dataset)
         if resume_from_checkpoint is True:
             last = last_checkpoint(self.args.output_dir)  # pyright: ignore[reportArgumentType]
             if last is None:
@@ -305,19 +303,49 @@ class Trainer(transformers.Trainer):
             resume_from_checkpoint = str(last)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _check_lengths(self, rows: Any, collator: SegmentCollator, most: int = 256) -> None:
-        """Raises `ValueError` where the first rows are all too short for a memory, read from the second segment on."""
-        lengths: list[int] = []
-        for row in itertools.islice(rows, most):
-            lengths.append(collator([row])["input_ids"].shape[1] // self.router.segment_length)
-            if lengths[-1] > 1:
-                return
-        if lengths:
+    def _check_lengths(self, rows: Any, most: int = 256) -> None:
+        """Raises `ValueError` where nothing that the first rows ask for can come from a memory, which is read from the
+        second segment on.
+        """
+        length, collator = self.router.segment_length, self.data_collator
+        stages = [each for each in self.callback_handler.callbacks if isinstance(each, SegmentCurriculum)]
+        if stages and min(max(count for _, count in each.stages) for each in stages) < 2:
             raise ValueError(
-                f"all of the first {len(lengths)} rows fit one segment of {self.router.segment_length} tokens, and "
-                "what is written there is read from the next one on: nothing could be remembered. Give longer rows, "
-                "such as those of mnemic.Streams, or attach with a shorter segment_length"
+                "the SegmentCurriculum never goes beyond 1 segment, and a memory is read from the second on"
             )
+        seen = 0
+        for row in itertools.islice(rows, most):
+            if isinstance(collator, SegmentCollator):
+                labels = collator([row])["labels"]
+            else:
+                try:
+                    labels = collator([row])["labels"]
+                except Exception:  # it wants more than a row of the dataset; what it makes is checked when it trains
+                    return
+            if bool((labels[:, length + 1 :] != IGNORED).any()):
+                return
+            seen += 1
+        if seen:
+            mend = (
+                "longer rows, such as those of mnemic.Streams, or labels there; or attach with a shorter segment_length"
+            )
+            if isinstance(collator, SegmentCollator) and collator.segments == 1:
+                mend = "the SegmentCollator more segments than 1"
+            raise ValueError(
+                f"none of the first {seen} rows has a label behind its first segment of {length} tokens, and what is "
+                f"written there is read from the next one on: nothing could be remembered. Give {mend}"
+            )
+
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        """Raises `ValueError` for a batch that is none of streams."""
+        length, made_by = self.router.segment_length, _called(self.data_collator)
+        mend = f"leave data_collator out, or use mnemic.SegmentCollator({length})"
+        if missing := {"input_ids", "labels"} - inputs.keys():
+            raise ValueError(f"{made_by} made no {' and no '.join(sorted(missing))}; {mend}")
+        if (found := inputs["input_ids"].shape[1]) % length:
+            raise ValueError(f"{made_by} made rows of {found} tokens, which are not whole segments of {length}; {mend}")
+        if (mask := inputs.get("attention_mask")) is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise ValueError(f"{made_by} put padding before tokens, which would be read as text; {mend}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:

@@ -47,6 +47,9 @@ class Batch:
     input_ids: Int[Tensor, "b t"]
     labels: Int[Tensor, "b t"]
 
+    def __repr__(self) -> str:
+        return f"Batch({len(self.input_ids):,} streams of {self.input_ids.shape[1]:,} tokens)"
+
 
 @dataclass
 class Step:

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,9 @@ class TextRun:
     def _check(self, path: Path, described: dict[str, Any]) -> None:
         """Raises `ValueError` where a run was begun with other settings."""
         known = json.loads(path.read_text())
+        # what an earlier release did not name had its default
+        known = {each.name: each.default for each in fields(self) if each.default is not MISSING} | known
+        known["memory"] = MemoryConfig.from_file(known["memory"]).to_dict()
         for name, value in described.items():
             if known.get(name) != value:
                 raise ValueError(

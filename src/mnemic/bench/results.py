@@ -100,6 +100,9 @@ def problems(path: str | os.PathLike[str]) -> list[str]:
     for score in values["scores"]:
         said = {"memory": score["score"], **score["controls"]}
         for name, outcome in score["outcomes"].items():
+            if name not in said:
+                found.append(f"{name} at {score['length']} has outcomes and no score")
+                continue
             came = _recomputed(outcome, values["measures"], score["details"])
             if abs(came - said[name]) > 1e-4 * max(1.0, abs(came)):
                 found.append(f"{name} at {score['length']} says {said[name]:.4f}, its outcomes come to {came:.4f}")

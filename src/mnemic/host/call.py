@@ -40,6 +40,8 @@ class Call:
     private_cache: bool = False
     checkpointing: bool = False
     time: int = 0
+    opening: bool = False
+    """Whether its earlier segments run, each a call of the trunk within this one."""
 
 
 @dataclass

@@ -41,6 +41,8 @@ class Router(nn.Module):
     or pickling a model keeps each copy's hooks with its own memory.
     """
 
+    like: Tensor
+
     def __init__(self, memory: Memory, config: MemoryConfig, anatomy: Anatomy) -> None:
         super().__init__()
         self.memory = memory
@@ -48,13 +50,15 @@ class Router(nn.Module):
         self.settings = config.to_dict()  # as they were attached: a config can be edited
         self.depth, self.width, self.causal = len(anatomy.blocks), anatomy.width, anatomy.causal
         self.positions, self.takes_positions, self.slides = anatomy.positions, anatomy.takes_positions, anatomy.slides
-        self.dtype, self.cache_name = anatomy.dtype, anatomy.cache_name
+        self.cache_name = anatomy.cache_name
+        self.register_buffer("like", torch.empty(0, dtype=anatomy.dtype), persistent=False)  # follows `model.to(dtype)`
         if memory.span is not None and (self.slides or self.positions is None):
             raise ValueError(
                 f"a span of {memory.span} keys cannot join a model that has its own (sliding layers, ALiBi); "
                 "leave it out"
             )
         self.frozen: list[nn.Parameter] = []
+        self.frozen_names: set[str] = set()
         self.made_with: list[float] = []
         layers = range(self.depth) if memory.beside else {*memory.read_layers, *memory.written_layers}
         self.taps = nn.ModuleDict({str(layer): Tap(layer, self) for layer in sorted({max(0, each) for each in layers})})
@@ -103,6 +107,11 @@ class Router(nn.Module):
         """Within it nothing is read or written, in this thread or task alone."""
         return disabling(self)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the base's hidden states, as they are now."""
+        return self.like.dtype
+
     # --- one call ----------------------------------------------------------------------------------------------------
 
     @property
@@ -115,11 +124,15 @@ class Router(nn.Module):
         self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
         """The trunk's pre-hook: binds the call, runs all segments but the last, prepares the last."""
-        call = Call()
+        call, calls = Call(opening=True), self.calls
+        while calls and not calls[-1].opening:
+            calls.pop().restore()  # interrupted in somebody else's hook, behind which torch calls none
         call.wordless, thread.wordless = thread.wordless, None
-        self.calls.append(call)
+        calls.append(call)
         with self.undone_when_interrupted(call):
-            return (), self._opened(call, trunk, bound(trunk, args, kwargs))
+            arguments = self._opened(call, trunk, bound(trunk, args, kwargs))
+        call.opening = False
+        return (), arguments
 
     def _opened(self, call: Call, trunk: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the call's last segment, when all before it have run."""

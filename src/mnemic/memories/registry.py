@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterator, MutableMapping
@@ -78,6 +79,10 @@ def cards() -> dict[str, Card]:
     }
 
 
+FILES = "mnemic_file_"
+"""Begins the names of modules that were files outside of this package."""
+
+
 def import_file(path: str | Path) -> list[str]:
     """Runs a Python file outside of this package and returns the kinds of the mechanisms it defines, which are
     registered then. A file that was run before is not run again.
@@ -86,9 +91,9 @@ def import_file(path: str | Path) -> list[str]:
         ValueError: no Python file, one that fails, or one without a mechanism.
     """
     file = Path(path).resolve()
-    name = f"mnemic_file_{file.stem}"
-    known = sys.modules.get(name)
-    if known is None or known.__file__ != str(file):
+    # two files may have one name
+    name = f"{FILES}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file) if file.suffix == ".py" else None
         if spec is None or spec.loader is None or not file.is_file():
             raise ValueError(f"{path} is no Python file; name one that defines a MemoryConfig")
@@ -97,6 +102,8 @@ def import_file(path: str | Path) -> list[str]:
             spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[name]
+            for kind in [kind for kind, config in CONFIGS.defined.items() if config.__module__ == name]:
+                del CONFIGS.defined[kind]
             raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     if not (kinds := [kind for kind, config in CONFIGS.defined.items() if config.__module__ == name]):
         raise ValueError(f"{path} defines no mechanism: a subclass of mnemic.MemoryConfig with a kind")
@@ -106,7 +113,7 @@ def import_file(path: str | Path) -> list[str]:
 def imported_files() -> list[Path]:
     """The files that `import_file` ran: another process needs them too."""
     names = {config.__module__ for config in CONFIGS.defined.values()}
-    files = (sys.modules[name].__file__ for name in sorted(names) if name.startswith("mnemic_file_"))
+    files = (sys.modules[name].__file__ for name in sorted(names) if name.startswith(FILES))
     return [Path(file) for file in files if file is not None]
 
 
