@@ -97,13 +97,13 @@ def test_a_memory_is_trained_and_the_base_measured(host_folder, book, tmp_path):
 
 def test_a_base_that_trains_is_written_too(host_folder, book, tmp_path):
     words = cli_words(host_folder, book, tmp_path / "out", steps=1)
-    assert train(*words, "--train-base", "--curriculum", "0:1", "--bf16").exit_code == 0
+    assert train(*words, "--train-base", "--curriculum", "0:1,1:2", "--bf16").exit_code == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     mnemic.from_pretrained(again, tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(host_folder)
     assert not torch.equal(again.lm_head.weight, plain.lm_head.weight)
     described = Record.load(tmp_path / "out" / "drift.json").config
-    assert (described["freeze"], described["stages"], described["bf16"]) == (False, [[0, 1]], True)
+    assert (described["freeze"], described["stages"], described["bf16"]) == (False, [[0, 1], [1, 2]], True)
 
 
 @pytest.mark.long

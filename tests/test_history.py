@@ -211,7 +211,7 @@ def test_a_history_follows_its_session(monkeypatch):
     standing = session.history
     bad = tokens(1, 200)
     bad[0, 150] = 10_000
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="token 10000 is none of the model's"):
         session.read(bad)
     assert session.history == standing
 

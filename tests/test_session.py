@@ -201,14 +201,15 @@ def test_flush_writes_what_waits(config):
 
 @first_forms(["gpt2", "llama", "bert"])
 @torch.no_grad()
-def test_a_failing_read_leaves_the_session_unchanged(config, name):
+def test_a_failing_read_leaves_the_session_unchanged(config, name, monkeypatch):
     model, question = host(name, config), tokens(1, 5, 3)
     session = mnemic.Session(model, window=None if name in ENCODERS else WINDOW)
     session.read(tokens(1, 21))
     expected = session.fork().forward(question).logits
     stream, size = session.stream, session.nbytes
     bad = tokens(1, 200)
-    bad[0, 150] = 10_000  # no such token: fails in the middle of a long text
+    bad[0, 150] = 10_000  # no such token
+    monkeypatch.setattr("mnemic.session.check_known", lambda *_: None)  # fails in the middle of a long text, not before
     for use in (session.read, session.forward, *([] if name in ENCODERS else [session.generate])):
         with pytest.raises((IndexError, ValueError)):
             use(bad)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from mnemic.host.anatomy import examine
 
@@ -73,8 +74,9 @@ BATCH = "use mnemic.batch(sessions) with one for each"
 
 def plain(tokenizer: Any, text: str) -> list[int]:
     """A text's own tokens, with nothing around them."""
-    # a session takes texts of any length: not the reminder of the model's
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    # a session takes texts of any length: without the reminder of the model's
+    quiet = {"verbose": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
+    return list(tokenizer(text, add_special_tokens=False, **quiet)["input_ids"])
 
 
 def check_known(ids: Int[Tensor, "1 t"], model: nn.Module) -> None:
