@@ -51,7 +51,8 @@ def tally(counts: Sequence[int]) -> bytes:
     """A session's bytes that carry some numbers, in every slot."""
     meta = {"content": "session", "window": None, "memory": EMTConfig().to_dict(), "base_model": None}
     meta |= {"memory_fingerprint": "", "base_fingerprint": "", "stream": {"counts": [0], "written": [1], "seen": [1]}}
-    return to_bytes({"state.counts": torch.tensor([list(counts)]), "state.slots": _slots(counts)}, meta)
+    tensors = {"state.counts": torch.tensor([list(counts)]), "state.slots": _slots(counts)}
+    return to_bytes(tensors | {"waiting": torch.zeros(1, 0, DIM)}, meta)
 
 
 def _slots(counts: Sequence[int]) -> torch.Tensor:
