@@ -123,7 +123,7 @@ def test_an_encoder_reads_what_its_own_segment_wrote(name, monkeypatch):
     shake(memory)
     assert (memory.write_layer, memory.read_layers) == (2, (3,))
     writes, reads = recorded(monkeypatch, memory, "write"), recorded(monkeypatch, memory, "read_and_trace")
-    session, parts = mnemic.Session(model, window=SEGMENT), tokens(1, 6 * SEGMENT + 3).split(SEGMENT, 1)
+    session, parts = mnemic.Session(model), tokens(1, 6 * SEGMENT + 3).split(SEGMENT, 1)
     left = memory.init_state(1)
     for number, part in enumerate(parts):
         session.read(part)
@@ -149,7 +149,7 @@ def test_an_encoder_reads_what_its_own_segment_wrote(name, monkeypatch):
     assert left["levels"][0].min() > 0
     assert_near(left["use"].sum(), torch.tensor(3.0), 1e-5)
     # the first segment already reads its own working memory
-    expected = mnemic.Session(model, window=SEGMENT).forward(parts[0]).logits
+    expected = mnemic.Session(model).forward(parts[0]).logits
     with mnemic.attached(model).disabled():
         assert_differ(model(parts[0]).logits, expected)
 
@@ -157,7 +157,7 @@ def test_an_encoder_reads_what_its_own_segment_wrote(name, monkeypatch):
 @torch.no_grad()
 def test_what_an_encoder_read_lengthens_lives_in_the_next_segment():
     model = host("bert", CONFIGS["memoria-0"])
-    session, ids = mnemic.Session(model, window=SEGMENT), tokens(1, 5 * SEGMENT)
+    session, ids = mnemic.Session(model), tokens(1, 5 * SEGMENT)
     session.read(ids)
     before = session.stream.state
     real = before["recalled"][0] >= 0
