@@ -190,7 +190,8 @@ class LanguageCurriculum(Curriculum):
 class Experiment:
     """A task, a memory, how it is trained, and the places of facts it is asked at.
 
-    `test_task` is the same task over text that training does not see, where the task has text.
+    `test_task` is the same task over text that training does not see, where the task has text. Without `detail` the
+    margins and lengths of answers are not measured, which takes as long as all else.
     """
 
     task: RecallTask
@@ -201,6 +202,7 @@ class Experiment:
     batch: int = 128
     seed: int = 0
     test_task: RecallTask | None = None
+    detail: bool = True
 
     def run(
         self, model: nn.Module, host: str, reporter: Reporter | None = None, checkpoint: str | Path | None = None
@@ -228,6 +230,7 @@ class Experiment:
                 rows=self.rows,
                 batch=self.batch,
                 seed=self.seed,
+                detail=self.detail,
                 progress=reporter.advance,
             )
             record.scores += scores
