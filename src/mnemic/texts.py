@@ -75,7 +75,7 @@ BATCH = "use mnemic.batch(sessions) with one for each"
 def plain(tokenizer: Any, text: str) -> list[int]:
     """A text's own tokens, with nothing around them."""
     # a session takes texts of any length: without the reminder of the model's
-    quiet = {"verbose": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
+    quiet: dict[str, Any] = {"verbose": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
     return list(tokenizer(text, add_special_tokens=False, **quiet)["input_ids"])
 
 
