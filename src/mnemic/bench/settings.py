@@ -21,7 +21,7 @@ from mnemic.tasks.facts import LanguageRecall, SymbolRecall
 MakeBase = Callable[[Reporter], tuple[nn.Module, dict[str, float]]]
 
 SYMBOLS = Recipe(steps=2500, rows=32, learning_rate=3e-3, hold=0.6, growth=2.0, pass_mark=0.8, segments=256)
-DEMO = replace(SYMBOLS, steps=1420, learning_rate=4e-3, hold=0.5, pass_mark=0.7, segments=128)
+DEMO = replace(SYMBOLS, steps=1400, learning_rate=4e-3, hold=0.5, pass_mark=0.7, segments=128)
 LANGUAGE = Recipe(
     steps=2600,
     rows=240,
@@ -56,7 +56,7 @@ def symbols_experiment(seed: int, lengths: Sequence[int], far: int, rows: int) -
 
 def demo_experiment(seed: int) -> tuple[Experiment, MakeBase]:
     """The same, shorter, for a first look."""
-    experiment, make_base = symbols_experiment(seed, (0, 1, 8, 64), 256, 64)
+    experiment, make_base = symbols_experiment(seed, (0, 1, 8, 64), 256, 48)
     experiment.recipe, experiment.detail = DEMO, False
     experiment.places = [places for places in experiment.places if places.fillers != 256]
     return experiment, make_base
