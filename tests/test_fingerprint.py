@@ -11,7 +11,7 @@ from families import FAMILIES, make
 from helpers import CONFIGS, SEGMENT, every_kind, host, tokens, trained
 from mnemic.host.anatomy import fingerprint
 from mnemic.host.remembered import remembered
-from mnemic.session import fingerprint_of
+from mnemic.keeping import fingerprint_of
 
 PACKED = [torch.uint4, torch.float4_e2m1fn_x2, torch.bits8]
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bool]

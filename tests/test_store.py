@@ -591,8 +591,8 @@ def test_weights_are_hashed_once(file_store, monkeypatch):
     """What makes a session cheap to load: hashing the weights is most of it, and is not repeated."""
     model = host("llama", CONFIGS["emt-0"])
     hashed = []
-    original = mnemic.session._hash
-    monkeypatch.setattr("mnemic.session._hash", lambda memory: hashed.append(1) or original(memory))
+    original = mnemic.keeping._hash
+    monkeypatch.setattr("mnemic.keeping._hash", lambda memory: hashed.append(1) or original(memory))
     session = session_of(model)
     for version in range(1, 4):
         assert file_store.put("alice", session) == version

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,22 +12,21 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from mnemic import keeping
 from mnemic.attachment import check_fingerprint, check_settings, default_window, is_attached, memory_cache, router_of
-from mnemic.checks import check_contents, check_description, check_written, keys_of
+from mnemic.checks import check_contents, check_description, check_written
 from mnemic.generating import answer, generate
 from mnemic.history import Log
-from mnemic.host.anatomy import examine, fingerprint
+from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
-from mnemic.host.cache import MemoryCache, MemoryLayer, Window
+from mnemic.host.cache import MemoryCache, MemoryLayer
 from mnemic.host.call import carrying
 from mnemic.host.choosing import Choosing, TextPieces, check_taken, refuse_prompts
 from mnemic.host.evaluating import evaluating
 from mnemic.host.release import DynamicLayer
-from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
-from mnemic.host.wrappers import as_forward, unwrapped, whole
+from mnemic.host.wrappers import as_forward
 from mnemic.locks import Lock, alone
-from mnemic.rereading import reread, window_ids
 from mnemic.state import StateError, from_bytes, read_file, to_bytes, write_file
 from mnemic.stream import Stream
 from mnemic.texts import Text, check_known, given, token_ids
@@ -393,7 +391,7 @@ class Session:
         router = router_of(model)
         if strict:
             check_settings(meta["memory"], router.config, source)
-            if fingerprint_of(router) != meta["memory_fingerprint"]:
+            if keeping.fingerprint_of(router) != meta["memory_fingerprint"]:
                 raise StateError(
                     f"{source} was written with another memory (other weights); load the memory it was written with"
                 )
@@ -403,7 +401,7 @@ class Session:
         except ValueError as error:
             raise StateError(f"{source} has a window that this model cannot have: {error}") from error
         check_contents(tensors, meta, model, source)
-        session._fill(tensors, meta)
+        keeping.fill(session, tensors, meta)
         return session
 
     def checked(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -415,75 +413,7 @@ class Session:
     @alone
     def contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `save` writes, as tensors and their description."""
-        tensors, meta = {}, self._description()
-        if self.stream is not None:
-            stream = self.stream.detach()
-            tensors |= stream.tensors()
-            if (log := stream.logs[0]) is not None:
-                tensors |= {f"history.{name}": tensor for name, tensor in log.tensors().items()}
-            counts = {"counts": stream.counts, "written": stream.written, "seen": stream.seen}
-            meta["stream"] = {name: list(values) for name, values in counts.items()}
-        if self._cache is not None and (window := self._cache.window) is not None:
-            counts = {"context": window.context, "running": window.running, "position": window.position}
-            meta["running"] = {name: list(values) for name, values in counts.items()}
-            if self._ids_of_window is None:
-                tensors |= {"window.valid": window.valid} | keys_of(self._cache)
-            else:
-                tensors["window.valid"] = window.valid.new_ones(1, window.context[0])
-        return tensors, meta
-
-    def _fill(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        router = self._router
-        # keys of a base in float32 go on in the same base in bfloat16
-        dtype: Any = unwrapped(self.model).dtype
-        tensors = {
-            name: tensor.to(router.device, dtype if name.startswith(("keys.", "values.")) else tensor.dtype)
-            for name, tensor in tensors.items()
-        }
-        if (ledger := meta.get("stream")) is not None:
-            state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
-            noted = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("history.")}
-            logs = (Log.of(noted) if noted else self._empty_log,)  # a file of before there were histories has none
-            ledgers = {name: tuple(values) for name, values in ledger.items()}
-            self._layer.stream = Stream(state, tensors["waiting"], **ledgers, logs=logs)
-        if self._cache is not None and (ledger := meta.get("running")) is not None:
-            ledgers = {name: tuple(values) for name, values in ledger.items()}
-            self._cache.window = Window(*self._cache.settings, tensors["window.valid"], **ledgers)
-            for index, layer in enumerate(self._cache.layers):
-                if f"keys.{index}" in tensors:
-                    assert isinstance(layer, DynamicLayer)
-                    layer.lazy_initialization(tensors[f"keys.{index}"], tensors[f"values.{index}"])
-                    layer.keys, layer.values = tensors[f"keys.{index}"], tensors[f"values.{index}"]
-            self._before = seen = self.stream.seen[0] if self.stream is not None else 0
-            if any(name.startswith("keys.") for name in tensors):
-                self._before = seen if self.keep_keys else None  # a file that could not leave them out
-            elif ledgers["context"][0]:
-                ids = window_ids(self._log, seen, self._cache, router.segment_length)
-                assert ids is not None  # checked
-                reread(self.model, self._cache, self._cache.window, ids.to(router.device), router.segment_length)
-
-    @property
-    def _ids_of_window(self) -> Int[Tensor, "1 k"] | None:
-        """What a file holds instead of the window's keys; None where it holds these."""
-        if self.keep_keys or self._cache is None or self._before is None:
-            return None
-        # what was read while the memory was switched off has keys, and is not in the text
-        seen = self.stream.seen[0] if self.stream is not None else 0
-        whole = self._before + self._taken == seen
-        return window_ids(self._log, seen, self._cache, self._router.segment_length) if whole else None
-
-    def _description(self) -> dict[str, Any]:
-        router = self._router
-        return {
-            "content": "session",
-            "window": self.window,
-            "keep_text": self.keep_text,
-            **({} if self.keep_keys else {"keep_keys": False}),  # a file with keys is as it ever was
-            "memory": router.config.to_dict(),
-            "memory_fingerprint": fingerprint_of(router),
-            "base_fingerprint": fingerprint(self.model),
-            "base_model": getattr(self.model.config, "_name_or_path", "") or None,  # pyright: ignore
-        }
+        return keeping.contents(self)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -529,16 +459,3 @@ class Session:
                 keys()
 
         return restore
-
-
-def fingerprint_of(router: Router) -> str:
-    """The hash of a memory's own weights: a state belongs to the memory that wrote it."""
-    return remembered(router.memory, lambda: _hash(router.memory))
-
-
-def _hash(memory: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(memory.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(whole(tensor).to(torch.float32).cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -7,7 +7,6 @@ learning rates that a memory scales, evaluation under controls, and that a kille
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import re
@@ -19,12 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from mnemic.attachment import WEIGHTS_FILE, Attachment, attached, check_settings, check_weights, router_of
@@ -305,7 +299,7 @@ class Trainer(transformers.Trainer):
 
     def _check_lengths(self, rows: Any, most: int = 256) -> None:
         """Raises `ValueError` where nothing that the first rows ask for can come from a memory, which is read from the
-        second segment on.
+        second segment on. A dataset that can only be gone through is left alone: some can be once.
         """
         length, collator = self.router.segment_length, self.data_collator
         stages = [each for each in self.callback_handler.callbacks if isinstance(each, SegmentCurriculum)]
@@ -313,18 +307,18 @@ class Trainer(transformers.Trainer):
             raise ValueError(
                 "the SegmentCurriculum never goes beyond 1 segment, and a memory is read from the second on"
             )
-        seen = 0
-        for row in itertools.islice(rows, most):
-            if isinstance(collator, SegmentCollator):
-                labels = collator([row])["labels"]
-            else:
-                try:
-                    labels = collator([row])["labels"]
-                except Exception:  # it wants more than a row of the dataset; what it makes is checked when it trains
-                    return
+        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+            return
+        seen = min(len(rows), most)
+        for place in range(seen):
+            try:
+                labels = collator([rows[place]])["labels"]
+            except Exception:
+                if isinstance(collator, SegmentCollator):
+                    raise
+                return  # it wants more than a row of the dataset; what it makes is checked when it trains
             if bool((labels[:, length + 1 :] != IGNORED).any()):
                 return
-            seen += 1
         if seen:
             mend = (
                 "longer rows, such as those of mnemic.Streams, or labels there; or attach with a shorter segment_length"

@@ -191,7 +191,7 @@ class Experiment:
     """A task, a memory, how it is trained, and the places of facts it is asked at.
 
     `test_task` is the same task over text that training does not see, where the task has text. Without `detail` the
-    margins and lengths of answers are not measured, which takes as long as all else.
+    margins and lengths of answers are not measured, for which every candidate is tried in every answer's place.
     """
 
     task: RecallTask

@@ -1,0 +1,117 @@
+"""What is kept of a session: as named tensors and a description of plain values, and a session made of them again."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from mnemic.checks import keys_of
+from mnemic.history import Log
+from mnemic.host.anatomy import fingerprint
+from mnemic.host.cache import Window
+from mnemic.host.release import DynamicLayer
+from mnemic.host.remembered import remembered
+from mnemic.host.router import Router
+from mnemic.host.wrappers import unwrapped, whole
+from mnemic.rereading import reread, window_ids
+from mnemic.state import State
+from mnemic.stream import Stream
+
+if TYPE_CHECKING:
+    from mnemic.session import Session
+
+
+def contents(session: Session) -> tuple[State, dict[str, Any]]:
+    """The tensors: the stream's, `history.*`, and of the window `window.valid [1, kept]` and, unless its tokens can be
+    read again and are to be, `keys.*` and `values.*` `[1, heads, kept, width]` in the base's dtype.
+    """
+    tensors, meta = {}, _description(session)
+    if session.stream is not None:
+        stream = session.stream.detach()
+        tensors |= stream.tensors()
+        if (log := stream.logs[0]) is not None:
+            tensors |= {f"history.{name}": tensor for name, tensor in log.tensors().items()}
+        counts = {"counts": stream.counts, "written": stream.written, "seen": stream.seen}
+        meta["stream"] = {name: list(values) for name, values in counts.items()}
+    if session._cache is not None and (window := session._cache.window) is not None:
+        counts = {"context": window.context, "running": window.running, "position": window.position}
+        meta["running"] = {name: list(values) for name, values in counts.items()}
+        if _ids_of_window(session) is None:
+            tensors |= {"window.valid": window.valid} | keys_of(session._cache)
+        else:
+            tensors["window.valid"] = window.valid.new_ones(1, window.context[0])
+    return tensors, meta
+
+
+def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
+    """Puts contents that passed `check_contents` into a new session."""
+    router = session._router
+    # keys of a base in float32 go on in the same base in bfloat16
+    dtype: Any = unwrapped(session.model).dtype
+    tensors = {
+        name: tensor.to(router.device, dtype if name.startswith(("keys.", "values.")) else tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+    if (ledger := meta.get("stream")) is not None:
+        state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
+        noted = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("history.")}
+        logs = (Log.of(noted) if noted else session._empty_log,)  # a file of before there were histories has none
+        ledgers = {name: tuple(values) for name, values in ledger.items()}
+        session._layer.stream = Stream(state, tensors["waiting"], **ledgers, logs=logs)
+    if (cache := session._cache) is None or (ledger := meta.get("running")) is None:
+        return
+    ledgers = {name: tuple(values) for name, values in ledger.items()}
+    cache.window = Window(*cache.settings, tensors["window.valid"], **ledgers)
+    for index, layer in enumerate(cache.layers):
+        if f"keys.{index}" in tensors:
+            assert isinstance(layer, DynamicLayer)
+            layer.lazy_initialization(tensors[f"keys.{index}"], tensors[f"values.{index}"])
+            layer.keys, layer.values = tensors[f"keys.{index}"], tensors[f"values.{index}"]
+    session._before = seen = session.stream.seen[0] if session.stream is not None else 0
+    if any(name.startswith("keys.") for name in tensors):
+        session._before = seen if session.keep_keys else None  # a file that could not leave them out
+    elif ledgers["context"][0]:
+        ids = window_ids(session._log, seen, cache, router.segment_length)
+        assert ids is not None  # checked
+        reread(session.model, cache, cache.window, ids.to(router.device), router.segment_length)
+
+
+def _ids_of_window(session: Session) -> Int[Tensor, "1 k"] | None:
+    """What a file holds instead of the window's keys; None where it holds these."""
+    if session.keep_keys or session._cache is None or session._before is None:
+        return None
+    # what was read while the memory was switched off has keys, and is not in the text
+    seen = session.stream.seen[0] if session.stream is not None else 0
+    all_there = session._before + session._taken == seen
+    return window_ids(session._log, seen, session._cache, session._router.segment_length) if all_there else None
+
+
+def _description(session: Session) -> dict[str, Any]:
+    router = session._router
+    return {
+        "content": "session",
+        "window": session.window,
+        "keep_text": session.keep_text,
+        **({} if session.keep_keys else {"keep_keys": False}),  # a file with keys is as it ever was
+        "memory": router.config.to_dict(),
+        "memory_fingerprint": fingerprint_of(router),
+        "base_fingerprint": fingerprint(session.model),
+        "base_model": getattr(session.model.config, "_name_or_path", "") or None,  # pyright: ignore
+    }
+
+
+def fingerprint_of(router: Router) -> str:
+    """The hash of a memory's own weights: a state belongs to the memory that wrote it."""
+    return remembered(router.memory, lambda: _hash(router.memory))
+
+
+def _hash(memory: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(memory.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(whole(tensor).to(torch.float32).cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
