@@ -30,13 +30,14 @@ def calibrate(model: nn.Module, batch: Batch) -> None:
     asked = targets != IGNORED
     silent = ~asked.any(1)
     memory = router.memory
-    parts: dict[int, list[Tensor]] = {layer: [] for layer in {memory.write_layer, *memory.read_layers}}
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in {*memory.written_layers, *memory.read_layers}}
     with torch.no_grad():
         for part in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
             for layer, hidden in router.watch(examine(model), part, list(parts)).items():
                 parts[layer].append(hidden)
     hidden = {layer: torch.cat(found) for layer, found in parts.items()}
-    written = hidden[memory.write_layer][silent] if bool(silent.any()) else hidden[memory.write_layer]
+    written = torch.cat([hidden[layer] for layer in memory.written_layers], -1)
+    written = written[silent] if bool(silent.any()) else written
     memory.calibrate(written.flatten(0, 1), {layer: hidden[layer][asked] for layer in memory.read_layers})
 
 

@@ -23,8 +23,9 @@ from mnemic.attachment import memory_cache, router_of
 from mnemic.host.anatomy import base_parameters, examine
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
+from mnemic.host.release import parameter_names
 from mnemic.host.router import Router
-from mnemic.host.wrappers import as_forward, inner_of
+from mnemic.host.wrappers import as_forward, inner_of, unwrapped
 from mnemic.state import concatenate
 from mnemic.stream import Stream, check_finite, collecting, note_auxiliary
 
@@ -33,6 +34,9 @@ IGNORED = -100
 
 TOKENS_AT_ONCE = 16_384
 """How many tokens the batched lower blocks take at once: bounds the memory of `read_segments`."""
+
+KEEP = "logits_to_keep"
+"""The argument by which a model computes some logits only."""
 
 
 @dataclass
@@ -131,22 +135,21 @@ def _unroll(
     if parallel is None:
         parallel = obstacle is None and (alone or _worth_it(model, router, len(ids), len(labelled)))
     losses: list[Tensor] | None = [] if torch.is_grad_enabled() else None
+    # the head runs where some row has a label; nothing after the last of these has a part in the loss
+    places = (wanted[labelled] != IGNORED).flatten(0, 1).any(0).nonzero().flatten()
     if parallel:
-        # nothing after the last labelled token of a segment has a part in the loss
-        used = int((wanted != IGNORED).any(0).any(0).nonzero().max()) + 1
-        logits, stream = _all_at_once(model, router, ids, labelled, used, bptt_segments, stream, memo, advance, losses)
-        wanted = wanted[:, :, :used]
-    else:
-        # nothing after the last labelled token has a part in the loss
-        count = len(ids) if advance else labelled[-1] + 1
-        used = length if advance else int((wanted[labelled[-1]] != IGNORED).any(0).nonzero().max()) + 1
-        ids = ids[:count]
-        logits, stream = _one_after_another(
-            model, router, ids, labelled, used, window, bptt_segments, stream, advance, losses
+        logits, stream = _all_at_once(
+            model, router, ids, labelled, places, bptt_segments, stream, memo, advance, losses
         )
-    chosen = wanted[labelled] != IGNORED
+    else:
+        ids = ids if advance else ids[: labelled[-1] + 1]
+        logits, stream = _one_after_another(
+            model, router, ids, labelled, places, window, bptt_segments, stream, advance, losses
+        )
+    wanted = wanted[labelled][:, :, places]
+    chosen = wanted != IGNORED
     order, rows = _by_row(chosen)
-    logits_nv, targets_n = logits[chosen][order], wanted[labelled][chosen][order]
+    logits_nv, targets_n = logits[chosen][order], wanted[chosen][order]
     loss = F.cross_entropy(logits_nv.float(), targets_n)
     auxiliary = torch.cat(losses).mean() if losses else torch.zeros_like(loss)
     return Unrolled(loss, logits_nv, targets_n, rows, stream, auxiliary)
@@ -203,7 +206,7 @@ def _one_after_another(
     router: Router,
     ids: Tensor,
     labelled: list[int],
-    used: int,
+    places: Tensor,
     window: int,
     reach: int | None,
     stream: Stream | None,
@@ -213,10 +216,11 @@ def _one_after_another(
     cache = memory_cache(model, window)
     cache.memory.stream = stream.detach() if stream is not None else None
 
+    used = ids.shape[2] if advance else int(places.max()) + 1
+
     def run(cache: MemoryCache, s: int) -> Tensor:
         part = ids[s, :, :used] if s == len(ids) - 1 else ids[s]
-        logits = model(input_ids=part, **with_cache(model, cache)).logits
-        return F.pad(logits, (0, 0, 0, ids.shape[2] - part.shape[1]))
+        return _logits(model, part, cache, places if s in labelled else places[:1])
 
     if reach is None:
         with collecting(losses):
@@ -261,7 +265,7 @@ def _all_at_once(
     router: Router,
     ids: Tensor,
     labelled: list[int],
-    used: int,
+    places: Tensor,
     reach: int | None,
     stream: Stream | None,
     memo: FeatureMemo | None,
@@ -297,8 +301,19 @@ def _all_at_once(
     asked = concatenate(recent)
     cache = memory_cache(model, length)
     cache.memory.stream = router.new_stream(len(labelled) * batch, asked)
-    logits = model(input_ids=ids[labelled, :, :used].flatten(0, 1), **with_cache(model, cache)).logits
+    used = int(places.max()) + 1
+    logits = _logits(model, ids[labelled, :, :used].flatten(0, 1), cache, places)
     return logits.unflatten(0, (len(labelled), batch)), stream.after(states[-1], count, length)
+
+
+def _logits(
+    model: nn.Module, ids: Int[Tensor, "b t"], cache: MemoryCache, places: Int[Tensor, " p"]
+) -> Float[Tensor, "b p v"]:
+    """Logits at some places of a call; the head, a fifth of a small model's work, runs there alone where it can."""
+    given = with_cache(model, cache)
+    if len(places) < ids.shape[1] and KEEP in parameter_names(type(unwrapped(model))):
+        return model(input_ids=ids, **given, **{KEEP: places}).logits
+    return model(input_ids=ids, **given).logits[:, places]
 
 
 def base_trains(model: nn.Module) -> bool:

@@ -31,6 +31,13 @@ def train(
     ] = None,
     segments: Annotated[int, typer.Option(min=1, help="Segments of a row.")] = 8,
     curriculum: Annotated[str, typer.Option(help="Segments from which step on, such as 0:1,500:2,1500:4.")] = "",
+    lessons: Annotated[
+        str,
+        typer.Option(
+            help="Teach it to keep what it is told, the text around that: copying:STEPS, then FACTSxSEGMENTS:STEPS, "
+            "such as copying:200,1x8:500,4x8:2000."
+        ),
+    ] = "",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Held for half of the steps, then falling.")] = 2e-3,
@@ -55,8 +62,28 @@ def train(
     except ModuleNotFoundError:
         raise typer.BadParameter("training needs accelerate: pip install 'mnemic[train]'") from None
     from mnemic.bench.drift import TextRun
+    from mnemic.bench.lessons import LessonRun
+    from mnemic.bench.lessons import lessons as lessons_of
 
     try:
+        if lessons:
+            if curriculum or bptt_segments is not None or train_base or bf16:
+                raise ValueError("--lessons says itself what is learnt when; leave out what plain text is learnt with")
+            _teach(
+                LessonRun(
+                    model,
+                    configured(memory, setting or []),
+                    lessons_of(lessons),
+                    rows=rows,
+                    learning_rate=learning_rate,
+                    seed=seed,
+                ),
+                texts(data, dataset, documents, held_out),
+                out,
+                results,
+                resume,
+            )
+            return
         run = TextRun(
             model,
             configured(memory, setting or []),
@@ -84,6 +111,23 @@ def train(
     words = (record.mechanism, record.config["text"], record.config["held-out text"], f"seed{seed}")
     name = re.sub(r"[^\w.-]+", "-", "-".join(("drift", *words))) + ".json"
     console.print(f"memory  {out}\nresults {record.save(results or out, name if results else 'drift.json')}")
+
+
+def _teach(run: Any, found: tuple[Any, Any], out: Path, results: Path | None, resume: bool) -> None:
+    """Lessons, and what is remembered of things that were told."""
+    with Show("") as show:
+        _, record = run.run(*found, out, resume=resume, report=show)
+    shown = Table(title=f"whole values right of {run.test_rows} questions, in %", title_justify="left")
+    for name in ("facts", "segments", "relations", "own memory", *record.scores[0].controls):
+        shown.add_column(name, justify="right")
+    for score in record.scores:
+        values = (score.score, *score.controls.values())
+        new = "new" if score.details["held-out relations"] else "known"
+        shown.add_row(
+            f"{score.details['facts']:.0f}", f"{score.length}", new, *(f"{100 * each:.1f}" for each in values)
+        )
+    console.print(shown)
+    console.print(f"memory  {out}\nresults {record.save(results or out, None if results else 'told.json')}")
 
 
 def configured(kind: str, settings: list[str]) -> Any:

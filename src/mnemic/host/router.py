@@ -268,9 +268,12 @@ class Router(nn.Module):
         return {layer: hidden_btd.detach() for layer, hidden_btd in seen.items()}
 
     def record(self, trunk: nn.Module, input_ids: Tensor) -> Tensor:
-        """What the write layer puts out `[b, t, d]` for rows the base sees on their own; later blocks do not run."""
-        write = self.memory.write_layer
-        return self._seen(trunk, input_ids, Watch(self, frozenset({write}), leaves=True))[write]
+        """What is written of rows that the base sees on their own `[b, t, d]`, outputs of several blocks joined; later
+        blocks do not run.
+        """
+        layers = self.memory.written_layers
+        seen = self._seen(trunk, input_ids, Watch(self, frozenset(layers), leaves=True))
+        return torch.cat([seen[layer] for layer in layers], -1)
 
     def _seen(self, trunk: nn.Module, input_ids: Tensor, watch: Watch) -> dict[int, Tensor]:
         """What a watch saw in a call of the base alone; raises `ValueError` for blocks the memory does not touch."""

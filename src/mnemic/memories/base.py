@@ -16,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -254,7 +255,7 @@ class Memory(nn.Module, ABC):
         return self.write(hidden_btd, state, keep_bt), None
 
     def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[int, Float[Tensor, "n d"]]) -> None:
-        """Fits what does not train to the host's hidden states, at the write layer and at each read layer by index.
+        """Fits what does not train to the host's hidden states, as `write` gets them and at each read layer by index.
 
         Does nothing unless a mechanism has something to fit. See `mnemic.calibrate`.
         """
@@ -363,3 +364,13 @@ def distinct_layers(layers: Sequence[int], depth: int, name: str) -> tuple[int, 
         twice = next(layer for layer in found if found.count(layer) > 1)
         raise ValueError(f"{name} is {list(layers)}, which names block {twice} of {depth} twice; name each block once")
     return tuple(sorted(found))
+
+
+def shifted(hidden_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | None) -> Float[Tensor, "b t d"]:
+    """For every token the one before it in its row, padding skipped; zero where there is none."""
+    if keep_bt is None:
+        return F.pad(hidden_btd, (0, 0, 1, -1))
+    place_t = torch.arange(hidden_btd.shape[1], device=hidden_btd.device)
+    latest_bt = F.pad(place_t.where(keep_bt, -1).cummax(1).values, (1, -1), value=-1)
+    before_btd = hidden_btd.gather(1, latest_bt.clamp_min(0)[..., None].expand_as(hidden_btd))
+    return before_btd * (latest_bt >= 0)[..., None]

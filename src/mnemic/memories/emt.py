@@ -22,15 +22,31 @@ Write, once per token (`write="token"`), the recurrence of the author's script w
 so a token goes to the slots that resemble it least and were used most; age is the same for all slots and cancels in
 the softmax. Both are the author's; the documentation says what they cost.
 
+Write, once per segment, by allocation (`write="allocation"`): the slots compete for every token, and a slot holds two
+halves, an address made of the token before and a content made of what entered the first block, where a token is itself:
+
+    e_t  = [A h_(t-1) ; V h0_t]                           address and content
+    w_st = beta_t softmax_s( 2 sqrt(m) cos(u_s + U M_s, K LN(e_t)) ),  beta_t = sigmoid(w_b . h_t + 2)
+    c_s  = LN( sum_t w_st e_t / n_s ),  n_s = sum_t w_st
+    g_s  = sigmoid( w . [c_s ; M_s] + b ) (1 - exp(-3 n_s)),  b = 1 at first
+    M_s  <- (1 - g_s) M_s + g_s GRU(c_s, M_s)             a slot that no token goes to keeps what it has
+
 Read, at every read layer, from the slots as they stood when the segment began:
 
     e  = h + W_o MHA(h, M);   e <- e + FF(e);   h' = h + feedback (e - h)
 
-and after the last block, where the result is the output, h' <- h + final_blend (h' - h).
+and after the last block, where the result is the output, h' <- h + final_blend (h' - h). Slots written by allocation
+are addressed by their address halves and read back as what was put into them,
+
+    MHA: softmax_s( sqrt(m) cos(q(h), k(M_s)) ) v(M_s),   e = h + alpha W_o MHA(h, M)
+
+for each head, where q begins as A, k and v as the two halves, W_o as the inverse of V, and alpha, a number, at zero. So
+a token asks from the start for what followed it, and one number turns the answer on. `mnemic.calibrate` fits the
+whitening of every h, without which all hidden states of a large model look alike, and the inverse.
 
 What is trained: everything here, nothing of the host. What is forgotten: what the gate overwrites; there is no decay.
-W_o and the last matrix of FF start at zero, so an untrained memory changes nothing; `zero_shot=True` starts them at
-random as the whitepaper's zero-shot mode does (nothing is remembered that way: see `docs/mechanisms/emt.md`).
+W_o (or alpha) and the last matrix of FF start at zero, so an untrained memory changes nothing; `zero_shot=True` starts
+them at random as the whitepaper's zero-shot mode does (nothing is remembered that way: see `docs/mechanisms/emt.md`).
 State: `stack * slots * dim * 4` bytes a stream, 64 KiB by default; the token write adds 8 bytes a slot.
 """
 
@@ -45,13 +61,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, resolve_layers
+from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, resolve_layers, shifted
 from mnemic.memories.emt_naive import emt_naive
 from mnemic.state import State
 
 # Shapes: b batch, t time, s slots, d host width, m memory width (`dim`), k stacked memories.
 
 AGE_WEIGHT, USAGE_WEIGHT, AGE_DECAY, USAGE_DECAY = 0.1, 0.2, 0.98, 0.99
+KEPT_BIAS, ENOUGH = 2.0, 3.0
+"""Of allocation: where the bias of beta begins, and how fast a slot that gets tokens is rewritten."""
 
 
 MOST_STACKED = 64
@@ -63,9 +81,10 @@ class EMTConfig(MemoryConfig):
     """Settings of an Enhanced Memory Transformer; layers are block indices, negative ones counted from the end.
 
     `read_layers` and `write_layer` default to the middle of the stack, so that later blocks can use what was read.
-    `update_rate` is the token write's eta; `gate_bias` the segment write's b and
-    `sharpness` a factor on the initial scores q . k, which are otherwise so small that every slot begins by averaging
-    the whole segment. `stack` puts several complete memories
+    `update_rate` is the token write's eta; `gate_bias` the other writes' b, -1 for the segment write and 1 for
+    allocation unless it is given. `sharpness` is a factor on the initial scores of the write: those of the segment
+    write are otherwise so small that every slot begins by averaging the whole segment. `stack` puts several complete
+    memories
     one after another at the same places. `whiten` puts a fixed linear map before the projections of h_t, which
     `mnemic.calibrate` fits to the host: small models keep what tells two names apart in directions of little variance.
     `segment_length` is counted in tokens.
@@ -86,11 +105,11 @@ class EMTConfig(MemoryConfig):
     heads: int = 4
     read_layers: list[int] | None = None
     write_layer: int | None = None
-    write: Literal["segment", "token"] = "segment"
+    write: Literal["segment", "token", "allocation"] = "segment"
     feedback: float = 0.7
     final_blend: float = 0.6
     update_rate: float = 0.5
-    gate_bias: float = -1.0
+    gate_bias: float | None = None
     sharpness: float = 1.0
     stack: int = 1
     whiten: bool = False
@@ -103,6 +122,13 @@ class EMTConfig(MemoryConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.stack > MOST_STACKED:
             raise ValueError(f"stack is {self.stack}; at most {MOST_STACKED} memories stand on each other")
+        if self.write == "allocation" and self.dim % (2 * self.heads):
+            raise ValueError(
+                f"half of dim {self.dim} is not divisible by {self.heads} heads; set dim= to a multiple of "
+                f"{2 * self.heads}"
+            )
+        if self.write == "allocation" and self.zero_shot:
+            raise ValueError("zero_shot=True reads at random, and write='allocation' reads back what it wrote")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
         if self.sharpness <= 0:
@@ -114,10 +140,10 @@ class EMTConfig(MemoryConfig):
             raise ValueError("read_layers is empty; name at least one block, or leave it out for the middle one")
 
     def unused(self) -> dict[str, str]:
-        """The settings of the other way to write."""
-        if self.write == "segment":
+        """The settings of the other ways to write."""
+        if self.write != "token":
             return {"update_rate": "set write='token'"}
-        return dict.fromkeys(("gate_bias", "sharpness"), "set write='segment'")
+        return dict.fromkeys(("gate_bias", "sharpness"), "set write='segment' or 'allocation'")
 
     @classmethod
     def whitepaper(cls, **changes: Any) -> EMTConfig:
@@ -127,12 +153,15 @@ class EMTConfig(MemoryConfig):
 
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
-        """One of each form: the default, reads below the write, the token write, a stack after the last block."""
+        """One of each form: the default, reads below the write, the token write, allocation, a stack after the last
+        block.
+        """
         small: dict[str, Any] = {"segment_length": 8, "slots": 4, "dim": 16, "heads": 2}
         return [
             cls(**small),
             cls(**small, read_layers=[0, 1], write_layer=1, whiten=True),
             cls(**small, write="token"),
+            cls(**small, write="allocation", whiten=True),
             cls(**small, stack=2, read_layers=[0, -1], write_layer=0),
         ]
 
@@ -153,7 +182,7 @@ class EMT(Memory):
 
     def __init__(self, config: EMTConfig, width: int, depth: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.width = config, width
         self.write_layer, self.read_layers = resolve_layers(config.write_layer, config.read_layers, depth)
         self.output_layer = depth - 1
         if self.output_layer not in self.read_layers and config.final_blend != EMTConfig.final_blend:
@@ -162,19 +191,33 @@ class EMT(Memory):
                 "-1 into read_layers"
             )
         self.slots = nn.Parameter(torch.randn(config.stack, config.slots, config.dim) * 0.5)
-        writer = SegmentWriter if config.write == "segment" else TokenWriter
+        writer = {"segment": SegmentWriter, "token": TokenWriter, "allocation": AllocationWriter}[config.write]
+        reader = AllocationReader if config.write == "allocation" else Reader
         self.writers = nn.ModuleList(writer(config, width) for _ in range(config.stack))
         self.readers = nn.ModuleDict(
             {
-                str(layer): nn.ModuleList(Reader(config, width) for _ in range(config.stack))
+                str(layer): nn.ModuleList(reader(config, width) for _ in range(config.stack))
                 for layer in self.read_layers
             }
         )
+        self._tie()
+
+    @property
+    def written_layers(self) -> tuple[int, ...]:
+        """Allocation writes what enters the first block, too."""
+        return (-1, self.write_layer) if self.config.write == "allocation" else (self.write_layer,)
+
+    def _tie(self) -> None:
+        """Where slots are written by allocation, readers begin as the inverse of their writer."""
+        for readers in self.readers.values():
+            for writer, reader in zip(self.writers, readers, strict=True):  # pyright: ignore[reportArgumentType]
+                if isinstance(reader, AllocationReader):
+                    reader.tie(writer)  # pyright: ignore[reportArgumentType]
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """`slots [b, k, s, m]`, and for the token write `usage` and `age` `[b, k, s]`, all float32."""
         slots = self.slots.float().to(device)
-        if self.config.write == "segment":
+        if self.config.write != "token":
             return {"slots": slots.expand(batch, -1, -1, -1)}
         slots = F.normalize(slots, dim=-1).expand(batch, -1, -1, -1)
         zeros = torch.zeros(slots.shape[:-1], device=slots.device)
@@ -202,7 +245,7 @@ class EMT(Memory):
         return {"slots": torch.stack([slots for slots, *_ in self._blend(hidden_btd, state, keep_bt)], 1).float()}
 
     def _blend(self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of every stacked memory the slots after the segment write, a_st and g_s."""
+        """Of every stacked memory the slots after a write once per segment, a_st and g_s."""
         dtype = self.parameter_dtype()
         rows = state["slots"].to(dtype).unbind(1)
         hidden_btd = hidden_btd.to(dtype)
@@ -227,20 +270,27 @@ class EMT(Memory):
         """
         if not self.config.whiten:
             return
+        written_nd = written_nd.to(self.parameter_dtype())
         for writer in self.writers:
             if isinstance(writer, SegmentWriter):
-                assert isinstance(writer.whiten, Whitening)
-                writer.whiten.fit(writer.norm_hidden(written_nd.to(self.parameter_dtype())))
+                _fit(writer.whiten, writer.norm_hidden(written_nd))
+            elif isinstance(writer, AllocationWriter):
+                entered_nd, hidden_nd = written_nd.chunk(2, -1)
+                _fit(writer.whiten, writer.norm_hidden(hidden_nd))
+                _fit(writer.whiten_entered, writer.norm_entered(entered_nd))
         for layer, hidden_nd in asked_nd.items():
             for reader in self.readers[str(layer)]:  # pyright: ignore[reportGeneralTypeIssues]
-                assert isinstance(reader.whiten, Whitening)
-                reader.whiten.fit(reader.norm_hidden(hidden_nd.to(self.parameter_dtype())))
+                _fit(reader.whiten, reader.norm_hidden(hidden_nd.to(self.parameter_dtype())))
+        self._tie()
 
     def rate_scale(self, name: str) -> float:
-        """The write gate learns 5 times faster: it must come close to 0 on what is not worth keeping, and its input's
-        scale is that of the slots, so at the common rate it gets there last.
+        """The write gates learn 5 times faster: they must come close to 0 on what is not worth keeping, and their input
+        has the scale of the slots, so at the common rate they get there last. alpha, one number for a whole matrix, has
+        20 times the rate.
         """
-        return 5.0 if ".gate." in name else 1.0
+        if name.endswith(".alpha"):
+            return 20.0
+        return 5.0 if ".gate." in name or ".keep." in name else 1.0
 
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
@@ -279,6 +329,11 @@ class Whitening(nn.Module):
         return F.layer_norm(white, white.shape[-1:]) if self.bound else white
 
 
+def _fit(whitening: nn.Module, samples_nd: Tensor) -> None:
+    assert isinstance(whitening, Whitening)
+    whitening.fit(samples_nd)
+
+
 class Reader(nn.Module):
     """Multi-head attention of the tokens over the slots, then a feed-forward: `[b, t, d], [b, s, m] -> [b, t, d]`."""
 
@@ -287,15 +342,21 @@ class Reader(nn.Module):
         self.heads, self.feedback = config.heads, config.feedback
         self.norm_hidden, self.norm_slots = nn.LayerNorm(width), nn.LayerNorm(config.dim)
         self.whiten = Whitening(width, bound=True) if config.whiten else nn.Identity()
-        self.query, self.output = nn.Linear(width, config.dim), nn.Linear(config.dim, width)
-        self.key = nn.Linear(config.dim, config.dim, bias=False)  # a bias is the same for every slot
-        self.value = nn.Linear(config.dim, config.dim)
+        self.build_attention(config, width)
         self.norm_feed, self.expand = nn.LayerNorm(width), nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
         if not config.zero_shot:
-            for linear in (self.output, self.contract):
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
+            nn.init.zeros_(self.contract.weight)
+            nn.init.zeros_(self.contract.bias)
+
+    def build_attention(self, config: EMTConfig, width: int) -> None:
+        """The projections of MHA; those of the output zero at first."""
+        self.query, self.output = nn.Linear(width, config.dim), nn.Linear(config.dim, width)
+        self.key = nn.Linear(config.dim, config.dim, bias=False)  # a bias is the same for every slot
+        self.value = nn.Linear(config.dim, config.dim)
+        if not config.zero_shot:
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
 
     def prepare(self, hidden: Tensor) -> Tensor:
         """What queries are made from."""
@@ -303,15 +364,53 @@ class Reader(nn.Module):
 
     def forward(self, hidden_btd: Tensor, slots_bsm: Tensor) -> Tensor:
         """h' of the equations above."""
-        slots_bsm = self.norm_slots(slots_bsm)
+        enhanced = hidden_btd + self.attend(hidden_btd, self.norm_slots(slots_bsm))
+        enhanced = enhanced + self.contract(F.gelu(self.expand(self.norm_feed(enhanced))))
+        return hidden_btd + self.feedback * (enhanced - hidden_btd)
+
+    def attend(self, hidden_btd: Tensor, slots_bsm: Tensor) -> Tensor:
+        """W_o MHA(h, M), M normed."""
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in (self.query(self.prepare(hidden_btd)), self.key(slots_bsm), self.value(slots_bsm))
         )
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
-        enhanced = hidden_btd + self.output(attended)
-        enhanced = enhanced + self.contract(F.gelu(self.expand(self.norm_feed(enhanced))))
-        return hidden_btd + self.feedback * (enhanced - hidden_btd)
+        return self.output(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2))
+
+
+class AllocationReader(Reader):
+    """The reader of slots that were written by allocation: addressed by one half, read as the other."""
+
+    def build_attention(self, config: EMTConfig, width: int) -> None:
+        """Projections to and from half a slot's width, alpha, and the logarithm of the scores' scale."""
+        half = config.dim // 2
+        self.query, self.output = nn.Linear(width, half, bias=False), nn.Linear(half, width, bias=False)
+        self.key, self.value = (nn.Linear(config.dim, half, bias=False) for _ in range(2))
+        self.alpha = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.full((config.heads, 1, 1), math.log(config.dim) / 2))
+
+    @torch.no_grad()
+    def tie(self, writer: AllocationWriter) -> None:
+        """Begins as what `writer` does, turned around; what comes back has a mean square of 1."""
+        half = len(self.query.weight)
+        self.query.weight.copy_(writer.address.weight)
+        for linear, part in ((self.key, slice(half)), (self.value, slice(half, None))):
+            linear.weight.zero_()
+            linear.weight[:, part] = torch.eye(half)
+        back = torch.linalg.pinv(writer.content.weight.double())
+        if isinstance(writer.whiten_entered, Whitening):
+            back = torch.linalg.inv(writer.whiten_entered.matrix.double()).T @ back
+        width = len(back)
+        self.output.weight.copy_(back / back.norm(dim=0).mean() * (width / half) ** 0.5)
+
+    def attend(self, hidden_btd: Tensor, slots_bsm: Tensor) -> Tensor:
+        """alpha W_o MHA(h, M), M normed."""
+        query, key, value = (
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projected in (self.query(self.prepare(hidden_btd)), self.key(slots_bsm), self.value(slots_bsm))
+        )
+        query, key = F.normalize(query, dim=-1) * self.scale.exp(), F.normalize(key, dim=-1)
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0).transpose(1, 2).flatten(-2)
+        return self.alpha * self.output(attended)
 
 
 class SegmentWriter(nn.Module):
@@ -326,7 +425,7 @@ class SegmentWriter(nn.Module):
         self.value = nn.Linear(width, config.dim)
         self.gate = nn.Linear(2 * config.dim, 1)
         self.gru = nn.GRUCell(config.dim, config.dim)
-        nn.init.constant_(self.gate.bias, config.gate_bias)
+        nn.init.constant_(self.gate.bias, -1.0 if config.gate_bias is None else config.gate_bias)
         with torch.no_grad():
             self.query.weight *= config.sharpness**0.5
             self.key.weight *= config.sharpness**0.5
@@ -351,6 +450,57 @@ class SegmentWriter(nn.Module):
         gate_bs1 = torch.sigmoid(self.gate(torch.cat([content_bsm, slots_bsm], -1)))
         candidate_bsm = self.gru(content_bsm.flatten(0, 1), slots_bsm.flatten(0, 1)).view_as(slots_bsm)
         # under autocast the layers' results are narrower than the slots, which lerp does not mix
+        after_bsm = torch.lerp(slots_bsm, candidate_bsm.to(slots_bsm), gate_bs1.to(slots_bsm))
+        return after_bsm, weight_bst, gate_bs1
+
+
+class AllocationWriter(nn.Module):
+    """Slots compete for a segment's tokens, which bring an address and a content: `[b, t, 2d] -> slots [b, s, m]`."""
+
+    def __init__(self, config: EMTConfig, width: int) -> None:
+        super().__init__()
+        size = config.dim
+        self.norm_hidden, self.norm_entered = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.whiten, self.whiten_entered = (
+            Whitening(width, bound=True) if config.whiten else nn.Identity() for _ in range(2)
+        )
+        self.address, self.content = (nn.Linear(width, size // 2, bias=False) for _ in range(2))
+        self.claim = nn.Parameter(torch.randn(config.slots, size))
+        self.claim_more = nn.Linear(size, size, bias=False)
+        self.key = nn.Linear(size, size, bias=False)
+        self.sharpness = config.sharpness
+        self.keep = nn.Linear(width, 1)
+        self.gate = nn.Linear(2 * size, 1)
+        self.gru = nn.GRUCell(size, size)
+        nn.init.zeros_(self.claim_more.weight)
+        nn.init.zeros_(self.keep.weight)
+        nn.init.constant_(self.keep.bias, KEPT_BIAS)
+        nn.init.constant_(self.gate.bias, 1.0 if config.gate_bias is None else config.gate_bias)
+        with torch.no_grad():
+            # the candidate begins as tanh(c), so that what is read is what was written
+            self.gru.weight_ih *= 0.1
+            self.gru.weight_hh *= 0.1
+            self.gru.weight_ih[2 * size :] += torch.eye(size)
+            self.gru.bias_ih[size : 2 * size] = -2.0
+
+    def forward(self, hidden_btd: Tensor, slots_bsm: Tensor, keep_bt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots `[b, s, m]` after the segment, w / n `[b, s, t]` and g `[b, s, 1]` of the equations above."""
+        entered_btd, hidden_btd = hidden_btd.chunk(2, -1)
+        hidden_btd = self.whiten(self.norm_hidden(hidden_btd))
+        entered_btd = self.whiten_entered(self.norm_entered(entered_btd))
+        pair_btm = torch.cat([self.address(shifted(hidden_btd, keep_bt)), self.content(entered_btd)], -1)
+        claim_bsm = F.normalize(self.claim + self.claim_more(slots_bsm), dim=-1)
+        key_btm = F.normalize(self.key(F.layer_norm(pair_btm, pair_btm.shape[-1:])), dim=-1)
+        share_bst = (2 * math.sqrt(slots_bsm.shape[-1]) * self.sharpness * claim_bsm @ key_btm.mT).softmax(1)
+        share_bst = share_bst * torch.sigmoid(self.keep(hidden_btd)).mT
+        if keep_bt is not None:
+            share_bst = share_bst * keep_bt[:, None]
+        mass_bs1 = share_bst.sum(-1, keepdim=True)
+        weight_bst = share_bst / mass_bs1.clamp_min(torch.finfo(share_bst.dtype).tiny)
+        content_bsm = F.layer_norm(weight_bst @ pair_btm, slots_bsm.shape[-1:])
+        gate_bs1 = torch.sigmoid(self.gate(torch.cat([content_bsm, slots_bsm.to(content_bsm)], -1)))
+        gate_bs1 = gate_bs1 * (1 - torch.exp(-ENOUGH * mass_bs1))
+        candidate_bsm = self.gru(content_bsm.flatten(0, 1), slots_bsm.flatten(0, 1)).view_as(slots_bsm)
         after_bsm = torch.lerp(slots_bsm, candidate_bsm.to(slots_bsm), gate_bs1.to(slots_bsm))
         return after_bsm, weight_bst, gate_bs1
 

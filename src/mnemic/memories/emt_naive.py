@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 def emt_naive(memory: EMT, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> tuple[Tensor, State]:
     """Reads every token of one segment at the first read layer, then writes the segment; shapes as in `Memory`."""
-    layer = memory.read_layers[0]
-    write = _write_segment if memory.config.write == "segment" else _write_tokens
+    layer, width = memory.read_layers[0], memory.width
+    write = {"segment": _write_segment, "token": _write_tokens, "allocation": _write_allocated}[memory.config.write]
     outputs, rows = [], []
     for b in range(hidden_btd.shape[0]):
         kept = [t for t in range(hidden_btd.shape[1]) if keep_bt is None or keep_bt[b, t]]
-        outputs.append(torch.stack([_read(memory, layer, token, state["slots"][b]) for token in hidden_btd[b]]))
+        outputs.append(torch.stack([_read(memory, layer, token[:width], state["slots"][b]) for token in hidden_btd[b]]))
         stacked = []
         for k, writer in enumerate(memory.writers):
             row = {name: list(tensor[b, k]) for name, tensor in state.items()}
@@ -46,17 +46,23 @@ def _read(memory: EMT, layer: int, token_d: Tensor, slots_ksm: Tensor) -> Tensor
 
 def _read_one(reader: Any, token_d: Tensor, slots_sm: Tensor) -> Tensor:
     slots = [reader.norm_slots(slot) for slot in slots_sm]
-    size = slots_sm.shape[-1] // reader.heads
     query = reader.query(reader.prepare(token_d))
+    size = len(query) // reader.heads
+    allocated = hasattr(reader, "alpha")
     heads = []
     for head in range(reader.heads):
         part = slice(head * size, (head + 1) * size)
-        scores = [torch.dot(query[part], reader.key(slot)[part]) / math.sqrt(size) for slot in slots]
+        if allocated:
+            cosines = [F.cosine_similarity(query[part], reader.key(slot)[part], dim=0) for slot in slots]
+            scores = [reader.scale[head, 0, 0].exp() * cosine for cosine in cosines]
+        else:
+            scores = [torch.dot(query[part], reader.key(slot)[part]) / math.sqrt(size) for slot in slots]
         weights = torch.stack(scores).softmax(0)
         heads.append(
             sum((w * reader.value(slot)[part] for w, slot in zip(weights, slots, strict=True)), query.new_zeros(size))
         )
-    enhanced = token_d + reader.output(torch.cat(heads))
+    attended = reader.output(torch.cat(heads))
+    enhanced = token_d + (reader.alpha * attended if allocated else attended)
     enhanced = enhanced + reader.contract(F.gelu(reader.expand(reader.norm_feed(enhanced))))
     return token_d + reader.feedback * (enhanced - token_d)
 
@@ -73,6 +79,30 @@ def _write_segment(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor
             (w * writer.value(token) for w, token in zip(weights, tokens, strict=True)), torch.zeros_like(slot)
         )
         gate = torch.sigmoid(writer.gate(torch.cat([content, slot])))
+        after.append((1 - gate) * slot + gate * writer.gru(content[None], slot[None])[0])
+    return {"slots": after}
+
+
+def _write_allocated(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    slots, size = row["slots"], len(row["slots"][0])
+    pairs, shares, before = [], [], None
+    for token in tokens:
+        entered, hidden = token.chunk(2)
+        hidden = writer.whiten(writer.norm_hidden(hidden))
+        content = writer.content(writer.whiten_entered(writer.norm_entered(entered)))
+        address = writer.address(torch.zeros_like(hidden) if before is None else before)
+        before, pair = hidden, torch.cat([address, content])
+        key = writer.key(F.layer_norm(pair, (size,)))
+        claims = [claim + writer.claim_more(slot) for claim, slot in zip(writer.claim, slots, strict=True)]
+        scores = torch.stack([2 * math.sqrt(size) * F.cosine_similarity(claim, key, dim=0) for claim in claims])
+        pairs.append(pair)
+        shares.append(torch.sigmoid(writer.keep(hidden)) * (writer.sharpness * scores).softmax(0))
+    after = []
+    for place, slot in enumerate(slots):
+        mass = sum((share[place] for share in shares), torch.zeros(()).to(slot))
+        mean = sum((share[place] * pair for share, pair in zip(shares, pairs, strict=True)), torch.zeros_like(slot))
+        content = F.layer_norm(mean / mass, (size,))
+        gate = torch.sigmoid(writer.gate(torch.cat([content, slot]))) * (1 - torch.exp(-3 * mass))
         after.append((1 - gate) * slot + gate * writer.gru(content[None], slot[None])[0])
     return {"slots": after}
 

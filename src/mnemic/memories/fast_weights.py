@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, resolve_layers
+from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, resolve_layers, shifted
 from mnemic.memories.rules import elu_plus_one
 from mnemic.state import State
 
@@ -317,16 +317,6 @@ def wide(tensor: Tensor) -> Tensor:
 def scaled(read: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
     """r / sqrt(mean r² + δ)."""
     return read * torch.rsqrt(read.square().mean(-1, keepdim=True) + NEXT_TO_NOTHING)
-
-
-def shifted(hidden_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | None) -> Float[Tensor, "b t d"]:
-    """For every token the one before it in its row, padding skipped; zero where there is none."""
-    if keep_bt is None:
-        return F.pad(hidden_btd, (0, 0, 1, -1))
-    place_t = torch.arange(hidden_btd.shape[1], device=hidden_btd.device)
-    latest_bt = F.pad(place_t.where(keep_bt, -1).cummax(1).values, (1, -1), value=-1)
-    before_btd = hidden_btd.gather(1, latest_bt.clamp_min(0)[..., None].expand_as(hidden_btd))
-    return before_btd * (latest_bt >= 0)[..., None]
 
 
 def read_pairs(state: State, query_bhtk: Float[Tensor, "b h t k"]) -> Float[Tensor, "b h t v"]:

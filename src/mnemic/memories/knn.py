@@ -43,8 +43,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layer
-from mnemic.memories.fast_weights import shifted, unit, wide
+from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layer, shifted
+from mnemic.memories.fast_weights import unit, wide
 from mnemic.state import State, check_range, push_rows
 
 # Shapes: b batch, t time, d host width, h heads, s width of a head (dim / heads), n entries, m entries that are found.

@@ -1,0 +1,265 @@
+"""A memory trained on a real model in lessons: copying text at first, then facts, ever more of them, and asked.
+
+Each lesson is a number of steps; a step draws its batch from its own number, so a run that was stopped goes on as if it
+had not been. What is asked at the end: names, values, wordings and prose that training never met, under every control
+of `mnemic.controls`, beside the base with the whole stream in its window.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mnemic.attachment import Attachment, attach
+from mnemic.bench.experiments import Reporter, Silent
+from mnemic.bench.results import Record, Score
+from mnemic.controls import CONDITIONS, measure, parts
+from mnemic.memories.base import MemoryConfig
+from mnemic.state import nbytes
+from mnemic.tasks.base import seed_of
+from mnemic.tasks.documents import tokenize
+from mnemic.tasks.told import PLAIN, Copying, Mixture, ToldThings, pool_of
+from mnemic.training import Batch, calibrate, hold_then_fall, train
+
+SETTINGS_FILE = "lessons.json"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """`steps` steps of copying (`facts` 0), or of streams with `facts` facts in 1 to `segments` segments."""
+
+    steps: int
+    facts: int = 0
+    segments: int = 8
+
+
+def lessons(text: str) -> list[Lesson]:
+    """`copying:200,1x4:300,4x8:1000` as lessons: steps of copying, of 1 fact in 1 to 4 segments, of 4 in 1 to 8.
+
+    Raises:
+        ValueError: what is none.
+    """
+    found = []
+    for word in text.split(","):
+        name, _, steps = word.partition(":")
+        facts, _, segments = name.partition("x")
+        try:
+            found.append(
+                Lesson(int(steps)) if name == "copying" else Lesson(int(steps), int(facts), int(segments or 8))
+            )
+        except ValueError:
+            raise ValueError(
+                f"{word!r} is no lesson; write copying:STEPS or FACTSxSEGMENTS:STEPS, such as copying:200,1x8:500"
+            ) from None
+    return found
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One row of the test: `facts` facts in `segments` segments; of relations that training had, or of others."""
+
+    facts: int
+    segments: tuple[int, int]
+    held_out_relations: bool = False
+
+
+ASKED = (Asked(1, (1, 8)), Asked(4, (1, 8)), Asked(4, (64, 64)), Asked(1, (1, 8), held_out_relations=True))
+
+
+@dataclass
+class LessonRun:
+    """How a memory is taught on the frozen base `model`, a folder or a hub id: `rows` streams a step, `questions` of
+    each, at `learning_rate` held for half of the steps and then falling.
+    """
+
+    model: str
+    config: MemoryConfig
+    lessons: Sequence[Lesson]
+    rows: int = 16
+    questions: int = 1
+    learning_rate: float = 2e-3
+    mixture: Mixture = PLAIN
+    seed: int = 0
+    test_rows: int = 256
+    pool: int = 2048
+
+    @property
+    def steps(self) -> int:
+        """Of all lessons."""
+        return sum(lesson.steps for lesson in self.lessons)
+
+    def described(self) -> dict[str, Any]:
+        """The settings that decide a run's result."""
+        return {
+            **{
+                name: getattr(self, name)
+                for name in ("rows", "questions", "learning_rate", "seed", "test_rows", "pool")
+            },
+            "model": Path(self.model).name,
+            "memory": self.config.to_dict(),
+            "lessons": [asdict(lesson) for lesson in self.lessons],
+            "mixture": asdict(self.mixture),
+        }
+
+    def run(
+        self,
+        train_texts: Sequence[tuple[str, str]],
+        test_texts: Sequence[tuple[str, str]],
+        out: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        report: Reporter | None = None,
+    ) -> tuple[Attachment, Record]:
+        """Teaches, asks, and writes the memory to `out`, with the checkpoint from which a run that was stopped goes on
+        with `resume`. The record is not saved yet.
+
+        Raises:
+            ValueError: texts too short, a run in `out` that was begun with other settings, or one that is begun and not
+                to be resumed.
+        """
+        report, out = report or Silent(), Path(out)
+        if (out / CHECKPOINT_FILE).is_file() and not resume:
+            raise ValueError(f"{out} holds a run that was begun; resume it, or give another folder")
+        self._check(out)
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        pools = [self._pool(texts, tokenizer) for texts in (train_texts, test_texts)]
+        # in float32, whatever the file has: what a memory learns from is exact
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        torch.manual_seed(self.seed)
+        attachment = attach(model, self.config)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SETTINGS_FILE).write_text(json.dumps(self.described(), indent=1) + "\n")
+        curve, seconds = self.teach(attachment, tokenizer, pools[0], out / CHECKPOINT_FILE, report)
+        attachment.save_pretrained(out)
+        begun = time.monotonic()
+        scores = [self.ask(attachment, tokenizer, pools[1], asked, report) for asked in ASKED]
+        record = Record(
+            task="told",
+            mechanism=self.config.kind,
+            host=f"{Path(self.model).name}, frozen",
+            seed=self.seed,
+            config=self.described(),
+            scores=scores,
+            measures={"loss": curve, "parameters": sum(each.numel() for each in attachment.parameters())},
+            state_bytes=nbytes(attachment.memory.init_state(1)),
+            seconds={"training": seconds, "asking": time.monotonic() - begun},
+        )
+        return attachment, record
+
+    def teach(
+        self, attachment: Attachment, tokenizer: Any, pool: Tensor, checkpoint: Path, report: Reporter
+    ) -> tuple[list[list[float]], float]:
+        """The curve, [step, loss, share of tokens right] a hundred times, and the seconds."""
+        batches = self.batches(tokenizer, pool)
+        calibrate(attachment.model, batches(0))
+        curve, seconds, every = [], 0.0, max(1, self.steps // 100)
+        report.phase("lessons", self.steps)
+        # the notes keep the curve of what an earlier call did
+        notes: dict[str, float] = {}
+        loss = accuracy = count = 0.0
+        for step in train(
+            attachment.model,
+            batches,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            schedule=hold_then_fall,
+            notes=notes,
+            checkpoint=checkpoint,
+        ):
+            loss, accuracy, count = loss + step.loss, accuracy + step.accuracy, count + 1
+            if (step.step + 1) % every == 0 or step.step + 1 == self.steps:
+                place = f"{step.step + 1:08d}"
+                notes[f"loss {place}"], notes[f"right {place}"] = loss / count, accuracy / count
+                loss = accuracy = count = 0.0
+            seconds = step.seconds
+            report.advance(1, loss=step.loss, right=step.accuracy)
+        for name, value in sorted(notes.items()):
+            if name.startswith("loss "):
+                place = name.partition(" ")[2]
+                curve.append([int(place), round(value, 4), round(notes[f"right {place}"], 4)])
+        return curve, seconds
+
+    def batches(self, tokenizer: Any, pool: Tensor) -> Any:
+        """The batch of a step by its number."""
+        makers = [
+            ToldThings(
+                tokenizer,
+                pool,
+                facts=lesson.facts,
+                segments=(1, lesson.segments),
+                questions=self.questions,
+                mixture=self.mixture,
+            )
+            if lesson.facts
+            else Copying(pool)
+            for lesson in self.lessons
+        ]
+        ends = [sum(lesson.steps for lesson in self.lessons[: place + 1]) for place in range(len(makers))]
+
+        def batch(step: int) -> Batch:
+            maker = next((each for each, end in zip(makers, ends, strict=True) if step < end), makers[-1])
+            return maker.batch(self.rows, self.seed * 1_000_003 + step)
+
+        return batch
+
+    def ask(self, attachment: Attachment, tokenizer: Any, pool: Tensor, asked: Asked, report: Reporter) -> Score:
+        """Whole values right under every condition, of names, values and wordings for tests, none corrected."""
+        made = ToldThings(
+            tokenizer,
+            pool,
+            facts=asked.facts,
+            segments=asked.segments,
+            mixture=replace(PLAIN, chat=self.mixture.chat),
+            split="test",
+            held_out_relations=asked.held_out_relations,
+        )
+        report.phase(f"ask, {asked.facts} facts in up to {asked.segments[1]} segments", self.test_rows)
+        whole: list[Tensor] = []
+        for place, part in enumerate(parts(self.test_rows, 16)):
+            batch = made.batch(part.stop - part.start, seed_of("test", place))
+            found = measure(attachment.model, batch.input_ids, batch.labels)
+            whole.append(found.right == found.labelled[:, None])
+            report.advance(part.stop - part.start)
+        right = torch.cat(whole).double().mean(0)
+        scores = dict(zip(CONDITIONS, right.tolist(), strict=True))
+        return Score(
+            length=asked.segments[1],
+            tokens=asked.segments[1] * self.config.segment_length,
+            examples=self.test_rows,
+            score=scores.pop("memory"),
+            controls=scores,
+            floors={},
+            ceiling=1.0,
+            details={"facts": asked.facts, "held-out relations": float(asked.held_out_relations)},
+        )
+
+    def _pool(self, texts: Sequence[tuple[str, str]], tokenizer: Any) -> Tensor:
+        """Running text of `pool` segments, an equal part of every text's middle."""
+        length = self.config.segment_length
+        most = -(-self.pool // len(texts)) * length
+        # six characters a token are more than enough
+        cut = [text[len(text) // 4 :][: 6 * most] for _, text in texts]
+        return torch.cat([pool_of(tokenize(text, tokenizer).ids[:most], length) for text in cut])
+
+    def _check(self, out: Path) -> None:
+        """Raises `ValueError` where a run was begun with other settings."""
+        path = out / SETTINGS_FILE
+        if not path.is_file():
+            return
+        known, wanted = json.loads(path.read_text()), json.loads(json.dumps(self.described()))
+        for name, value in wanted.items():
+            if known.get(name) != value:
+                raise ValueError(
+                    f"the run in {out} was begun with {name} {known.get(name)}, not {value}; go on with its settings, "
+                    "or give another folder"
+                )
