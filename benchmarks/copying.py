@@ -23,11 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mnemic
 from mnemic.bench.drift import hold_out
+from mnemic.bench.lessons import CALIBRATED
 from mnemic.bench.results import Record, Score
 from mnemic.checkpoints import fetch
 from mnemic.cli.show import Show, Table, console
 from mnemic.controls import CONDITIONS, measure, parts
 from mnemic.memories import MemoryConfig
+from mnemic.memories.emt import EMT
 from mnemic.state import nbytes
 from mnemic.tasks.base import seed_of
 from mnemic.tasks.documents import novels, tokenize
@@ -45,7 +47,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "emt-token": {"kind": "emt", "write": "token", "slots": 64, "dim": 256, **PLACES},
     "fast-weights": {"kind": "fast-weights", "dim": 512, "rate_bias": -2.0, **PLACES},
     "titans": {"kind": "titans", "dim": 512, "layers": 1, "context": "layer", **PLACES},
-    "memoria": {"kind": "memoria", "working": 32, "reminded_stm": 32, "reminded_ltm": 32, **PLACES},
+    "memoria": {"kind": "memoria", "working": 32, "reminded_stm": 32, "reminded_ltm": 32, "read_layers": [8, 16, 24]},
     "armt": {"kind": "armt", "tokens": 16, "dim": 64},
     "rmt": {"kind": "rmt", "tokens": 16},
     "knn": {"kind": "knn", "layer": 12},
@@ -55,8 +57,36 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "persistent": {"kind": "persistent", "rows": 64},
 }
 """What is compared, by name; each with as much state as its kind has about that of 64 slots of 256, or more."""
-ABLATIONS: dict[str, dict[str, Any]] = {}
-"""EMT with one part taken away."""
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "emt-block-content": MEMORIES["emt"],
+    "emt-untied": MEMORIES["emt"],
+    "emt-not-whitened": {**MEMORIES["emt"], "whiten": False},
+    "emt-four-heads": {**MEMORIES["emt"], "heads": 4},
+    "emt-no-late-read": {**MEMORIES["emt"], "read_layers": READS[:-1]},
+}
+"""EMT by allocation with one thing changed; `changed` does what no setting does."""
+
+
+class BlockContent(EMT):
+    """Allocation with contents of the written block in place of the embeddings."""
+
+    @property
+    def written_layers(self) -> tuple[int, ...]:
+        """The block twice."""
+        return (self.write_layer, self.write_layer)
+
+
+def changed(name: str, memory: Any) -> None:
+    """Takes away what an ablation is named for, before calibration and training."""
+    if name == "emt-block-content":
+        memory.__class__ = BlockContent
+    if name == "emt-untied":
+        memory._tie = lambda: None
+        for reader in (each for readers in memory.readers.values() for each in readers):
+            for linear in (reader.query, reader.key, reader.value):
+                linear.reset_parameters()
+            torch.nn.init.zeros_(reader.output.weight)
+            torch.nn.init.ones_(reader.alpha)
 
 
 def main(
@@ -112,8 +142,9 @@ def run(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(seed)
     attachment = mnemic.attach(model, config)
+    changed(name, attachment.memory)
     task, test = Copying(learnt), Copying(held)
-    calibrate(model, task.batch(128, seed))
+    calibrate(model, task.batch(CALIBRATED, seed))
     checkpoint = Path("runs/copying") / f"{name}-{steps}-seed{seed}.safetensors"
     curve, notes, seconds = [], {}, 0.0
     show.phase(name, steps)
@@ -146,7 +177,7 @@ def run(
         )
     scores = dict(zip(CONDITIONS, (nats / labelled).tolist(), strict=True))
     shares = dict(zip(CONDITIONS, (right / labelled).tolist(), strict=True))
-    return Record(
+    record = Record(
         task="copying",
         mechanism=name,
         host=f"{Path(folder).name}, frozen",
@@ -176,6 +207,8 @@ def run(
         state_bytes=nbytes(attachment.memory.init_state(1)),
         seconds={"training": seconds, "asking": time.monotonic() - begun},
     )
+    record.command = f"python benchmarks/copying.py {name} --steps {steps} --seed {seed}"
+    return record
 
 
 if __name__ == "__main__":

@@ -135,14 +135,20 @@ def test_a_run_that_is_there_is_not_written_over(host_folder, book, tmp_path):
     assert Record.load(tmp_path / "out" / "drift.json").measures == before
 
 
-def test_a_run_that_is_stopped_says_how_it_goes_on(host_folder, book, tmp_path, monkeypatch):
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_is_stopped_says_how_it_goes_on(host_folder, book, tmp_path, monkeypatch, saved):
+    out = tmp_path / "out"
+
     def stop(*words, **more):
+        if saved:
+            (out / "checkpoints" / "checkpoint-1").mkdir(parents=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mnemic.Trainer, "train", stop)
-    result = train(*cli_words(host_folder, book, tmp_path / "out"))
+    result = train(*cli_words(host_folder, book, out))
     assert result.exit_code == 130
-    assert "the same command with --resume goes on" in result.output
+    told = "the same command with --resume goes on" if saved else "stopped; nothing is saved yet"
+    assert told in result.output
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -250,3 +256,38 @@ def test_tokenizing_tells_how_far_it_is():
     tokenize(prose(1000), characters(), chunk=300, advance=told.append)
     assert sum(told) == 1000
     assert len(told) > 1
+
+
+def test_held_out_text_of_one_row_is_refused_before_the_run(host_folder, book, tmp_path):
+    """Nothing could be compared with another stream's memory."""
+    few = tmp_path / "few.txt"
+    few.write_text(prose(SEGMENT * 2))
+    result = train(*cli_words(host_folder, book, tmp_path / "out"), "--held-out", few)
+    assert result.exit_code == 2
+    assert "give more of it (--held-out)" in " ".join(result.output.replace("│", "").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_will_cost_is_said_at_its_start(host_folder, book, tmp_path):
+    result = train(*cli_words(host_folder, book, tmp_path / "out", steps=1))
+    assert result.output.startswith("1 steps of 4 rows of 2 segments of 8 tokens: at most 64 tokens")
+
+
+def test_lessons(host_folder, tmp_path):
+    """Copying and told things from the command line: what is remembered, under every control, and going on."""
+    text = tmp_path / "book.txt"
+    text.write_text(prose(60_000))
+    words = ["train", host_folder, "--memory", "fast-weights", "--set", "segment_length=160", "--set", "dim=16"]
+    words += ["--lessons", "copying:2,1x2:2", "--rows", 2, "--test-rows", 4, "--data", text, "--out", tmp_path / "out"]
+    result = train(*words)
+    assert result.exit_code == 0, result.output
+    record = Record.load(tmp_path / "out" / "told.json")
+    assert [score.details["facts"] for score in record.scores] == [1, 4, 4, 1]
+    assert set(record.scores[0].controls) == {"other stream", "zeroed", "fresh", "no memory"}
+    assert [place for place, *_ in record.measures["loss"]] == [1, 2, 3, 4]
+    assert problems(tmp_path / "out" / "told.json") == []
+    assert "resume it, or give another folder" in " ".join(train(*words).output.replace("│", "").split())
+    assert train(*words, "--resume").exit_code == 0
+    assert Record.load(tmp_path / "out" / "told.json").measures == record.measures
+    changed = train(*words, "--resume", "--rows", 4)
+    assert "was begun with rows 2, not 4" in " ".join(changed.output.replace("│", "").split())

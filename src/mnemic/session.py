@@ -107,7 +107,7 @@ class Session:
         window = "" if self.window is None else f", window {self.window:,}"
         return (
             f"<mnemic.Session {self._router.config.kind} of {type(self.model).__name__}: {seen:,} tokens read, "
-            f"{written:,} segments of {self._router.segment_length:,} written{window}, {self.nbytes:,} bytes>"
+            f"{written:,} segments of {self._router.segment_length:,} tokens written{window}, {self.nbytes:,} bytes>"
         )
 
     # --- using it ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from mnemic.analysis import (
     drift,
     memoria_tables,
     peers,
+    real_tables,
     recall_tables,
     store_tables,
     suite_tables,
@@ -57,6 +58,8 @@ def tables(results: Path) -> dict[str, str]:
     made["store-cost"] = store_tables.cost(records(results, "store"))
     made["store-crowds"] = store_tables.crowds(records(results, "store"))
     made["mutated-files"] = store_tables.mutated(records(results, "mutated-files"))
+    made["copying"] = real_tables.copying(records(results, "copying"))
+    made["told"] = real_tables.told(records(results, "told"))
     made["zero-shot"] = zero_shot(records(results, "zero-shot"))
     return made | memoria_tables.tables(results) | suite_tables.tables(results) | tasks_tables.tables(results)
 

@@ -51,7 +51,8 @@ def view(
 def summary(found: Contents, trained: bool | None = None) -> str:
     """How much was read and written, and whether the memory is trained, in one line."""
     length, seen, written = found.meta["memory"]["segment_length"], found.ledger("seen"), found.ledger("written")
-    said = f"{seen:,} token{'s' * (seen != 1)} read, {written:,} segment{'s' * (written != 1)} of {length:,} written"
+    said = f"{seen:,} token{'s' * (seen != 1)} read, "
+    said += f"{written:,} segment{'s' * (written != 1)} of {length:,} tokens written"
     if not found.state:
         said = "nothing was read yet"
     told = {None: "", True: "; the memory is trained", False: "; the memory is not trained"}

@@ -189,6 +189,12 @@ class TextRun:
         rows = Streams([tokens.ids for tokens in held], length, self.segments)
         lengths = Streams([tokens.lengths for tokens in held], length, self.segments)
         count = min(self.test_rows, len(rows))
+        if count < 2:
+            raise ValueError(
+                f"the held-out text makes {count} row of {self.segments * length:,} tokens, and with less than two "
+                "nothing can be compared with another stream's memory; give more of it (--held-out), or shorter rows "
+                "(--segments, --set segment_length=)"
+            )
         places = [place * len(rows) // count for place in range(count)]
         if count > 1 and count % self.rows == 1:
             places.pop()  # a batch of one row has no other stream

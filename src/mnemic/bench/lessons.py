@@ -31,6 +31,8 @@ from mnemic.tasks.told import PLAIN, Copying, Mixture, ToldThings, pool_of
 from mnemic.training import Batch, calibrate, hold_then_fall, train
 
 SETTINGS_FILE = "lessons.json"
+CALIBRATED = 256
+"""Segments that a memory is fitted to before training."""
 CHECKPOINT_FILE = "checkpoint.safetensors"
 
 
@@ -90,7 +92,7 @@ class LessonRun:
     learning_rate: float = 2e-3
     mixture: Mixture = PLAIN
     seed: int = 0
-    test_rows: int = 256
+    test_rows: int = 64
     pool: int = 2048
 
     @property
@@ -161,7 +163,8 @@ class LessonRun:
     ) -> tuple[list[list[float]], float]:
         """The curve, [step, loss, share of tokens right] a hundred times, and the seconds."""
         batches = self.batches(tokenizer, pool)
-        calibrate(attachment.model, batches(0))
+        # covariances of the host's width want several times as many tokens
+        calibrate(attachment.model, Copying(pool).batch(CALIBRATED, self.seed))
         curve, seconds, every = [], 0.0, max(1, self.steps // 100)
         report.phase("lessons", self.steps)
         # the notes keep the curve of what an earlier call did

@@ -256,8 +256,9 @@ class Chat:
         state, all_bytes = nbytes(stream.state), self.session.nbytes
         waiting = stream.nbytes - state
         self.say(
-            f"{stream.seen[0]:,} tokens read, {stream.written[0]:,} segments written\n"
-            f"{all_bytes:,} bytes: memory {state:,}, waiting tokens {waiting:,}, window {all_bytes - state - waiting:,}"
+            f"{stream.seen[0]:,} tokens read, {stream.written[0]:,} segment{'s' * (stream.written[0] != 1)} written\n"
+            f"{all_bytes:,} bytes: {state:,} of the memory, {waiting:,} of {stream.counts[0]:,} tokens that wait to be "
+            f"written, {all_bytes - state - waiting:,} of the window"
         )
         with contextlib.suppress(mnemic.NotStored):
             entry = self.store.entry(self.name)

@@ -40,22 +40,20 @@ def print_results(folder: Path) -> None:
 
 
 def table(record: Record) -> Table:
-    """Lengths in rows; the score, every control, floor and the ceiling in columns."""
-    metric = record.measures.get("metric", "%" if record.task != "drift" else "perplexity")
+    """Lengths in columns; in rows the score, every control, floor and the ceiling, which fit a narrow terminal so."""
+    metric = record.measures.get("metric", {"drift": "perplexity", "copying": "nats"}.get(record.task, "%"))
     title = f"{record.task}, {record.mechanism} on {record.host}, seed {record.seed}, {metric}"
     made = Table(title=title, title_justify="left", title_style="bold")
-    controls = list(dict.fromkeys(name for score in record.scores for name in score.controls))
-    floors = list(dict.fromkeys(name for score in record.scores for name in score.floors))
     made.add_column("length")
-    for name in ("memory", *controls, *(f"floor: {name}" for name in floors), "ceiling"):
-        made.add_column(name, justify="right", style="bold" if name == "memory" else "")
     for score in record.scores:
-        values = [
-            score.score,
-            *(score.controls.get(name) for name in controls),
-            *(score.floors.get(name) for name in floors),
-            score.ceiling,
-        ]
+        made.add_column(f"{score.length:,}", justify="right")
+    controls = dict.fromkeys(name for score in record.scores for name in score.controls)
+    floors = dict.fromkeys(name for score in record.scores for name in score.floors)
+    rows = {"memory": [score.score for score in record.scores]}
+    rows |= {name: [score.controls.get(name) for score in record.scores] for name in controls}
+    rows |= {f"floor: {name}": [score.floors.get(name) for score in record.scores] for name in floors}
+    rows["ceiling"] = [score.ceiling for score in record.scores]
+    for name, values in rows.items():
         cells = ("-" if v is None else f"{100 * v:.1f}" if metric == "%" else f"{v:.4f}" for v in values)
-        made.add_row(f"{score.length:,}", *cells)
+        made.add_row(name, *cells, style="bold" if name == "memory" else "")
     return made

@@ -52,6 +52,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the memory, its checkpoints and the result file.")] = Path(
         "runs/memory"
     ),
+    test_rows: Annotated[int, typer.Option(min=2, help="Rows of held-out text to measure on at most.")] = 64,
     results: Annotated[Path | None, typer.Option(help="Another folder for the result file.")] = None,
 ) -> None:
     """Trains a memory on text, then measures the base: perplexity with the memory untrained, trained, disabled and with
@@ -77,6 +78,7 @@ def train(
                     rows=rows,
                     learning_rate=learning_rate,
                     seed=seed,
+                    test_rows=test_rows,
                 ),
                 texts(data, dataset, documents, held_out),
                 out,
@@ -97,14 +99,22 @@ def train(
             bf16=bf16,
             seed=seed,
             save_steps=save_steps,
+            test_rows=test_rows,
         )
         learnt, held = texts(data, dataset, documents, held_out)
+        console.print(
+            f"{steps:,} steps of {rows} rows of {segments} segments of {run.config.segment_length} tokens: at most "
+            f"{steps * rows * segments * run.config.segment_length:,} tokens, forward and backward through the base"
+        )
         with Show("") as show:
             _, record = run.run(learnt, held, out, resume=resume, report=show)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
     except KeyboardInterrupt:
-        console.print(f"stopped; the same command with --resume goes on from the last checkpoint in {out}")
+        begun = (out / "checkpoints").is_dir() and any((out / "checkpoints").iterdir())
+        begun = begun or (out / "checkpoint.safetensors").is_file()
+        mend = f"the same command with --resume goes on from the last checkpoint in {out}"
+        console.print(f"stopped; {mend if begun else 'nothing is saved yet'}")
         raise typer.Exit(130) from None
     console.print(table(record.measures))
     console.print(record.measures["verdict"], soft_wrap=True)

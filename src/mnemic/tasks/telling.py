@@ -79,8 +79,8 @@ hockey hunting judo juggling karate knitting origami painting photography poetry
 sailing sewing singing skating skiing surfing swimming tennis volleyball weaving wrestling yoga"""
 LANGUAGES = """Arabic Basque Bengali Breton Bulgarian Catalan Chinese Croatian Czech Danish Dutch Estonian Finnish
 French Gaelic Georgian German Greek Hebrew Hindi Hungarian Icelandic Irish Italian Japanese Korean Latin Latvian
-Lithuanian Malay Maltese Mongolian Norwegian Persian Polish Portuguese Romanian Russian Serbian Slovak Spanish Swahili Swedish
-Tamil Thai Tibetan Turkish Ukrainian Urdu Vietnamese Welsh Yiddish Zulu"""
+Lithuanian Malay Maltese Mongolian Norwegian Persian Polish Portuguese Romanian Russian Serbian Slovak Spanish Swahili
+Swedish Tamil Thai Tibetan Turkish Ukrainian Urdu Vietnamese Welsh Yiddish Zulu"""
 MONTHS = "January February March April May June July August September October November December"
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
 

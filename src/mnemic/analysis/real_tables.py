@@ -1,0 +1,68 @@
+"""Tables of memories on a real model: copying, and things that were told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mnemic.analysis.markdown import markdown, missing
+from mnemic.bench.results import Record
+
+STEPS = (20, 40, 60, 80, 100, 150, 200)
+"""At which steps the curve of copying is shown."""
+
+
+def copying(found: Sequence[Record]) -> str:
+    """Nats by step, at the end on copies of text that was held out, and the controls; the best first."""
+    if not found:
+        return missing("copying")
+    rows, steps = [], 0
+    for record in sorted(found, key=lambda record: record.scores[0].score):
+        score, curve = record.scores[0], dict(record.measures["nats by step"])
+        steps = max(steps, record.config["steps"])
+        rows.append(
+            [
+                f"`{record.mechanism}`",
+                *(f"{curve[step]:.2f}" if step in curve else "" for step in STEPS),
+                f"{score.score:.2f}",
+                f"{100 * score.details['memory, right']:.1f} %",
+                *(f"{score.controls[name]:.2f}" for name in ("other stream", "fresh", "no memory")),
+                f"{record.state_bytes:,}",
+                f"{record.measures['parameters'] / 1e6:.1f} M",
+                f"{record.seconds['training'] / 60:.0f}",
+            ]
+        )
+    header = ["memory", *(f"step {step}" for step in STEPS), "held out", "right"]
+    header += ["other stream", "fresh", "no memory", "bytes", "parameters", "minutes"]
+    config = found[0].config
+    note = (
+        f"Nats a token of the copy, {found[0].host}, segments of {config['segment_length']}, {config['rows']} streams "
+    )
+    note += "a step: in training as the mean of ten steps, then on text that was held out. Made by `python benchmarks/copying.py NAME --data novels.tar.xz --out results`."
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def told(found: Sequence[Record]) -> str:
+    """Whole values right, one row for each question of each run."""
+    if not found:
+        return missing("told things")
+    rows, commands = [], []
+    for record in sorted(found, key=lambda record: -record.scores[0].score):
+        for score in record.scores:
+            shown = [score.score, *(score.controls[name] for name in ("other stream", "zeroed", "fresh", "no memory"))]
+            rows.append(
+                [
+                    f"`{record.mechanism}`",
+                    f"{score.details['facts']:.0f}",
+                    f"{'1 to ' if score.length < 64 else ''}{score.length}",
+                    "new" if score.details["held-out relations"] else "known",
+                    *(f"{100 * value:.1f}" for value in shown),
+                    f"{record.measures['loss'][-1][0]:,}",
+                    f"{record.seconds['training'] / 60:.0f}",
+                ]
+            )
+        commands.append(f"`{record.command}`")
+    header = ["memory", "facts", "segments", "relations", "own", "other stream", "zeroed", "fresh", "no memory"]
+    header += ["steps", "minutes"]
+    note = f"Per cent of whole values right, {found[0].scores[0].examples} questions a row; names, values, wordings "
+    note += "and text that training did not have. Made by " + ", ".join(dict.fromkeys(commands)) + "."
+    return f"{markdown(header, rows)}\n\n{note}"
