@@ -34,10 +34,9 @@ def copying(found: Sequence[Record]) -> str:
     header = ["memory", *(f"step {step}" for step in STEPS), "held out", "right"]
     header += ["other stream", "fresh", "no memory", "bytes", "parameters", "minutes"]
     config = found[0].config
-    note = (
-        f"Nats a token of the copy, {found[0].host}, segments of {config['segment_length']}, {config['rows']} streams "
-    )
-    note += "a step: in training as the mean of ten steps, then on text that was held out. Made by `python benchmarks/copying.py NAME --data novels.tar.xz --out results`."
+    note = f"Nats a token of the copy, {found[0].host}, segments of {config['segment_length']}, {config['rows']} rows "
+    note += "a step: in training as the mean of ten steps, then on text that was held out. Made by "
+    note += "`python benchmarks/copying.py NAME --data novels.tar.xz --out results`."
     return f"{markdown(header, rows)}\n\n{note}"
 
 

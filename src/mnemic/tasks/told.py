@@ -83,6 +83,17 @@ PLAIN = Mixture(0.0, 0.0, 0.0, 0.3)
 """Facts that hold, asked for as they were told."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question with its answer as tokens, `before` of them before the answer; both as text, and how it came to be."""
+
+    ids: list[int]
+    before: int
+    question: str
+    answer: str
+    how: str
+
+
 class ToldThings:
     """Streams of `facts` facts in 1 to `segments` segments of text, then one segment for each of `questions` questions.
 
@@ -128,8 +139,8 @@ class ToldThings:
             [self._asked(luck, *each) for each in luck.choices(answers, k=self.questions)] for _, answers in streams
         ]
         # answers begin at one place, mostly near the beginning, which is quicker, and anywhere as in use
-        begin = max(before for row in asked for _, before, *_ in row)
-        spare = self.segment_length - begin - max(len(ids) - before for row in asked for ids, before, *_ in row)
+        begin = max(each.before for row in asked for each in row)
+        spare = self.segment_length - begin - max(len(each.ids) - each.before for row in asked for each in row)
         begin += luck.randint(0, max(0, spare)) if luck.random() < 0.25 else min(0, spare)
         ids = torch.stack([self._laid(luck, said, count) for said, _ in streams])
         start = [luck.randrange(len(self.pool)) for _ in range(rows)]
@@ -139,7 +150,9 @@ class ToldThings:
         return Told(
             torch.cat([ids, questions], 1),
             torch.cat([torch.full_like(ids, IGNORED), labels], 1),
-            *([each[place] for each in last] for place in (2, 3, 4)),
+            question=[each.question for each in last],
+            answer=[each.answer for each in last],
+            how=[each.how for each in last],
         )
 
     # --- what is told ------------------------------------------------------------------------------------------------
@@ -191,8 +204,8 @@ class ToldThings:
     def _bare(self, text: str) -> list[int]:
         return self.encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _asked(self, luck: random.Random, fact: Fact, how: str) -> tuple[list[int], int, str, str, str]:
-        """A question with its answer: tokens, how many of them come before the answer, both as text, and `how`."""
+    def _asked(self, luck: random.Random, fact: Fact, how: str) -> Asked:
+        """A question and its answer that fit a segment, in one of the forms."""
         known, question = how in ("told", "corrected"), ""
         for _ in range(TRIES):
             form = luck.random()
@@ -210,21 +223,20 @@ class ToldThings:
                 before = self._bare(f"\nQuestion: {question}\nAnswer:")
                 after = self.encoder.encode(f"{fact.value}." if known else NOT_TOLD)
             if len(before) + len(after) <= self.segment_length:
-                return before + after, len(before), question, fact.value if known else NOT_TOLD, how
+                return Asked(before + after, len(before), question, fact.value if known else NOT_TOLD, how)
         raise ValueError(
             f"no question with its answer fits a segment of {self.segment_length} tokens, such as {question!r} and "
             f"{fact.value!r}; use longer segments"
         )
 
-    def _question_segments(
-        self, asked: list[tuple[list[int], int, str, str, str]], first: int, begin: int
-    ) -> tuple[Tensor, Tensor]:
+    def _question_segments(self, asked: list[Asked], first: int, begin: int) -> tuple[Tensor, Tensor]:
         """Token ids and labels of the segments that ask, text around the questions, their answers at `begin`."""
         ids = self.pool[(first + torch.arange(len(asked))) % len(self.pool)].clone()
         labels = torch.full_like(ids, IGNORED)
-        for segment, (tokens, before, *_) in enumerate(asked):
+        for segment, each in enumerate(asked):
             # a question that would begin before the segment, or end behind it, is moved into it
-            start = max(0, min(begin - before, self.segment_length - len(tokens)))
-            ids[segment, start : start + len(tokens)] = torch.tensor(tokens)
-            labels[segment, start + before : start + len(tokens)] = torch.tensor(tokens[before:])
+            start = max(0, min(begin - each.before, self.segment_length - len(each.ids)))
+            answer, stop = start + each.before, start + len(each.ids)
+            ids[segment, start:stop] = torch.tensor(each.ids)
+            labels[segment, answer:stop] = ids[segment, answer:stop]
         return ids.flatten(), labels.flatten()
