@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mnemic
 from families import make
-from helpers import CONFIGS, SEGMENT, assert_differ, feed, host, shake, tokens
+from helpers import CONFIGS, SEGMENT, assert_differ, assert_near, feed, host, shake, tokens
 from mnemic import EMTConfig
 from mnemic.state import nbytes
 
@@ -141,3 +142,84 @@ def test_feedback_and_blend_scale_the_read():
 def test_configs_go_to_plain_values_and_back():
     for config in mnemic.CONFIGS["emt"].tiny():
         assert mnemic.MemoryConfig.from_dict(config.to_dict()) == config
+
+
+# --- allocation ------------------------------------------------------------------------------------------------------
+
+
+def allocated(**changes):
+    """A memory that writes by allocation, on a host of width 64 with 4 blocks, and 12 random tokens that enter it."""
+    torch.manual_seed(0)
+    settings = {"segment_length": 16, "slots": 64, "dim": 128, "heads": 1, "write": "allocation", **changes}
+    memory = mnemic.EMTConfig(**settings).build(64, 4)
+    entered, hidden = torch.randn(2, 1, 12, 64)
+    return memory, entered, hidden
+
+
+def answers(memory, hidden, state):
+    """What a read adds, alpha at 1."""
+    reader = memory.readers[str(memory.read_layers[0])][0]
+    with torch.no_grad():
+        reader.alpha.fill_(1.0)
+        return memory.read(memory.read_layers[0], hidden, state) - hidden
+
+
+def test_allocation_reads_back_what_followed_before_it_is_trained():
+    """A token that comes again finds the one that came after it, for 11 tokens in 12 slots or so."""
+    memory, entered, hidden = allocated()
+    with torch.no_grad():
+        state = memory.write(torch.cat([entered, hidden], -1), memory.init_state(1))
+    found = answers(memory, hidden, state)[0]
+    near = F.cosine_similarity(found[:, None], F.layer_norm(entered[0], (64,))[None], dim=-1)
+    right = near.argmax(-1)[:-1] == torch.arange(1, 12)
+    assert right.float().mean() > 0.7
+    nothing = answers(memory, hidden, memory.init_state(1))[0]
+    near = F.cosine_similarity(nothing[:, None], F.layer_norm(entered[0], (64,))[None], dim=-1)
+    assert (near.argmax(-1)[:-1] == torch.arange(1, 12)).float().mean() < 0.4
+
+
+def test_a_slot_that_no_token_goes_to_keeps_what_it_has():
+    memory, entered, hidden = allocated(sharpness=8.0)
+    before = memory.init_state(1)
+    with torch.no_grad():
+        state, told = memory.write_and_tell(torch.cat([entered, hidden], -1), before)
+    moved = (state["slots"] - before["slots"]).abs().amax(-1)[0, 0]
+    assert (moved < 0.01).sum() >= 64 - 3 * 12
+    assert (moved > 0.1).sum() >= 4
+    assert_near(told.weight.sum(-1), torch.ones_like(told.weight[..., 0]))
+
+
+def test_a_second_telling_takes_the_place_of_the_first():
+    """What has the same address goes to the same slots: the new content is read, and the old is not."""
+    memory, entered, hidden = allocated()
+    new = torch.randn_like(entered)
+    with torch.no_grad():
+        state = memory.write(torch.cat([entered, hidden], -1), memory.init_state(1))
+        state = memory.write(torch.cat([new, hidden], -1), state)
+    found = answers(memory, hidden, state)[0, :-1]
+    near = [F.cosine_similarity(found, F.layer_norm(each[0, 1:], (64,)), dim=-1) for each in (new, entered)]
+    assert (near[0] > near[1]).float().mean() > 0.8
+
+
+def test_calibration_ties_the_output_to_what_was_whitened():
+    """Contents come back as what entered, whatever its covariance is."""
+    memory, entered, hidden = allocated(whiten=True)
+    mix = torch.randn(64, 64) / 8
+    samples = torch.cat([torch.randn(2000, 64) @ mix, torch.randn(2000, 64)], -1)
+    memory.calibrate(samples, {layer: samples[:, 64:] for layer in memory.read_layers})
+    writer, reader = memory.writers[0], memory.readers[str(memory.read_layers[0])][0]
+    entered = entered[0] @ mix
+    with torch.no_grad():
+        content = writer.content(writer.whiten_entered(writer.norm_entered(entered)))
+        back = reader.output(content)
+    normed = F.layer_norm(entered, (64,)) - writer.whiten_entered.mean
+    assert F.cosine_similarity(back, normed, dim=-1).mean() > 0.9
+
+
+def test_allocation_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match=r"half of dim 24 is not divisible by 8 heads; set dim= to a multiple of 16"):
+        mnemic.EMTConfig(write="allocation", dim=24, heads=8)
+    with pytest.raises(ValueError, match="zero_shot=True reads at random"):
+        mnemic.EMTConfig(write="allocation", zero_shot=True)
+    with pytest.raises(ValueError, match="update_rate is 0.3, but nothing here uses it"):
+        mnemic.EMTConfig(write="allocation", update_rate=0.3)

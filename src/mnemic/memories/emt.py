@@ -472,11 +472,15 @@ class AllocationWriter(nn.Module):
         self.keep = nn.Linear(width, 1)
         self.gate = nn.Linear(2 * size, 1)
         self.gru = nn.GRUCell(size, size)
+        for linear in (self.address, self.content):
+            nn.init.orthogonal_(linear.weight)  # so that its inverse is well conditioned
         nn.init.zeros_(self.claim_more.weight)
         nn.init.zeros_(self.keep.weight)
         nn.init.constant_(self.keep.bias, KEPT_BIAS)
         nn.init.constant_(self.gate.bias, 1.0 if config.gate_bias is None else config.gate_bias)
         with torch.no_grad():
+            # slots begin by choosing tokens by their addresses, so what is told again takes the old one's place
+            self.key.weight[:, size // 2 :] = 0
             # the candidate begins as tanh(c), so that what is read is what was written
             self.gru.weight_ih *= 0.1
             self.gru.weight_hh *= 0.1

@@ -135,8 +135,11 @@ class ToldThings:
         streams = [self._events(luck) for _ in range(rows)]
         longest = max(sum(map(len, said)) for said, _ in streams)
         count = max(luck.randint(self.fewest, self.most), -(-longest // self.segment_length))
+        # of one form in all rows, so that their lengths differ little
+        form = luck.random()
         asked = [
-            [self._asked(luck, *each) for each in luck.choices(answers, k=self.questions)] for _, answers in streams
+            [self._asked(luck, form, *each) for each in luck.choices(answers, k=self.questions)]
+            for _, answers in streams
         ]
         # answers begin at one place, mostly near the beginning, which is quicker, and anywhere as in use
         begin = max(each.before for row in asked for each in row)
@@ -204,11 +207,14 @@ class ToldThings:
     def _bare(self, text: str) -> list[int]:
         return self.encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _asked(self, luck: random.Random, fact: Fact, how: str) -> Asked:
-        """A question and its answer that fit a segment, in one of the forms."""
+    def _asked(self, luck: random.Random, form: float, fact: Fact, how: str) -> Asked:
+        """A question and its answer that fit a segment: a turn of a chat, a sentence to be ended, or a question, by
+        where `form` lies between 0 and 1.
+        """
         known, question = how in ("told", "corrected"), ""
-        for _ in range(TRIES):
-            form = luck.random()
+        for attempt in range(TRIES):
+            # what fits in no wording of this form may fit in another
+            form = form if attempt < TRIES // 2 else luck.random()
             if self.turns.template and form < self.mixture.chat:
                 question = fact.sentence(wording(luck, ASK, self.split))
                 before = self.turns.message(question, first=False)[0].tolist()

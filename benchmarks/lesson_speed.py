@@ -1,0 +1,115 @@
+"""Seconds a training step on told things, this checkout beside another one, such as a worktree of an earlier commit.
+
+    git worktree add ../before COMMIT
+    python benchmarks/lesson_speed.py --against ../before --data novels.tar.xz --out results
+
+Both train fast weights on the same 16 streams of two segments and a question, on one thread, in processes of their own
+that take turns; the ratio is that of the medians.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+LENGTH, ROWS = 32, 16
+MEMORY = {"dim": 512, "heads": 4, "rate_bias": -2.0, "write_layer": 8, "read_layers": [8, 12, 16, 20, 24]}
+
+
+def main(
+    data: Annotated[Path | None, typer.Option(help="Text: a .txt file, a folder or a tar archive of them.")] = None,
+    against: Annotated[Path | None, typer.Option(help="The other checkout.")] = None,
+    turns: Annotated[int, typer.Option(min=2, help="Processes of each side.")] = 3,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of a process; the first two do not count.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("runs"),
+    child: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Times both and writes a record."""
+    if child is not None:
+        print(json.dumps(timed(child, steps)))
+        return
+    if data is None or against is None:
+        raise typer.BadParameter("give --data and --against")
+    from mnemic.bench.results import Record
+    from mnemic.checkpoints import fetch
+
+    here = Path(__file__).resolve().parents[1]
+    sides = {"before": against.resolve(), "now": here}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        streams(fetch("smollm2"), data, steps, Path(folder))
+        for _ in range(turns):
+            for name, root in sides.items():
+                words = [sys.executable, str(here / "benchmarks" / "lesson_speed.py"), "--child", folder]
+                environment = os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+                made = subprocess.run(
+                    [*words, "--steps", str(steps)], env=environment, check=True, capture_output=True, text=True
+                )
+                seconds[name] += json.loads(made.stdout.splitlines()[-1])
+                print(f"{name}: {statistics.median(seconds[name]):.2f} s a step", flush=True)
+    median = {name: statistics.median(found) for name, found in seconds.items()}
+    commits = {
+        name: subprocess.run(["git", "-C", root, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        for name, root in sides.items()
+    }
+    measures: dict[str, Any] = {
+        "seconds a step": median,
+        "before / now": median["before"] / median["now"],
+        "steps": {name: len(found) for name, found in seconds.items()},
+        "commits": {name: found.stdout.strip() for name, found in commits.items()},
+    }
+    print(f"before / now {measures['before / now']:.2f}")
+    record = Record("lesson-speed", "fast-weights", "smollm2, frozen", 0, {"memory": MEMORY, "rows": ROWS})
+    record.measures = measures
+    record.command = "python benchmarks/lesson_speed.py --against ../before --data novels.tar.xz --out results"
+    print(record.save(out, "lesson-speed.json"))
+
+
+def streams(model: Path, data: Path, steps: int, folder: Path) -> None:
+    """The same streams for both, and where the model lies."""
+    from transformers import AutoTokenizer
+
+    from mnemic.tasks.documents import novels, tokenize
+    from mnemic.tasks.told import ToldThings, pool_of
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = novels(data)[0][1]
+    pool = pool_of(tokenize(text[len(text) // 4 :][:200_000], tokenizer).ids, LENGTH)[:256]
+    made = ToldThings(tokenizer, pool, segments=(2, 2))
+    batches = [made.batch(ROWS, seed) for seed in range(100)]
+    batches = [batch for batch in batches if batch.input_ids.shape[1] == 3 * LENGTH][:steps]
+    torch.save([(batch.input_ids, batch.labels) for batch in batches], folder / "streams.pt")
+    (folder / "model").write_text(str(model))
+
+
+def timed(folder: Path, steps: int) -> list[float]:
+    """Seconds of each step but the first two."""
+    from transformers import AutoModelForCausalLM
+
+    import mnemic
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained((folder / "model").read_text(), dtype=torch.float32)
+    torch.manual_seed(0)
+    mnemic.attach(model, mnemic.FastWeightsConfig(segment_length=LENGTH, **MEMORY))
+    batches = [mnemic.Batch(*pair) for pair in torch.load(folder / "streams.pt", weights_only=True)]
+    found, last = [], time.perf_counter()
+    for _ in mnemic.train(model, lambda step: batches[step], steps=steps):
+        now = time.perf_counter()
+        found.append(now - last)
+        last = now
+    return found[2:]
+
+
+if __name__ == "__main__":
+    typer.run(main)
