@@ -25,9 +25,10 @@ PAGES = {
     "docs/store.md": 1,
     "docs/windows-and-sessions.md": 5,
     "docs/families.md": 1,
+    "docs/training.md": 4,
 }
 """How many blocks of each are run, from the first on."""
-LONG = {"docs/own-text.md", "docs/quickstart.md", "docs/windows-and-sessions.md"}
+LONG = {"docs/own-text.md", "docs/quickstart.md", "docs/windows-and-sessions.md", "docs/training.md"}
 """Of these, those that take minutes on two cores."""
 MECHANISMS = sorted((ROOT / "docs" / "mechanisms").glob("*.md"))
 
@@ -55,6 +56,8 @@ def run(code, names):
 @pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.long] * (page in LONG)) for page in PAGES])
 def test_the_examples_of_a_page_run_as_they_are_written(page, here, capsys):
     names: dict[str, object] = {"__name__": "page"}
+    if page == "docs/training.md":
+        (here / "book.txt").write_text(prose(12_000))  # more than a thousand tokens are held out
     for code in blocks(ROOT / page)[: PAGES[page]]:
         run(code, names)
     assert capsys.readouterr().out or page == "docs/families.md"
