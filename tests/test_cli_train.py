@@ -279,7 +279,10 @@ def test_lessons(host_folder, tmp_path):
     text.write_text(prose(60_000))
     words = ["train", host_folder, "--memory", "fast-weights", "--set", "segment_length=160", "--set", "dim=16"]
     words += ["--lessons", "copying:2,1x2:2", "--rows", 2, "--test-rows", 4, "--data", text, "--out", tmp_path / "out"]
-    result = train(*words)
+    result = train(*words, "--until", 1)
+    assert result.exit_code == 0, result.output
+    assert [place for place, *_ in Record.load(tmp_path / "out" / "told.json").measures["loss"]] == [1]
+    result = train(*words, "--resume")
     assert result.exit_code == 0, result.output
     record = Record.load(tmp_path / "out" / "told.json")
     assert [score.details["facts"] for score in record.scores] == [1, 4, 4, 1]

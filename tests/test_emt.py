@@ -203,10 +203,10 @@ def test_a_second_telling_takes_the_place_of_the_first():
 
 def test_calibration_ties_the_output_to_what_was_whitened():
     """Contents come back as what entered, whatever its covariance is."""
-    memory, entered, hidden = allocated(whiten=True)
+    memory, entered, _ = allocated(whiten=True)
     mix = torch.randn(64, 64) / 8
     samples = torch.cat([torch.randn(2000, 64) @ mix, torch.randn(2000, 64)], -1)
-    memory.calibrate(samples, {layer: samples[:, 64:] for layer in memory.read_layers})
+    memory.calibrate(samples, dict.fromkeys(memory.read_layers, samples[:, 64:]))
     writer, reader = memory.writers[0], memory.readers[str(memory.read_layers[0])][0]
     entered = entered[0] @ mix
     with torch.no_grad():
@@ -221,5 +221,5 @@ def test_allocation_refuses_what_it_cannot_do():
         mnemic.EMTConfig(write="allocation", dim=24, heads=8)
     with pytest.raises(ValueError, match="zero_shot=True reads at random"):
         mnemic.EMTConfig(write="allocation", zero_shot=True)
-    with pytest.raises(ValueError, match="update_rate is 0.3, but nothing here uses it"):
+    with pytest.raises(ValueError, match=r"update_rate is 0\.3, but nothing here uses it"):
         mnemic.EMTConfig(write="allocation", update_rate=0.3)

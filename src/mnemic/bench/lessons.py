@@ -20,15 +20,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mnemic.attachment import Attachment, attach
+from mnemic.bench.asking import predict
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
-from mnemic.controls import CONDITIONS, measure, parts
+from mnemic.controls import CONDITIONS, parts
 from mnemic.memories.base import MemoryConfig
 from mnemic.state import nbytes
 from mnemic.tasks.base import seed_of
 from mnemic.tasks.documents import tokenize
 from mnemic.tasks.told import PLAIN, Copying, Mixture, ToldThings, pool_of
 from mnemic.training import Batch, calibrate, hold_then_fall, train
+from mnemic.unrolling import IGNORED
 
 SETTINGS_FILE = "lessons.json"
 CALIBRATED = 256
@@ -101,12 +103,9 @@ class LessonRun:
         return sum(lesson.steps for lesson in self.lessons)
 
     def described(self) -> dict[str, Any]:
-        """The settings that decide a run's result."""
+        """The settings that decide what is learnt."""
         return {
-            **{
-                name: getattr(self, name)
-                for name in ("rows", "questions", "learning_rate", "seed", "test_rows", "pool")
-            },
+            **{name: getattr(self, name) for name in ("rows", "questions", "learning_rate", "seed", "pool")},
             "model": Path(self.model).name,
             "memory": self.config.to_dict(),
             "lessons": [asdict(lesson) for lesson in self.lessons],
@@ -119,11 +118,13 @@ class LessonRun:
         test_texts: Sequence[tuple[str, str]],
         out: str | os.PathLike[str],
         *,
+        until: int | None = None,
         resume: bool = False,
         report: Reporter | None = None,
     ) -> tuple[Attachment, Record]:
         """Teaches, asks, and writes the memory to `out`, with the checkpoint from which a run that was stopped goes on
-        with `resume`. The record is not saved yet.
+        with `resume`. With `until` it asks after so many steps in all, and a later call goes on. The record is not
+        saved yet.
 
         Raises:
             ValueError: texts too short, a run in `out` that was begun with other settings, or one that is begun and not
@@ -143,7 +144,7 @@ class LessonRun:
         attachment = attach(model, self.config)
         out.mkdir(parents=True, exist_ok=True)
         (out / SETTINGS_FILE).write_text(json.dumps(self.described(), indent=1) + "\n")
-        curve, seconds = self.teach(attachment, tokenizer, pools[0], out / CHECKPOINT_FILE, report)
+        curve, seconds = self.teach(attachment, tokenizer, pools[0], out / CHECKPOINT_FILE, until, report)
         attachment.save_pretrained(out)
         begun = time.monotonic()
         scores = [self.ask(attachment, tokenizer, pools[1], asked, report) for asked in ASKED]
@@ -152,7 +153,7 @@ class LessonRun:
             mechanism=self.config.kind,
             host=f"{Path(self.model).name}, frozen",
             seed=self.seed,
-            config=self.described(),
+            config=self.described() | {"test_rows": self.test_rows},
             scores=scores,
             measures={"loss": curve, "parameters": sum(each.numel() for each in attachment.parameters())},
             state_bytes=nbytes(attachment.memory.init_state(1)),
@@ -161,7 +162,13 @@ class LessonRun:
         return attachment, record
 
     def teach(
-        self, attachment: Attachment, tokenizer: Any, pool: Tensor, checkpoint: Path, report: Reporter
+        self,
+        attachment: Attachment,
+        tokenizer: Any,
+        pool: Tensor,
+        checkpoint: Path,
+        until: int | None,
+        report: Reporter,
     ) -> tuple[list[list[float]], float]:
         """The curve, [step, loss, share of tokens right] a hundred times, and the seconds."""
         batches = self.batches(tokenizer, pool)
@@ -188,6 +195,8 @@ class LessonRun:
                 loss = accuracy = count = 0.0
             seconds = step.seconds
             report.advance(1, loss=step.loss, right=step.accuracy)
+            if until is not None and step.step + 1 >= until:
+                break
         for name, value in sorted(notes.items()):
             if name.startswith("loss "):
                 place = name.partition(" ")[2]
@@ -232,8 +241,10 @@ class LessonRun:
         whole: list[Tensor] = []
         for place, part in enumerate(parts(self.test_rows, 16)):
             batch = made.batch(part.stop - part.start, seed_of("test", place))
-            found = measure(attachment.model, batch.input_ids, batch.labels)
-            whole.append(found.right == found.labelled[:, None])
+            found = predict(attachment, batch.input_ids, batch.labels)
+            labels = batch.labels.cpu()
+            right = [((found.tokens[name] == labels) | (labels == IGNORED)).all(1) for name in CONDITIONS]
+            whole.append(torch.stack(right, 1))
             report.advance(part.stop - part.start)
         right = torch.cat(whole).double().mean(0)
         scores = dict(zip(CONDITIONS, right.tolist(), strict=True))

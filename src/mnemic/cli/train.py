@@ -38,6 +38,9 @@ def train(
             "such as copying:200,1x8:500,4x8:2000."
         ),
     ] = "",
+    until: Annotated[
+        int | None, typer.Option(min=1, help="Of --lessons, ask after so many steps in all; --resume goes on later.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Held for half of the steps, then falling.")] = 2e-3,
@@ -83,6 +86,7 @@ def train(
                 texts(data, dataset, documents, held_out),
                 out,
                 results,
+                until,
                 resume,
             )
             return
@@ -123,10 +127,10 @@ def train(
     console.print(f"memory  {out}\nresults {record.save(results or out, name if results else 'drift.json')}")
 
 
-def _teach(run: Any, found: tuple[Any, Any], out: Path, results: Path | None, resume: bool) -> None:
+def _teach(run: Any, found: tuple[Any, Any], out: Path, results: Path | None, until: int | None, resume: bool) -> None:
     """Lessons, and what is remembered of things that were told."""
     with Show("") as show:
-        _, record = run.run(*found, out, resume=resume, report=show)
+        _, record = run.run(*found, out, until=until, resume=resume, report=show)
     shown = Table(title=f"whole values right of {run.test_rows} questions, in %", title_justify="left")
     for name in ("facts", "segments", "relations", "own memory", *record.scores[0].controls):
         shown.add_column(name, justify="right")

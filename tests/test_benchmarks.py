@@ -1,0 +1,77 @@
+"""The scripts under `benchmarks/`, on a tiny host: what they train, what they write down, and how they go on."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnemic.analysis import real_tables
+from mnemic.bench.experiments import Silent
+from mnemic.bench.results import Record, problems
+from mnemic.memories import MemoryConfig
+from mnemic.tasks.told import pool_of
+from runs import characters, prose, tiny_host
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def copying():
+    return script("copying")
+
+
+@pytest.mark.parametrize("name", ["emt", "emt-block-content", "emt-untied", "fast-weights"])
+def test_copying(copying, name, tmp_path, monkeypatch):
+    """A record with the curve and every control, its table, and the same again from the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    host = str(tiny_host(tmp_path / "host"))
+    ids = torch.tensor(characters()(prose(30_000), add_special_tokens=False)["input_ids"])
+    pool = pool_of(ids, copying.LENGTH)
+    settings = {"write_layer": 0, "read_layers": [0, 1], "dim": 16}
+    settings |= {"slots": 16} if name.startswith("emt") else {}
+    known = (copying.MEMORIES | copying.ABLATIONS)[name]
+    config = MemoryConfig.from_dict({"segment_length": copying.LENGTH, **known, **settings})
+    record = copying.run(name, config, host, pool[:600], pool[600:], 12, 1e-3, 0, Silent())
+    assert [step for step, _ in record.measures["nats by step"]] == [10, 12]
+    assert set(record.scores[0].controls) == {"other stream", "zeroed", "fresh", "no memory"}
+    again = copying.run(name, config, host, pool[:600], pool[600:], 12, 1e-3, 0, Silent())
+    assert again.measures == record.measures
+    assert again.scores[0].score == pytest.approx(record.scores[0].score, abs=1e-5)
+    path = record.save(tmp_path, "copying.json")
+    assert problems(path) == []
+    assert f"`{name}`" in real_tables.copying([Record.load(path)])
+
+
+def test_every_memory_of_the_bench_can_be_built(copying):
+    """On a host of SmolLM2's size: the settings name layers that are there."""
+    for name, settings in (copying.MEMORIES | copying.ABLATIONS).items():
+        config = MemoryConfig.from_dict({"segment_length": copying.LENGTH, **settings})
+        with torch.device("meta"):
+            if name not in ("infinity-former",):  # it computes its basis when it is built
+                config.build(576, 30)
+
+
+def test_an_untied_reader_begins_elsewhere(copying):
+    settings = {"kind": "emt", "segment_length": 8, **copying.ALLOCATION, "write_layer": 0, "read_layers": [0]}
+    config = MemoryConfig.from_dict(settings)
+    memory = config.build(64, 2)
+    query = memory.readers["0"][0].query.weight.clone()
+    copying.changed("emt-untied", memory)
+    reader = memory.readers["0"][0]
+    assert not torch.equal(reader.query.weight, query)
+    assert reader.alpha.item() == 1
+    assert not reader.output.weight.any()
