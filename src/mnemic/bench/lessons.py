@@ -138,8 +138,9 @@ class LessonRun:
         pools = [self._pool(texts, tokenizer) for texts in (train_texts, test_texts)]
         # in float32, whatever the file has: what a memory learns from is exact
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        model, pools = model.to(device or "cpu"), [pool.to(device or "cpu") for pool in pools]
+        device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or "cpu"
+        torch.nn.Module.to(model, device)
+        pools = [pool.to(device) for pool in pools]
         torch.manual_seed(self.seed)
         attachment = attach(model, self.config)
         out.mkdir(parents=True, exist_ok=True)
