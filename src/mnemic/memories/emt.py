@@ -68,8 +68,8 @@ from mnemic.state import State
 # Shapes: b batch, t time, s slots, d host width, m memory width (`dim`), k stacked memories.
 
 AGE_WEIGHT, USAGE_WEIGHT, AGE_DECAY, USAGE_DECAY = 0.1, 0.2, 0.98, 0.99
-KEPT_BIAS, ENOUGH = 2.0, 3.0
-"""Of allocation: where the bias of beta begins, and how fast a slot that gets tokens is rewritten."""
+KEPT_BIAS, OPEN_BIAS, ENOUGH = 2.0, 1.0, 3.0
+"""Of allocation: where the biases of beta and of the gate begin, and how fast a slot that gets tokens is rewritten."""
 
 
 MOST_STACKED = 64
@@ -81,10 +81,9 @@ class EMTConfig(MemoryConfig):
     """Settings of an Enhanced Memory Transformer; layers are block indices, negative ones counted from the end.
 
     `read_layers` and `write_layer` default to the middle of the stack, so that later blocks can use what was read.
-    `update_rate` is the token write's eta; `gate_bias` the other writes' b, -1 for the segment write and 1 for
-    allocation unless it is given. `sharpness` is a factor on the initial scores of the write: those of the segment
-    write are otherwise so small that every slot begins by averaging the whole segment. `stack` puts several complete
-    memories
+    `update_rate` is the token write's eta; `gate_bias` the segment write's b. `sharpness` is a factor on the initial
+    scores of the write: those of the segment write are otherwise so small that every slot begins by averaging the whole
+    segment. `stack` puts several complete memories
     one after another at the same places. `whiten` puts a fixed linear map before the projections of h_t, which
     `mnemic.calibrate` fits to the host: small models keep what tells two names apart in directions of little variance.
     `segment_length` is counted in tokens.
@@ -109,7 +108,7 @@ class EMTConfig(MemoryConfig):
     feedback: float = 0.7
     final_blend: float = 0.6
     update_rate: float = 0.5
-    gate_bias: float | None = None
+    gate_bias: float = -1.0
     sharpness: float = 1.0
     stack: int = 1
     whiten: bool = False
@@ -141,9 +140,12 @@ class EMTConfig(MemoryConfig):
 
     def unused(self) -> dict[str, str]:
         """The settings of the other ways to write."""
-        if self.write != "token":
-            return {"update_rate": "set write='token'"}
-        return dict.fromkeys(("gate_bias", "sharpness"), "set write='segment' or 'allocation'")
+        rate = {"update_rate": "set write='token'"}
+        if self.write == "segment":
+            return rate
+        if self.write == "allocation":
+            return rate | {"gate_bias": "set write='segment'"}
+        return dict.fromkeys(("gate_bias", "sharpness"), "set write='segment'")
 
     @classmethod
     def whitepaper(cls, **changes: Any) -> EMTConfig:
@@ -425,7 +427,7 @@ class SegmentWriter(nn.Module):
         self.value = nn.Linear(width, config.dim)
         self.gate = nn.Linear(2 * config.dim, 1)
         self.gru = nn.GRUCell(config.dim, config.dim)
-        nn.init.constant_(self.gate.bias, -1.0 if config.gate_bias is None else config.gate_bias)
+        nn.init.constant_(self.gate.bias, config.gate_bias)
         with torch.no_grad():
             self.query.weight *= config.sharpness**0.5
             self.key.weight *= config.sharpness**0.5
@@ -477,7 +479,7 @@ class AllocationWriter(nn.Module):
         nn.init.zeros_(self.claim_more.weight)
         nn.init.zeros_(self.keep.weight)
         nn.init.constant_(self.keep.bias, KEPT_BIAS)
-        nn.init.constant_(self.gate.bias, 1.0 if config.gate_bias is None else config.gate_bias)
+        nn.init.constant_(self.gate.bias, OPEN_BIAS)
         with torch.no_grad():
             # slots begin by choosing tokens by their addresses, so what is told again takes the old one's place
             self.key.weight[:, size // 2 :] = 0
