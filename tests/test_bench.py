@@ -22,7 +22,7 @@ from mnemic.tasks.base import generator
 from mnemic.tasks.facts import SymbolRecall
 from mnemic.training import Step
 from mnemic.unrolling import IGNORED
-from test_recall_task import language
+from recalls import language
 
 CONTROLS = {"zeroed", "other stream", "fresh", "no memory"}
 TASK = SymbolRecall(segment_length=16, pairs=2)

@@ -24,7 +24,7 @@ from helpers import (
     tokens,
 )
 from mnemic import training, unrolling
-from mnemic.memories.emt import Whitening
+from mnemic.memories.emt_writers import Whitening
 from mnemic.tasks.base import generator
 from mnemic.tasks.facts import SymbolRecall
 from mnemic.training import Batch, calibrate, hold_then_fall, train
