@@ -286,7 +286,14 @@ def test_lessons(host_folder, tmp_path):
     assert result.exit_code == 0, result.output
     record = Record.load(tmp_path / "out" / "told.json")
     assert [score.details["facts"] for score in record.scores] == [1, 4, 4, 1]
-    assert set(record.scores[0].controls) == {"other stream", "zeroed", "fresh", "no memory"}
+    assert set(record.scores[0].controls) == {
+        *("other stream", "zeroed", "fresh", "no memory"),
+        "everything in the window",
+    }
+    assert [score.floors for score in record.scores[:2]] == [
+        {"a told value at random": 1.0},
+        {"a told value at random": 0.25},
+    ]
     assert [place for place, *_ in record.measures["loss"]] == [1, 2, 3, 4]
     assert problems(tmp_path / "out" / "told.json") == []
     assert "resume it, or give another folder" in " ".join(train(*words).output.replace("│", "").split())

@@ -45,9 +45,10 @@ def told(found: Sequence[Record]) -> str:
     if not found:
         return missing("told things")
     rows, commands = [], []
+    names, floors = found[0].scores[0].controls, found[0].scores[0].floors
     for record in sorted(found, key=lambda record: -record.scores[0].score):
         for score in record.scores:
-            shown = [score.score, *(score.controls[name] for name in ("other stream", "zeroed", "fresh", "no memory"))]
+            shown = [score.score, *(score.controls[name] for name in names), *score.floors.values()]
             rows.append(
                 [
                     f"`{record.mechanism}`",
@@ -60,8 +61,7 @@ def told(found: Sequence[Record]) -> str:
                 ]
             )
         commands.append(f"`{record.command}`")
-    header = ["memory", "facts", "segments", "relations", "own", "other stream", "zeroed", "fresh", "no memory"]
-    header += ["steps", "minutes"]
+    header = ["memory", "facts", "segments", "relations", "own", *names, *floors, "steps", "minutes"]
     note = f"Per cent of whole values right, {found[0].scores[0].examples} questions a row; names, values, wordings "
     note += "and text that training did not have. Made by " + ", ".join(dict.fromkeys(commands)) + "."
     return f"{markdown(header, rows)}\n\n{note}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,6 +79,19 @@ class Asked:
 
 
 ASKED = (Asked(1, (1, 8)), Asked(4, (1, 8)), Asked(4, (64, 64)), Asked(1, (1, 8), held_out_relations=True))
+
+
+@torch.no_grad()
+def in_window(attachment: Attachment, batch: Batch) -> Bool[Tensor, " b"]:
+    """Whether the base answers each row whole with all of it in its window, and no memory."""
+    right = []
+    with attachment.disabled():
+        for ids, labels in zip(
+            batch.input_ids, batch.labels, strict=True
+        ):  # one by one: logits of all tokens are large
+            said = attachment.model(input_ids=ids[None]).logits[0, :-1].argmax(-1)
+            right.append(((said == labels[1:]) | (labels[1:] == IGNORED)).all().cpu())
+    return torch.stack(right)
 
 
 @dataclass
@@ -228,7 +242,9 @@ class LessonRun:
         return batch
 
     def ask(self, attachment: Attachment, tokenizer: Any, pool: Tensor, asked: Asked, report: Reporter) -> Score:
-        """Whole values right under every condition, of names, values and wordings for tests, none corrected."""
+        """Whole values right under every condition, and by the base with the whole stream in its window; of names, values
+        and wordings for tests, none corrected. The floor knows what was told, and not of whom.
+        """
         made = ToldThings(
             tokenizer,
             pool,
@@ -245,17 +261,17 @@ class LessonRun:
             found = predict(attachment, batch.input_ids, batch.labels)
             labels = batch.labels.cpu()
             right = [((found.tokens[name] == labels) | (labels == IGNORED)).all(1) for name in CONDITIONS]
-            whole.append(torch.stack(right, 1))
+            whole.append(torch.stack([*right, in_window(attachment, batch)], 1))
             report.advance(part.stop - part.start)
         right = torch.cat(whole).double().mean(0)
-        scores = dict(zip(CONDITIONS, right.tolist(), strict=True))
+        scores = dict(zip((*CONDITIONS, "everything in the window"), right.tolist(), strict=True))
         return Score(
             length=asked.segments[1],
             tokens=asked.segments[1] * self.config.segment_length,
             examples=self.test_rows,
             score=scores.pop("memory"),
             controls=scores,
-            floors={},
+            floors={"a told value at random": 1 / asked.facts},
             ceiling=1.0,
             details={"facts": asked.facts, "held-out relations": float(asked.held_out_relations)},
         )
