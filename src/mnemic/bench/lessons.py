@@ -86,9 +86,8 @@ def in_window(attachment: Attachment, batch: Batch) -> Bool[Tensor, " b"]:
     """Whether the base answers each row whole with all of it in its window, and no memory."""
     right = []
     with attachment.disabled():
-        for ids, labels in zip(
-            batch.input_ids, batch.labels, strict=True
-        ):  # one by one: logits of all tokens are large
+        # one by one, as the logits of all tokens are large
+        for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
             said = attachment.model(input_ids=ids[None]).logits[0, :-1].argmax(-1)
             right.append(((said == labels[1:]) | (labels[1:] == IGNORED)).all().cpu())
     return torch.stack(right)
@@ -242,8 +241,8 @@ class LessonRun:
         return batch
 
     def ask(self, attachment: Attachment, tokenizer: Any, pool: Tensor, asked: Asked, report: Reporter) -> Score:
-        """Whole values right under every condition, and by the base with the whole stream in its window; of names, values
-        and wordings for tests, none corrected. The floor knows what was told, and not of whom.
+        """Whole values right under every condition, and by the base with the whole stream in its window; of names,
+        values and wordings for tests, none corrected. The floor knows what was told, and not of whom.
         """
         made = ToldThings(
             tokenizer,
