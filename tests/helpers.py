@@ -29,6 +29,8 @@ CONFIGS: dict[str, mnemic.MemoryConfig] = {
     f"{kind}-{number}": config for kind, cls in mnemic.CONFIGS.items() for number, config in enumerate(cls.tiny())
 }
 FIRST_FORMS = {kind: CONFIGS[f"{kind}-0"] for kind in mnemic.CONFIGS}
+INSIDE = {kind for kind, config in FIRST_FORMS.items() if config.build(WIDTH, DEPTH).attended}
+"""Mechanisms inside attention: of a stream longer than its window they have an effect, so they are tested with one."""
 TRAINED = {kind: config for kind, config in FIRST_FORMS.items() if list(config.build(WIDTH, DEPTH).parameters())}
 
 
@@ -37,6 +39,7 @@ def _over(configs: dict[str, mnemic.MemoryConfig]) -> pytest.MarkDecorator:
 
 
 every_config = _over(CONFIGS)
+every_config_that_writes = _over({label: config for label, config in CONFIGS.items() if config.kind not in INSIDE})
 every_kind = _over(FIRST_FORMS)
 """The first config of each mechanism: where the core's ways are tested, and forms of a mechanism add nothing."""
 every_trained_kind = _over(TRAINED)
@@ -51,7 +54,8 @@ def _seams() -> dict[tuple[bool, ...], str]:
     seams: dict[tuple[bool, ...], str] = {}
     for label, config in CONFIGS.items():
         memory = config.build(WIDTH, DEPTH)
-        seams.setdefault((memory.writes_see_reads, memory.beside > 0, len(memory.written_layers) > 1), label)
+        inside = len(memory.attended) > 0
+        seams.setdefault((memory.writes_see_reads, memory.beside > 0, len(memory.written_layers) > 1, inside), label)
     return seams
 
 
@@ -114,17 +118,22 @@ def first_forms(families: Iterable[str]) -> Callable[[Any], Any]:
 
 
 @functools.cache
-def _refusal(label: str, causal: bool) -> str | None:
+def _refusal(label: str, causal: bool, name: str | None) -> str | None:
     try:
-        CONFIGS[label].build(WIDTH, DEPTH, causal=causal)
+        memory = CONFIGS[label].build(WIDTH, DEPTH, causal=causal)
+        if name is not None and memory.attended:
+            mnemic.attach(make(name), CONFIGS[label])
     except ValueError as refused:
         return str(refused)
     return None
 
 
 def refusal(label: str, name: str) -> str | None:
-    """Why a mechanism does not serve a family; None where it does."""
-    return _refusal(label, name in DECODERS)
+    """Why a mechanism does not serve a family; None where it does. Only inside attention does it depend on more than
+    whether the family is a decoder.
+    """
+    inside = CONFIGS[label].kind in INSIDE and name in DECODERS
+    return _refusal(label, name in DECODERS, name if inside else None)
 
 
 def trains(model: nn.Module) -> bool:
@@ -132,7 +141,23 @@ def trains(model: nn.Module) -> bool:
     return bool(mnemic.attached(model).parameters())
 
 
+def matrix_of_writes(families: Iterable[str]) -> Callable[[Any], Any]:
+    """The matrix without mechanisms inside attention, which write no hidden states and do nothing without a window:
+    `test_recall.py` asks the same of them in their own terms.
+    """
+
+    def over(test: Any) -> Any:
+        mark = matrix(families)(test).pytestmark[-1]
+        cases = [case for case in mark.args[1] if case.values[0].kind not in INSIDE]
+        del test.pytestmark[-1]
+        return pytest.mark.parametrize(mark.args[0], cases)(test)
+
+    return over
+
+
 over_all = matrix(FAMILIES)
+over_all_that_write = matrix_of_writes(FAMILIES)
+over_decoders_that_write = matrix_of_writes(DECODERS)
 over_decoders = matrix(DECODERS)
 over_encoders = matrix(ENCODERS)
 
@@ -172,8 +197,11 @@ def host(name: str, config: mnemic.MemoryConfig, **changes: Any) -> Any:
 
 def carrier(model: nn.Module, window: int | None = None) -> Cache | MemoryLayer:
     """What carries a new batch of streams: the usual cache, one with a window, or an encoder's bare layer."""
-    if not mnemic.attached(model).anatomy.causal:
+    attachment = mnemic.attached(model)
+    if not attachment.anatomy.causal:
         return MemoryLayer()
+    if attachment.memory.attended:
+        window = attachment.router.config.window if window is None else window
     return DynamicCache(config=model.config) if window is None else mnemic.memory_cache(model, window)
 
 
@@ -248,10 +276,28 @@ def assert_differ(actual: Tensor, expected: Tensor, least: float = 1e-3) -> None
     assert (actual - expected).abs().max() > least
 
 
+def assert_effect(model: nn.Module, ids: Tensor, expected: Tensor) -> None:
+    """The attached memory changes what the model makes of `ids`, or with a memory inside attention of what left the
+    window.
+    """
+    attachment = mnemic.attached(model)
+    if attachment.memory.attended:
+        with torch.no_grad(), attachment.disabled():
+            expected = feed(model, ids)
+        assert_differ(feed(model, ids), expected)
+    else:
+        assert_differ(model(ids).logits, expected)
+
+
 def assert_same_stream(actual: Stream, expected: Stream, tolerance: float = 2e-4) -> None:
     """Equal ledgers; tensors within `tolerance`, or a tenth of it of their largest value: an entry is a sum of such."""
     assert (actual.counts, actual.written, actual.seen) == (expected.counts, expected.written, expected.seen)
     assert actual.tensors().keys() == expected.tensors().keys()
+    for bank, its in zip(actual.banks, expected.banks, strict=True):
+        kept, wanted = ({} if each is None else each.tensors() for each in (bank, its))
+        assert kept.keys() == wanted.keys()
+        for key, tensor in kept.items():
+            assert_near(tensor, wanted[key], tolerance)
     for key, tensor in actual.tensors().items():
         # a batch is as large as its fullest row needs, and zeros mean that there is nothing
         tensor, wanted = level([tensor, expected.tensors()[key]])

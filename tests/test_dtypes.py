@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import mnemic
 from families import make
-from helpers import CONFIGS, SEGMENT, assert_near, every_kind, every_trained_kind, shake, tokens
+from helpers import CONFIGS, INSIDE, SEGMENT, assert_near, every_kind, every_trained_kind, shake, tokens
 from mnemic.cli import app
 from mnemic.state import StateError
 from runs import arguments
@@ -117,6 +117,8 @@ def test_a_session_goes_on_in_another_dtype(config, saved, loaded, tmp_path):
     """Of a base whose weights are the same in both."""
     model = base(DTYPES["float16"] if saved == "float16" else torch.bfloat16).to(DTYPES[saved])
     other = copy.deepcopy(model).to(DTYPES[loaded])
+    if config.kind in INSIDE:
+        config = config.replace(budget=64)  # all of it: what rounding chooses among random keys tells nothing
     attachment = mnemic.attach(model, config)
     shake(attachment.memory)
     attachment.save_pretrained(tmp_path / "memory")

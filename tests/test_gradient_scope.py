@@ -7,7 +7,7 @@ import torch
 
 import mnemic
 from families import make
-from helpers import SEGMENT, assert_near, host, matrix, over_decoders, tokens, trains
+from helpers import SEGMENT, assert_near, host, matrix_of_writes, over_decoders_that_write, tokens, trains
 from mnemic.unrolling import unroll
 
 # `unroll` is for causal models; an encoder's segments have no next token to predict.
@@ -21,7 +21,7 @@ def last_segment(ids):
     return labels
 
 
-@over_decoders
+@over_decoders_that_write
 def test_every_parameter_gets_a_gradient_at_step_two(config, name):
     model, ids = make(name), tokens(2, 3 * SEGMENT)
     attachment = mnemic.attach(model, config)
@@ -43,7 +43,7 @@ def test_every_parameter_gets_a_gradient_at_step_two(config, name):
 
 
 # what a gradient passes is the memory's and the core's affair: one family of each kind
-@matrix(["gpt2", "llama", "gemma3", "bloom"])
+@matrix_of_writes(["gpt2", "llama", "gemma3", "bloom"])
 @pytest.mark.parametrize("bptt_segments", [0, 1, None])
 def test_gradient_reaches_bptt_segments_back_and_no_further(config, name, bptt_segments, monkeypatch):
     model, ids = host(name, config), tokens(2, COUNT * SEGMENT)
@@ -80,7 +80,7 @@ def test_gradient_reaches_bptt_segments_back_and_no_further(config, name, bptt_s
         assert sum(arrived) == reach
 
 
-@over_decoders
+@over_decoders_that_write
 def test_both_ways_of_unrolling_agree(config, name):
     model, ids = host(name, config), tokens(2, COUNT * SEGMENT)
     if mnemic.attached(model).memory.writes_see_reads:

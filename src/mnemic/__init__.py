@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mnemic.memories.memoria import MemoriaConfig
     from mnemic.memories.memory_prompt import MemoryPromptConfig
     from mnemic.memories.persistent import PersistentConfig
+    from mnemic.memories.recall import RecallConfig
     from mnemic.memories.registry import CONFIGS
     from mnemic.memories.rmt import RMTConfig
     from mnemic.memories.titans import TitansConfig
@@ -55,6 +56,7 @@ __all__ = [
     "NotStored",
     "PersistentConfig",
     "RMTConfig",
+    "RecallConfig",
     "SegmentCollator",
     "SegmentCurriculum",
     "Session",

@@ -15,7 +15,7 @@ from mnemic.attachment import router_of
 from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer
-from mnemic.host.call import carrying
+from mnemic.host.call import carrying, reading
 from mnemic.host.choosing import Choosing, check_taken, refuse_prompts
 from mnemic.host.evaluating import evaluating
 from mnemic.host.release import OUTPUT_CACHE
@@ -80,9 +80,10 @@ class SessionBatch:
             raise TypeError(f"read takes texts, and no {', '.join(encoded)}")
         with self._all_or_none(), torch.no_grad():
             ids = self._ids(texts)
-            reading = [place for place, each in enumerate(ids) if each.shape[1]]
-            if reading:
-                self._read([self.sessions[place] for place in reading], [ids[place] for place in reading])
+            some = [place for place, each in enumerate(ids) if each.shape[1]]
+            if some:
+                with reading():
+                    self._read([self.sessions[place] for place in some], [ids[place] for place in some])
         return [each.shape[1] for each in ids]
 
     def _read(self, sessions: list[Session], left: list[Tensor]) -> None:

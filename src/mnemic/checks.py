@@ -29,6 +29,7 @@ MOST = 2**62
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of hidden states and keys beside the model's own: under autocast they are not the weights'."""
 HISTORY = {f"history.{name}" for name in Log(text=()).tensors()}
+BANK = {"bank.keys", "bank.values"}
 STREAM, WINDOW = ("counts", "written", "seen"), ("context", "running", "position")
 
 Kind = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
@@ -80,7 +81,12 @@ def check_written(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> 
 
     def own(_: nn.Module) -> dict[str, tuple[int, int]]:
         # as the base has just made them: it need not run for this
-        return {name: (tensor.shape[1], tensor.shape[3]) for name, tensor in tensors.items() if _is_key(name)}
+        found = {name: (tensor.shape[1], tensor.shape[3]) for name, tensor in tensors.items() if _is_key(name)}
+        for layer in router_of(model).attended if "bank.keys" in tensors else ():
+            for kind in ("keys", "values"):
+                kept = tensors[f"bank.{kind}"]
+                found.setdefault(f"{kind}.{layer}", (kept.shape[2], kept.shape[4]))
+        return found
 
     try:
         check_description(meta, "it")
@@ -136,6 +142,7 @@ def _check_fit(
     if (meta["window"] is None) is router.causal:
         raise StateError(f"its window is {meta['window']}; decoders have one, encoders have none")
     expected = _stream(tensors, meta, router) | _window(tensors, meta, model, keys)
+    expected |= _bank(tensors, meta, model, keys)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in HISTORY}
     if unknown := sorted(tensors.keys() - expected.keys()):
         raise StateError(f"nothing here keeps {', '.join(unknown)[:200]!r}")
@@ -157,6 +164,26 @@ def _check_fit(
             raise StateError(f"the next key of its window stands at position {position} of {limit}")
 
 
+def _bank(
+    tensors: State,
+    meta: Mapping[str, Any],
+    model: nn.Module,
+    keys: Callable[[nn.Module], dict[str, tuple[int, int]]],
+) -> dict[str, Kind]:
+    """What a session's bank is made of: nothing before keys have left the window, or where none are kept."""
+    router = router_of(model)
+    if meta.get("stream") is None or not router.attended or not BANK & tensors.keys():
+        return {}
+    count = max((tensors[name].shape[3] for name in BANK & tensors.keys() if tensors[name].ndim == 5), default=0)
+    if count > meta["stream"]["seen"][0]:
+        raise StateError(f"its bank has {count} tokens, and {meta['stream']['seen'][0]} were read")
+    expected: dict[str, Kind] = {}
+    for kind in ("keys", "values"):
+        heads, width = keys(model)[f"{kind}.{router.attended[0]}"]
+        expected[f"bank.{kind}"] = ((1, len(router.attended), heads, count, width), (router.dtype, *FLOATS))
+    return expected
+
+
 def _is_key(name: str) -> bool:
     return name.startswith(("keys.", "values."))
 
@@ -165,7 +192,8 @@ def _has_place(name: str, meta: Mapping[str, Any]) -> bool:
     """Whether a tensor belongs to something that the description tells of."""
     if name == "window.valid" or _is_key(name):
         return meta.get("running") is not None
-    return name in HISTORY or (meta.get("stream") is not None and (name == "waiting" or name.startswith("state.")))
+    of_stream = name == "waiting" or name in BANK or name.startswith("state.")
+    return name in HISTORY or (meta.get("stream") is not None and of_stream)
 
 
 def _count(value: object) -> bool:

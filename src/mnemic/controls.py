@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from mnemic.attachment import Attachment, attached, memory_cache, router_of
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
 from mnemic.state import State, batch_size, map_state, select
+from mnemic.stream import Stream
 from mnemic.unrolling import IGNORED
 
 CONTROLS = ("other_stream", "zeroed", "fresh", "no_memory")
@@ -153,10 +154,15 @@ def measure(
     order = others(ids[:, : max(asked, default=0) or None])  # what the last question can be about
     swapped = [row if place is None else place for row, place in enumerate(order)]
 
-    def changed(state: State, control: str) -> State:
-        if control == "other_stream":
-            return select(state, torch.tensor(swapped))
-        return zeroed(state) if control == "zeroed" else router.new_stream(len(ids)).state
+    def changed(stream: Stream, control: str) -> Stream:
+        new, banks = router.new_stream(len(ids)), stream.banks
+        if control == "fresh":
+            return new
+        if control == "zeroed":
+            zeros = [None if bank is None else bank.zeroed() for bank in banks]
+            return replace(new, state=zeroed(stream.state)).with_banks(zeros)
+        state = select(stream.state, torch.tensor(swapped))
+        return replace(new, state=state).with_banks([banks[row] for row in swapped])
 
     def predict(cache: MemoryCache, here: slice, place: int) -> Tensor:
         logits, wanted = model(input_ids=ids[:, here], **with_cache(model, cache)).logits, targets[:, here]
@@ -174,7 +180,7 @@ def measure(
             elif start in asked:
                 branch = own.fork()
                 stream = branch.memory.stream or router.new_stream(len(ids))
-                branch.memory.stream = router.new_stream(len(ids), changed(stream.state, control))
+                branch.memory.stream = changed(stream, control)
                 predict(branch, here, place)
         logits = predict(own, here, 0)
         kept += [logits] if keep_logits else []

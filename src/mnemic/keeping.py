@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from mnemic.bank import Bank
 from mnemic.checks import keys_of
 from mnemic.history import Log
 from mnemic.host.anatomy import fingerprint
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
 
 
 def contents(session: Session) -> tuple[State, dict[str, Any]]:
-    """The tensors: the stream's, `history.*`, and of the window `window.valid [1, kept]` and, unless its tokens can be
-    read again and are to be, `keys.*` and `values.*` `[1, heads, kept, width]` in the base's dtype.
+    """The tensors: the stream's, `bank.keys` and `bank.values` `[1, blocks, heads, n, width]` where keys are kept beyond
+    the window, `history.*`, and of the window `window.valid [1, kept]` and, unless its tokens can be read again and are
+    to be, `keys.*` and `values.*` `[1, heads, kept, width]` in the base's dtype.
     """
     tensors, meta = {}, _description(session)
     if session.stream is not None:
         stream = session.stream.detach()
         tensors |= stream.tensors()
+        if (bank := stream.banks[0]) is not None:
+            tensors |= {f"bank.{name}": tensor for name, tensor in bank.tensors().items()}
         if (log := stream.logs[0]) is not None:
             tensors |= {f"history.{name}": tensor for name, tensor in log.tensors().items()}
         counts = {"counts": stream.counts, "written": stream.written, "seen": stream.seen}
@@ -53,7 +57,7 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
     # keys of a base in float32 go on in the same base in bfloat16
     dtype: Any = unwrapped(session.model).dtype
     tensors = {
-        name: tensor.to(router.device, dtype if name.startswith(("keys.", "values.")) else tensor.dtype)
+        name: tensor.to(router.device, dtype if name.startswith(("keys.", "values.", "bank.")) else tensor.dtype)
         for name, tensor in tensors.items()
     }
     if (ledger := meta.get("stream")) is not None:
@@ -61,7 +65,9 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
         noted = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("history.")}
         logs = (Log.of(noted) if noted else session._empty_log,)  # a file of before there were histories has none
         ledgers = {name: tuple(values) for name, values in ledger.items()}
-        session._layer.stream = Stream(state, tensors["waiting"], **ledgers, logs=logs)
+        kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("bank.")}
+        banks = (Bank.of(kept) if kept else None,)
+        session._layer.stream = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks)
     if (cache := session._cache) is None or (ledger := meta.get("running")) is None:
         return
     ledgers = {name: tuple(values) for name, values in ledger.items()}

@@ -20,7 +20,7 @@ from mnemic.history import Log
 from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer
-from mnemic.host.call import carrying
+from mnemic.host.call import carrying, reading
 from mnemic.host.choosing import Choosing, TextPieces, check_taken, refuse_prompts
 from mnemic.host.evaluating import evaluating
 from mnemic.host.release import DynamicLayer
@@ -200,7 +200,8 @@ class Session:
         with self._call(), torch.no_grad():
             ids = self.ids(wanted)
             if ids.shape[1]:
-                as_forward(self.model, self._take_in, ids)
+                with reading():
+                    as_forward(self.model, self._take_in, ids)
         return ids.shape[1]
 
     def _take_in(self, ids: Tensor) -> None:

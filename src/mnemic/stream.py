@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mnemic.bank import Bank
 from mnemic.history import Log, told_of
 from mnemic.memories.base import Memory
 from mnemic.state import State, StateError, append_rows, concatenate, detach, level, nbytes, put, repeat, select
@@ -82,7 +83,8 @@ class Stream:
 
     `state` is the memory's own; `waiting [b, p, d]` holds the hidden states of tokens that do not fill a segment yet
     (of several layers joined along d), `counts[b]` of them in row b. `written[b]` counts segments, `seen[b]` tokens.
-    `logs[b]` is the row's history, None where nobody keeps one; it has no part in what is computed.
+    `logs[b]` is the row's history, None where nobody keeps one; it has no part in what is computed. `banks[b]` has the
+    keys and values that left its window, None where nothing has.
     """
 
     state: State
@@ -91,10 +93,12 @@ class Stream:
     written: tuple[int, ...]
     seen: tuple[int, ...]
     logs: tuple[Log | None, ...] = ()
+    banks: tuple[Bank | None, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.logs:
-            object.__setattr__(self, "logs", (None,) * len(self.counts))
+        for name in ("logs", "banks"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, (None,) * len(self.counts))
 
     @staticmethod
     def new(memory: Memory, batch: int, like: Tensor) -> Stream:
@@ -111,7 +115,11 @@ class Stream:
     @property
     def nbytes(self) -> int:
         """Bytes carried for all rows: the memory's state and the tokens that wait."""
-        return nbytes(self.tensors())
+        return nbytes(self.tensors()) + sum(bank.nbytes for bank in self.banks if bank is not None)
+
+    def with_banks(self, banks: Sequence[Bank | None]) -> Stream:
+        """The same stream with other banks."""
+        return replace(self, banks=tuple(banks))
 
     def tensors(self) -> State:
         """Every carried tensor by name, the state's under `state.`."""
@@ -164,6 +172,18 @@ class Stream:
         written = tuple(count + (row in rows) for row, count in enumerate(self.written))
         waiting = self._waiting(index, counts)
         return replace(self, state=after, waiting=waiting, counts=counts, written=written, logs=logs)
+
+    def passed(
+        self, memory: Memory, pieces: Sequence[Piece], time: int, keep_bt: Bool[Tensor, "b t"] | None
+    ) -> Stream:
+        """The stream after a call of which the memory writes no hidden states: its tokens are counted."""
+        stream, nothing = self, self.waiting.new_zeros(self.batch, time, 0)
+        for piece in pieces:
+            part = slice(piece.start, piece.stop)
+            stream = stream.reset(memory, piece.fresh) if piece.fresh else stream
+            stream = stream.append(nothing[:, part], None if keep_bt is None else keep_bt[:, part])
+            stream = stream.commit(memory, piece.ended)
+        return stream
 
     def whole(self, memory: Memory, hidden_btd: Float[Tensor, "b t d"], ids_bt: Int[Tensor, "b t"]) -> Stream:
         """Writes one more segment to every row, which comes at once; no row may have tokens waiting."""
@@ -218,7 +238,8 @@ class Stream:
             for values in (self.counts, self.written, self.seen)
         )
         logs = tuple(log.begun() if log is not None and row in rows else log for row, log in enumerate(self.logs))
-        return Stream(state, self._waiting(index, counts), counts, written, seen, logs)
+        banks = tuple(None if row in rows else bank for row, bank in enumerate(self.banks))
+        return Stream(state, self._waiting(index, counts), counts, written, seen, logs, banks)
 
     def _waiting(self, emptied: Tensor, counts: Sequence[int]) -> Tensor:
         # a copy filled with zeros, no view: what a row forgot stays neither in memory nor in a file
@@ -226,14 +247,14 @@ class Stream:
 
     @property
     def _ledgers(self) -> tuple[tuple[Any, ...], ...]:
-        return self.counts, self.written, self.seen, self.logs
+        return self.counts, self.written, self.seen, self.logs, self.banks
 
     def select(self, rows: Sequence[int]) -> Stream:
         """Rows by index, repeats allowed."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self.waiting.device)
-        counts, written, seen, logs = (tuple(values[row] for row in rows) for values in self._ledgers)
+        counts, *others = (tuple(values[row] for row in rows) for values in self._ledgers)
         waiting = self.waiting[:, : max(counts, default=0)][index]
-        return Stream(select(self.state, index), waiting, counts, written, seen, logs)
+        return Stream(select(self.state, index), waiting, counts, *others)
 
     def repeat(self, times: int) -> Stream:
         """Every row `times` times in place."""

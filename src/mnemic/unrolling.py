@@ -182,6 +182,8 @@ def obstacle_to_parallel(model: nn.Module, window: int) -> str | None:
         return "the memory is disabled"
     if router.memory.beside:
         return "memory tokens stand beside every segment"
+    if router.attended:
+        return "keys that leave the window are seen inside attention"
     if router.memory.writes_see_reads:
         return "a layer reads below the one that writes"
     return None

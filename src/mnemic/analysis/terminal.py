@@ -53,7 +53,7 @@ def summary(found: Contents, trained: bool | None = None) -> str:
     length, seen, written = found.meta["memory"]["segment_length"], found.ledger("seen"), found.ledger("written")
     said = f"{seen:,} token{'s' * (seen != 1)} read, "
     said += f"{written:,} segment{'s' * (written != 1)} of {length:,} tokens written"
-    if not found.state:
+    if not seen:
         said = "nothing was read yet"
     told = {None: "", True: "; the memory is trained", False: "; the memory is not trained"}
     return said + told[trained]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,11 +18,17 @@ from mnemic.host.release import Cache
 from mnemic.state import State
 from mnemic.stream import Piece, Stream
 
+if TYPE_CHECKING:
+    from mnemic.host.router import Router
+
 
 @dataclass
 class Call:
     """One pass of the trunk. `states[i]` is the memory as it stands for the tokens of `pieces[i]`."""
 
+    router: Router | None = None
+    config: object = None
+    """That of the trunk, by which its attention knows it."""
     restore: Callable[[], None] = lambda: None
     cache: Cache | None = None
     layer: MemoryLayer | None = None
@@ -75,6 +81,8 @@ class Thread(threading.local):
         """What encoders read and write."""
         self.wordless: Wordless | None = None
         """Why the next call has no words."""
+        self.reading = False
+        """Whether what the model says of these tokens is of no interest."""
 
 
 thread = Thread()
@@ -118,3 +126,13 @@ def carrying(layer: MemoryLayer) -> Iterator[None]:
         yield
     finally:
         thread.carried = outer
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Within it, this thread's calls take tokens in and nobody waits for what the model says of them."""
+    outer, thread.reading = thread.reading, True
+    try:
+        yield
+    finally:
+        thread.reading = outer

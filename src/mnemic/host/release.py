@@ -34,8 +34,10 @@ def newer(problem: str) -> str:
 try:
     from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
     from transformers.generation.utils import GenerationMixin
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.modeling_outputs import BaseModelOutputWithPast
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.utils.generic import ModelOutput
 except ImportError as error:
     raise ImportError(newer(f"mnemic needs a part of transformers that is not there: {error}")) from error
@@ -78,6 +80,8 @@ def renamed(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 __all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "ALL_MASK_ATTENTION_FUNCTIONS",
     "Cache",
     "DummyLayer",
     "DynamicCache",

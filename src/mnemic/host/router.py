@@ -13,13 +13,15 @@ Memory tokens join the words of such a call as embeddings, before and behind the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mnemic.host import attention
 from mnemic.host.anatomy import MEMORY_NAME, Anatomy
 from mnemic.host.arguments import bound, flat_mask, joined, part_of, with_cache
 from mnemic.host.beside import Wordless, words_of
@@ -28,8 +30,10 @@ from mnemic.host.cache import MemoryCache
 from mnemic.host.call import Call, SeenError, Watch, disabling, eager, is_disabled, thread
 from mnemic.host.guard import Guard
 from mnemic.host.opening import arrange, goes_by_segment, open_call
-from mnemic.host.release import OUTPUT_CACHE, DynamicCache
+from mnemic.host.evaluating import evaluating
+from mnemic.host.release import OUTPUT_CACHE, DynamicCache, DynamicLayer
 from mnemic.host.ropes import length_dependent, rotations
+from mnemic.host.turning import Turning
 from mnemic.host.wrappers import check_present, check_whole, gather_for_gradient, misplaced, warn_frozen
 from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.state import State
@@ -60,6 +64,8 @@ class Router(nn.Module):
         self.frozen: list[nn.Parameter] = []
         self.frozen_names: set[str] = set()
         self.made_with: list[float] = []
+        self.attended = attention.served(anatomy, memory.attended)
+        self.turnings: list[Turning] = []
         layers = range(self.depth) if memory.beside else {*memory.read_layers, *memory.written_layers}
         self.taps = nn.ModuleDict({str(layer): Tap(layer, self) for layer in sorted({max(0, each) for each in layers})})
 
@@ -81,6 +87,20 @@ class Router(nn.Module):
         object.__setattr__(self, "handles", handles)
         setattr(anatomy.trunk, MEMORY_NAME, self)
         Guard.install(anatomy.trunk)
+        if self.attended:
+            attention.install(anatomy)
+            try:
+                self.turnings = attention.turnings(anatomy, self.attended, functools.partial(self._keys_at, anatomy))
+            except BaseException:
+                self.remove(anatomy)
+                raise
+
+    def _keys_at(self, anatomy: Anatomy, ids: Tensor, position_ids: Tensor) -> list[Tensor]:
+        """The keys `[k, t, s]` that each block of the base alone makes of tokens at some positions."""
+        cache = DynamicCache()
+        with self.disabled(), evaluating(anatomy.trunk):
+            anatomy.trunk(input_ids=ids, position_ids=position_ids, **with_cache(anatomy.trunk, cache))
+        return [layer.keys[0] for layer in cache.layers if isinstance(layer, DynamicLayer) and layer.keys is not None]
 
     def remove(self, anatomy: Anatomy) -> None:
         """Takes the hooks away again. They are found by their owner, so this works on copies of a model too."""
@@ -96,6 +116,7 @@ class Router(nn.Module):
                         ):
                             marks.pop(key, None)
         Guard.remove(anatomy.trunk)
+        attention.remove(anatomy.trunk)
         delattr(anatomy.trunk, MEMORY_NAME)
 
     @property
@@ -124,7 +145,7 @@ class Router(nn.Module):
         self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
         """The trunk's pre-hook: binds the call, runs all segments but the last, prepares the last."""
-        call, calls = Call(opening=True), self.calls
+        call, calls = Call(self, trunk.config, opening=True), self.calls
         while calls and not calls[-1].opening:
             calls.pop().restore()  # interrupted in somebody else's hook, behind which torch calls none
         call.wordless, thread.wordless = thread.wordless, None
@@ -197,7 +218,10 @@ class Router(nn.Module):
     def _closed(self, call: Call, output: Any) -> Any:
         """The output of the whole call, when its stream and its window have moved on."""
         if call.layer is not None and call.stream is not None:
-            call.layer.stream = call.stream.leave(call.traces, call.keep).read(call.ids, call.keep)
+            stream = call.stream
+            if not self.taps:  # no block counts the tokens
+                stream = attention.count(self, call)
+            call.layer.stream = stream.leave(call.traces, call.keep).read(call.ids, call.keep)
         if isinstance(call.cache, MemoryCache):
             call.cache.inside = False
             window = call.cache.window
@@ -208,7 +232,7 @@ class Router(nn.Module):
                 call.cache.window = window.advance(call.keep, call.time)
             else:
                 call.cache.window = window.advance(beside.keep, beside.width, beside.words)
-            call.cache.close_segment(pieces[-1].ended if pieces else call.pieces[-1].ended)
+            self.close_segment(call.cache, pieces[-1].ended if pieces else call.pieces[-1].ended)
         if call.beside is not None:
             output = words_of(output, call.beside.words_in)
         if call.earlier:
@@ -238,9 +262,15 @@ class Router(nn.Module):
         assert stream is not None
         if not self.memory.writes_tokens_behind:
             cache.memory.stream = stream.commit(self.memory, rows)
-            cache.close_segment(rows)
+            self.close_segment(cache, rows)
             return
         self.run_wordless(trunk, cache, Wordless(ending=rows))
+
+    def close_segment(self, cache: MemoryCache, rows: Sequence[int]) -> None:
+        """`rows` end their segment: of the keys that leave the window, a memory that keeps keys gets those it keeps."""
+        if self.attended and self.enabled:
+            attention.take_leaving(self, cache, rows)
+        cache.close_segment(rows)
 
     def run_wordless(self, trunk: nn.Module, cache: MemoryCache, wordless: Wordless) -> None:
         """A call of memory tokens alone."""

@@ -20,6 +20,7 @@ MECHANISMS = {
     "memoria": "MemoriaConfig",
     "memory-prompt": "MemoryPromptConfig",
     "persistent": "PersistentConfig",
+    "recall": "RecallConfig",
     "rmt": "RMTConfig",
     "titans": "TitansConfig",
     "transformer-xl": "TransformerXLConfig",

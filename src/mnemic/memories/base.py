@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mnemic.bank import Bank
 from mnemic.memories.registry import CONFIGS, Card
 from mnemic.state import State, nbytes
 
@@ -35,6 +36,41 @@ class MemoryTokens:
     embeddings: Float[Tensor, "b n d"]
     keep: Bool[Tensor, "b n"] | None = None
     inputs: dict[int, Float[Tensor, "b n d"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the attention of one block asks a memory for, for tokens of one row.
+
+    `query_hts` are the queries before any rotation, of tokens at `position_t`; the window's oldest key stands at
+    `first`. `bank` has what left the window, of this block at `place`. `turn(x, position)` puts positions in. `scale`
+    multiplies products. While a session is `reading`, nobody waits for what the model says.
+    """
+
+    query_hts: Float[Tensor, "h t s"]
+    position_t: Int[Tensor, " t"]
+    first: int
+    scale: float
+    bank: Bank
+    place: int
+    turn: Callable[[Tensor, Tensor], Tensor]
+    reading: bool = False
+
+
+@dataclass(frozen=True)
+class Further:
+    """Keys and values that stand before the window in the softmax of a block, for each head of keys and each token, or
+    (`t` is 1, nothing left out) for all tokens alike. `keep_ktm` marks what is there; None for all.
+    """
+
+    keys_ktms: Float[Tensor, "k t m s"]
+    values_ktmv: Float[Tensor, "k t m v"]
+    keep_ktm: Bool[Tensor, "k t m"] | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether all tokens see the same."""
+        return self.keys_ktms.shape[1] == 1 and self.keep_ktm is None
 
 
 @dataclass(frozen=True)
@@ -165,6 +201,9 @@ class Memory(nn.Module, ABC):
 
     read_layers: tuple[int, ...]
     write_layer: int
+    attended: tuple[int, ...] = ()
+    """The blocks whose keys and values the memory keeps when they leave the window, and gives back in their attention.
+    """
     beside: int = 0
     """The most memory tokens that stand beside a segment, before and behind it. With any, a memory alters what the base
     puts out from the start, and the base keeps its keys in a `MemoryCache`, whatever cache it is given.
@@ -207,6 +246,10 @@ class Memory(nn.Module, ABC):
         which the core sums over real tokens and adds to the state. Only where `writes_see_reads`.
         """
         return self.read(layer, hidden_btd, state), {}
+
+    def further(self, layer: int, asked: Asked) -> Further | None:
+        """What the attention of block `layer`, one of `attended`, sees before the window; None for nothing."""
+        return None
 
     def tokens_before(self, state: State) -> MemoryTokens | None:
         """The memory tokens before a segment that begins with `state`; every token of the segment sees them."""
@@ -283,7 +326,7 @@ class Memory(nn.Module, ABC):
         """True when what is written depends on what was read in the same segment, so that segments can only run one
         after another: some layer reads below where the memory writes, or memory tokens stand beside the segment.
         """
-        return self.beside > 0 or min(self.read_layers) < self.write_layer
+        return self.beside > 0 or min(self.read_layers, default=self.write_layer) < self.write_layer
 
     def parameter_dtype(self) -> torch.dtype:
         """The dtype the memory computes in; its state is float32 whatever this is."""

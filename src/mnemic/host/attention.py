@@ -1,0 +1,299 @@
+"""Inside a block's attention: the memory gives further keys and values to the same softmax.
+
+An attention function and a mask function of our own stand over each of the host's (sdpa, eager), by names of their own.
+Where no memory gives anything they are the host's, bit by bit. Keys that leave the window reach the memory here, too:
+turned back from their positions, so that they can stand anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mnemic.bank import Bank
+from mnemic.host.cache import MemoryCache, Window
+from mnemic.host.call import Call, eager, thread
+from mnemic.host.release import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, DynamicLayer, newer
+from mnemic.host.turning import PLACES, Turning, candidates, turning_of
+from mnemic.memories.base import Asked, Further
+from mnemic.state import StateError
+from mnemic.stream import Stream, cut
+
+if TYPE_CHECKING:
+    from mnemic.host.anatomy import Anatomy
+    from mnemic.host.router import Router
+
+PREFIX = "mnemic_"
+SERVED = ("sdpa", "eager")
+
+
+def attention_of(block: nn.Module) -> nn.Module | None:
+    """The module of a block that calls the attention function; None where there is not exactly one."""
+    found = [m for m in block.modules() if "Attention" in type(m).__name__ and isinstance(m.__dict__.get("layer_idx"), int)]
+    return found[0] if len(found) == 1 else None
+
+
+def served(anatomy: Anatomy, wanted: tuple[int, ...]) -> list[int]:
+    """Of the blocks that a memory wants to serve those whose attention sees all keys of the window: what sliding layers
+    see is the base's own affair. Raises `ValueError` where there is none of them, and for an encoder.
+    """
+    name = type(anatomy.trunk).__name__
+    if wanted and not anatomy.causal:
+        raise ValueError(f"{name} is an encoder and keeps no keys, which this memory is made of; use a decoder")
+    kinds = getattr(anatomy.trunk.config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if anatomy.slides else "full_attention"] * len(anatomy.blocks)
+    found = [layer for layer in wanted if kinds[layer] == "full_attention"]
+    if wanted and not found:
+        raise ValueError(
+            f"every block of {name} that this memory would serve sees a sliding window of "
+            f"{anatomy.trunk.config.sliding_window} keys by itself; use a model with blocks that see all"
+        )
+    return found
+
+
+def install(anatomy: Anatomy) -> None:
+    """Puts our function in the host's place; raises `ValueError` for a family that does not call it."""
+    trunk = anatomy.trunk
+    name, own = type(trunk).__name__, trunk.config._attn_implementation
+    if not trunk._can_set_attn_implementation() or any(attention_of(block) is None for block in anatomy.blocks):
+        raise ValueError(
+            newer(f"{name} does not call its attention through transformers' AttentionInterface, inside which this "
+                  "memory works; use a family that does (Llama, Qwen, Gemma, GPT-NeoX, GPT-2 ...)")
+        )
+    if own not in SERVED:
+        raise ValueError(
+            f"{name} runs attention {own!r}, beside which this memory cannot stand; load the model with "
+            "attn_implementation='sdpa'"
+        )
+    ALL_ATTENTION_FUNCTIONS.register(PREFIX + own, functools.partial(attend, own))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + own, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    trunk.set_attn_implementation(PREFIX + own)
+
+
+def remove(trunk: Any) -> None:
+    """Gives the host its function back."""
+    if trunk.config._attn_implementation.startswith(PREFIX):
+        trunk.set_attn_implementation(trunk.config._attn_implementation.removeprefix(PREFIX))
+
+
+def base_function(own: str, module: nn.Module) -> Callable[..., Any]:
+    """The host's attention function by name; every modelling file has an eager one of its own."""
+    if own in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[own]
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+@torch.no_grad()
+def turnings(anatomy: Anatomy, layers: list[int], run: Callable[[Tensor, Tensor], list[Tensor]]) -> list[Turning]:
+    """How the blocks `layers` turn their keys. `run(ids, positions)` gives the keys `[k, 1, s]` of one token in each
+    block. Raises `ValueError` for a block whose rotation is not found.
+    """
+    trunk = anatomy.trunk
+    device = anatomy.trunk.get_input_embeddings().weight.device  # pyright: ignore
+    ids = torch.full((1, 1), 3, device=device)
+    looked = [run(ids, torch.full((1, 1), place, device=device)) for place in PLACES]
+    rotates = any("Rotary" in type(module).__name__ for module in trunk.modules())
+    found = []
+    for layer in layers:
+        attention = attention_of(anatomy.blocks[layer])
+        assert attention is not None
+        turning = turning_of(candidates(trunk, attention), [keys[layer] for keys in looked]) if rotates else Turning()
+        if turning is None:
+            raise ValueError(
+                newer(f"{type(trunk).__name__} turns the keys of block {layer} in a way that mnemic cannot undo; this "
+                      "memory needs keys without their positions")
+            )
+        found.append(turning)
+    return found
+
+
+@eager
+def attend(
+    own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What stands in place of the host's attention function. `query [b, h, t, s]`, `key [b, k, n, s]`."""
+    base = base_function(own, module)
+    found = _call_of(module)
+    if found is None:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    router, call = found
+    assert call.stream is not None
+    layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
+    if layer == router.attended[-1]:
+        _check_finite(key[:, :, -query.shape[2] :], call.keep, layer)
+    further = [_asked(router, call, layer, query, row, kwargs) for row in range(len(query))]
+    if all(each is None for each in further):
+        return base(module, query, key, value, attention_mask, **kwargs)
+    rows = []
+    for row, more in enumerate(further):
+        one = slice(row, row + 1)
+        mask = None if attention_mask is None else attention_mask[one if len(attention_mask) > 1 else slice(0, 1)]
+        if more is None:
+            rows.append(base(module, query[one], key[one], value[one], mask, **kwargs)[0])
+        elif more.shared:
+            rows.append(_beside(base, module, query[one], key[one], value[one], mask, more, kwargs))
+        else:
+            rows.append(_one_softmax(query[row], key[row], value[row], mask, more, kwargs))
+    return torch.cat(rows), None
+
+
+def _call_of(module: nn.Module) -> tuple[Router, Call] | None:
+    """The running call that a module's attention is part of, where its memory has something to say there."""
+    for calls in thread.calls.values():
+        call = calls[-1] if calls else None
+        if call is not None and call.router is not None and call.config is module.config:
+            router = call.router
+            stands = router.enabled and isinstance(call.cache, MemoryCache) and call.stream is not None
+            return (router, call) if stands and module.layer_idx in router.attended else None
+    return None
+
+
+def _check_finite(key_bkts: Tensor, keep_bt: Tensor | None, layer: int) -> None:
+    """Raises `StateError` for keys that are NaN or infinite, before anything is kept."""
+    bad = ~torch.isfinite(key_bkts).all(-1).all(1)
+    bad = bad if keep_bt is None else bad & keep_bt.to(bad.device)
+    if bad.any():
+        row, time = bad.nonzero()[0].tolist()
+        raise StateError(
+            f"keys of block {layer} are NaN or infinite (first at row {row}, token {time} of the call), so nothing was "
+            "written; check the input and the base's dtype (float16 overflows where bfloat16 does not)"
+        )
+
+
+def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwargs: dict[str, Any]) -> Further | None:
+    """What the memory gives to one row."""
+    assert call.stream is not None
+    bank = call.stream.banks[row]
+    if bank is None or not bank.length:
+        return None
+    assert isinstance(call.cache, MemoryCache)
+    assert call.cache.window is not None
+    window, turning = call.cache.window, router.turnings[router.attended.index(layer)]
+    position = _positions(window, call, row, query.shape[2], query.device)
+    asked = Asked(
+        query_hts=turning(query[row], position, back=True),
+        position_t=position,
+        first=window.position[row] - window.context[row],
+        scale=float(kwargs.get("scaling") or query.shape[-1] ** -0.5),
+        bank=bank,
+        place=router.attended.index(layer),
+        turn=turning,
+        reading=thread.reading,
+    )
+    return router.memory.further(layer, asked)
+
+
+def _positions(window: Window, call: Call, row: int, time: int, device: torch.device) -> Tensor:
+    if call.keep is None:
+        return window.position[row] + torch.arange(time, device=device)
+    return window.position[row] + (call.keep[row].long().cumsum(0) - 1).clamp_min(0).to(device)
+
+
+def _beside(
+    base: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    more: Further,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The host's own function over further keys that all tokens share, and the window's."""
+    count, time = more.keys_ktms.shape[2], query.shape[2]
+    if mask is None and time > 1:
+        held = key.shape[2]
+        mask = torch.ones(time, held, dtype=torch.bool, device=key.device).tril(held - time)[None, None]
+        if module.config._attn_implementation != PREFIX + "sdpa":  # pyright: ignore
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    if mask is not None:
+        seen = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
+        mask = torch.cat([seen.expand(*mask.shape[:3], count), mask], -1)
+    key = torch.cat([more.keys_ktms[:, 0][None].to(key.dtype), key], 2)
+    value = torch.cat([more.values_ktmv[:, 0][None].to(value.dtype), value], 2)
+    return base(module, query, key, value, mask, **kwargs)[0]
+
+
+def _one_softmax(
+    query_hts: Tensor, key_kns: Tensor, value_knv: Tensor, mask: Tensor | None, more: Further, kwargs: dict[str, Any]
+) -> Tensor:
+    """Attention of one row in which every token has further keys of its own: `[1, t, h, v]`, as the host gives it."""
+    heads, time, _ = query_hts.shape
+    own = heads // len(key_kns)
+    scale = float(kwargs.get("scaling") or query_hts.shape[-1] ** -0.5)
+    query_kgts = query_hts.unflatten(0, (-1, own)).float()
+    near = (query_kgts @ key_kns[:, None].float().transpose(-1, -2)) * scale
+    # [k, t, g, s] @ [k, t, s, m]
+    far = (query_kgts.transpose(1, 2) @ more.keys_ktms.float().transpose(-1, -2)).transpose(1, 2) * scale
+    if (cap := kwargs.get("softcap")) is not None:
+        near, far = (torch.tanh(score / cap) * cap for score in (near, far))
+    held = key_kns.shape[1]
+    if mask is None:
+        mask = torch.ones(time, held, dtype=torch.bool, device=near.device).tril(held - time)
+        near = near.masked_fill(~mask, -torch.inf)
+    else:
+        mask = mask[0, 0] if mask.shape[1] == 1 else mask[0].unflatten(0, (-1, own))
+        near = near.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else near + mask.float()
+    if more.keep_ktm is not None:
+        far = far.masked_fill(~more.keep_ktm[:, None], -torch.inf)
+    weight = torch.cat([far, near], -1).softmax(-1)
+    count = far.shape[-1]
+    read = (weight[..., :count].transpose(1, 2) @ more.values_ktmv.float()).transpose(1, 2)
+    read = read + weight[..., count:] @ value_knv[:, None].float()
+    return read.flatten(0, 1).transpose(0, 1)[None].to(query_hts.dtype)
+
+
+def count(router: Router, call: Call) -> Stream:
+    """The stream after a call of which no hidden states are written, and how to take back some of its tokens."""
+    before, keep, time = call.stream, call.keep, call.time
+    assert before is not None
+    assert call.layer is not None
+    previous = call.layer.replay if (router.calls[-1] if router.calls else call).earlier else None
+
+    def replay(count: int) -> Stream:
+        if count > time and previous is not None:
+            return previous(count - time)
+        if count > time:
+            raise ValueError(f"cannot take back {count - time} tokens more than the last call had")
+        kept = None if keep is None else keep[:, : time - count]
+        pieces = cut(before.counts, time - count, router.segment_length, kept) if time > count else []
+        return before.passed(router.memory, pieces, time - count, kept)
+
+    call.layer.replay = replay
+    return before.passed(router.memory, call.pieces, time, keep)
+
+
+# --- keys that leave the window ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def take_leaving(router: Router, cache: MemoryCache, rows: tuple[int, ...] | list[int]) -> None:
+    """The keys that leave the window when `rows` end their segment join the banks of their streams."""
+    window, stream = cache.window, cache.memory.stream
+    if window is None or stream is None or not rows:
+        return
+    gone = window.valid & ~window.close_segment(rows).valid
+    banks = list(stream.banks)
+    layers = [cache.layers[layer] for layer in router.attended]
+    for row in gone.any(1).nonzero().flatten().tolist():
+        columns = gone[row].nonzero().flatten()
+        # the window's keys stand one behind another
+        rank = window.valid[row].long().cumsum(0)[columns] - 1
+        position = window.position[row] - window.context[row] + rank
+        kept: dict[str, list[Tensor]] = {"keys": [], "values": []}
+        for layer, turning in zip(layers, router.turnings, strict=True):
+            assert isinstance(layer, DynamicLayer)
+            assert layer.keys is not None
+            assert layer.values is not None
+            plain = turning(layer.keys[row][:, columns], position, back=True)
+            kept["keys"].append(plain.to(layer.keys.dtype))
+            kept["values"].append(layer.values[row][:, columns])
+        bank = banks[row] or Bank()
+        banks[row] = bank.append(torch.stack(kept["keys"]), torch.stack(kept["values"]))
+    cache.memory.stream = stream.with_banks(banks)

@@ -1,0 +1,74 @@
+"""Rotary positions taken out of keys and put in again, by the base's own functions.
+
+Which rotation a block applies is found out by looking: one token is run at two positions, and its keys must differ by
+that rotation, or not at all. A base of which this cannot be shown is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mnemic.host.ropes import length_dependent
+
+PLACES = (0, 1, 5)
+"""Positions at which a token is looked at."""
+NEAR = 2e-2
+"""Most difference of keys that are the same but for rounding, in bfloat16 too, as a share of their length."""
+
+
+@dataclass(frozen=True)
+class Turning:
+    """How a block turns queries and keys by their positions; `apply` is None where it does not."""
+
+    rotary: nn.Module | None = None
+    apply: Callable[..., Any] | None = None
+    kind: str | None = None
+
+    def __call__(self, x: Float[Tensor, "... n s"], position: Int[Tensor, " n"], back: bool = False) -> Tensor:
+        """`x` turned to (or back from) its positions, which may be any whole numbers, in float32."""
+        x = x.float()
+        if self.apply is None or self.rotary is None:
+            return x
+        more = {} if self.kind is None else {"layer_type": self.kind}
+        cos, sin = self.rotary(x.new_zeros(1, 1, 1), position[None], **more)
+        width = cos.shape[-1]
+        flat = x.reshape(1, -1, *x.shape[-2:])
+        turned, _ = self.apply(flat[..., :width], flat[..., :width], cos, -sin if back else sin)
+        if back:  # some kinds of scaling make cosines and sines longer than 1
+            turned = turned / (cos[0, 0, 0] ** 2 + sin[0, 0, 0] ** 2)
+        return torch.cat([turned, flat[..., width:]], -1).view(x.shape)
+
+
+def candidates(trunk: nn.Module, attention: nn.Module) -> list[Turning]:
+    """The rotations that a block's attention may apply: none, or any that the trunk has a module for."""
+    apply = getattr(sys.modules.get(type(attention).__module__), "apply_rotary_pos_emb", None)
+    found = [Turning()]
+    if apply is None or list(inspect.signature(apply).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return found
+    for module in trunk.modules():
+        if "Rotary" in type(module).__name__ and not length_dependent(module):
+            kinds = [None]
+            if "layer_type" in inspect.signature(module.forward).parameters:
+                kinds = list(getattr(module, "layer_types", kinds))
+            found += [Turning(module, apply, kind) for kind in kinds]
+    return found
+
+
+def turning_of(found: list[Turning], keys: list[Float[Tensor, "k 1 s"]]) -> Turning | None:
+    """The one that makes the keys of one token at `PLACES` the same; None where there is none."""
+    for turning in reversed(found):
+        plain = [
+            turning(key, torch.tensor([place], device=key.device), back=True)
+            for key, place in zip(keys, PLACES, strict=True)
+        ]
+        if all(float((each - plain[0]).norm()) <= NEAR * float(plain[0].norm()) for each in plain):
+            return turning
+    return None

@@ -1,0 +1,221 @@
+"""Recall: keys and values of all that was read, found again inside attention. Nothing is trained.
+
+After InfLLM (Xiao et al., "InfLLM: Training-Free Long-Context Extrapolation for LLMs with an Efficient Context Memory",
+NeurIPS 2024, arXiv 2402.04617), section 3: keys that leave the window are kept without their positions, in blocks; a
+query finds the blocks that concern it, and attends to them and to the window in one softmax.
+
+For one block of the model and one head of keys, with its query heads h, the keys k_i that were kept, blocks B of `unit`
+tokens, R the rotation by positions and D a distance of `window` tokens,
+
+    p_h,i = softmax_i(s R_D q_h . k_i)          over all that is kept
+    m_B   = max_h  sum_{i in B} p_h,i           the mass that a block gets
+    chosen: the first `sinks` tokens, and the blocks of the greatest m, `budget` tokens of them, in order of time
+
+and the chosen keys stand in line before the window: the last of the M at position f - 1, where f is that of the window's
+first key, the first at f - M. Every token chooses for itself, from what was kept when its segment began, so nothing
+depends on what comes later nor on how calls are cut.
+
+Where we depart. InfLLM's blocks have a few keys each that stand for them, a block's score is the mean of its products,
+one choice serves all heads and a chunk of 512 queries (tokens early in a chunk choose by later ones), and all that is
+retrieved stands at one distance. `choice="mean"`, `by="layer"` and `layout="capped"` are these, but for the chunk and
+but that a block's mean key stands for it. Choosing by mass is near TokenSelect (arXiv 2411.02886), in line is
+ReAttention's (arXiv 2407.15176); `choice="bounds"` is Quest's (arXiv 2406.10774).
+
+While a session reads, only the sinks are seen before the window (`recall_in_reading=False`): reading costs what the
+window costs, and the keys are those of a base with that window.
+
+What is trained: nothing. What is forgotten: nothing.
+State: `2 x layers x heads of keys x their width` numbers a token in the base's dtype, in the stream's bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mnemic.bank import CHUNK
+from mnemic.memories.base import Asked, Card, Further, Memory, MemoryConfig
+from mnemic.state import State
+
+# Shapes: h heads of queries, k heads of keys, g = h / k, t tokens, n kept, m chosen, s width of a head, u blocks.
+
+SCORES_AT_ONCE = 2**24
+"""How many products of query and key are held at a time."""
+
+
+@dataclass
+class RecallConfig(MemoryConfig):
+    """Settings of recall.
+
+    `budget` is how many kept tokens a token attends to, beside the first `sinks` of the stream; `unit` how many stand or
+    fall together. `choice` says how blocks are scored: by probability "mass", by the product with the "mean" key, or by
+    "bounds" of its channels; `by` whether each "head" of keys chooses for itself or a "layer" as one. In `layout` "line"
+    chosen keys stand one behind another before the window; "capped", all at the distance of the window.
+    `recall_in_reading` lets a session retrieve while it reads, too.
+    """
+
+    kind: ClassVar[str] = "recall"
+    card: ClassVar[Card] = Card(
+        title="Recall",
+        seam="inside attention",
+        trains="nothing",
+        bytes_law="tokens x layers x key heads x width x 2",
+        paper="Xiao et al., NeurIPS 2024, arXiv 2402.04617",
+        citation="@inproceedings{xiao2024infllm, title = {{InfLLM}: Training-Free Long-Context Extrapolation for {LLMs} "
+        "with an Efficient Context Memory}, author = {Xiao, Chaojun and Zhang, Pengle and Han, Xu and Xiao, Guangxuan "
+        "and Lin, Yankai and Zhang, Zhengyan and Liu, Zhiyuan and Sun, Maosong}, booktitle = {NeurIPS}, year = {2024}}",
+    )
+
+    segment_length: int = 256
+    window: int | None = 1024
+    budget: int = 512
+    sinks: int = 16
+    unit: int = 16
+    choice: Literal["mass", "mean", "bounds"] = "mass"
+    by: Literal["head", "layer"] = "head"
+    layout: Literal["line", "capped"] = "line"
+    recall_in_reading: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unit < 1 or CHUNK % self.unit:
+            raise ValueError(f"unit is {self.unit}; use a power of 2 up to {CHUNK}")
+        for name in ("budget", "sinks"):
+            value = getattr(self, name)
+            if value < 0 or value % self.unit:
+                raise ValueError(f"{name} is {value}; use a multiple of unit={self.unit}, or 0")
+
+    @classmethod
+    def tiny(cls) -> list[MemoryConfig]:
+        """Room for two blocks of 4 beside 4 sinks, which reading uses too, and InfLLM's choices."""
+        small = {"segment_length": 8, "window": 16, "budget": 8, "sinks": 4, "unit": 4, "recall_in_reading": True}
+        return [cls(**small), cls(**small, choice="mean", by="layer", layout="capped")]
+
+    def build(self, width: int, depth: int, causal: bool = True) -> Recall:
+        """The module, which serves every block that sees all keys of the window; raises `ValueError` for an encoder."""
+        if not causal:
+            raise ValueError("recall keeps the keys of decoders, and an encoder has none to keep; use another mechanism")
+        return Recall(self, depth)
+
+
+class Recall(Memory):
+    """The module: no parameters."""
+
+    def __init__(self, config: RecallConfig, depth: int) -> None:
+        super().__init__()
+        self.config = config
+        self.attended = tuple(range(depth))
+        self.read_layers, self.write_layer = (), 0
+
+    @property
+    def written_layers(self) -> tuple[int, ...]:
+        """None: hidden states are not written."""
+        return ()
+
+    def init_state(self, batch: int, device: torch.device | None = None) -> State:
+        """Nothing: what is kept is in the bank."""
+        return {}
+
+    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """As they came."""
+        return hidden_btd
+
+    def write(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> State:
+        """Nothing."""
+        return state
+
+    def naive(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> tuple[Float[Tensor, "b t d"], State]:
+        """As `read` and `write`; of what happens in attention see `further_naive`."""
+        return hidden_btd, state
+
+    def further(self, layer: int, asked: Asked) -> Further | None:
+        """What is seen before the window: all that is kept where it fits, else what each token chooses."""
+        config, kept = self.config, asked.bank.length
+        only_sinks = not config.budget or (asked.reading and not config.recall_in_reading)
+        if kept <= config.sinks + config.budget or only_sinks:
+            count = min(kept, config.sinks) if only_sinks else kept
+            return self._in_line(asked, count) if count else None
+        return self._placed(asked, *self._chosen(asked))
+
+    def _in_line(self, asked: Asked, count: int) -> Further:
+        """The first `count` tokens, in line before the window, for all tokens alike."""
+        keys, values = (part[:, None] for part in asked.bank.first(asked.place, count))
+        position = asked.first - count + torch.arange(count, device=keys.device)
+        return Further(asked.turn(keys, position), values)
+
+    def _chosen(self, asked: Asked) -> tuple[Int[Tensor, "k t u"], Bool[Tensor, "k t m"] | None]:
+        """The first tokens of the chosen blocks, in order of time, and which of all their tokens there are."""
+        config, kept = self.config, asked.bank.length
+        first = config.sinks // config.unit
+        parts = []
+        for mass_ktu in self._masses(asked):
+            mass_ktu[..., :first] = torch.inf
+            parts.append(mass_ktu.topk(first + config.budget // config.unit).indices.sort(-1).values)
+        block_ktu = torch.cat(parts, 1)
+        if not kept % config.unit:
+            return block_ktu * config.unit, None
+        there = (block_ktu[..., None] * config.unit + torch.arange(config.unit, device=block_ktu.device)) < kept
+        return block_ktu * config.unit, there.flatten(2)
+
+    def _masses(self, asked: Asked) -> Iterator[Float[Tensor, "k t u"]]:
+        """What each block is worth to each head of keys, for some of the tokens at a time."""
+        config, keys = self.config, asked.bank.keys(asked.place)
+        distance = asked.position_t.new_tensor([config.window or config.segment_length])
+        kept, unit = asked.bank.length, config.unit
+        query_kgts = asked.turn(asked.query_hts[:, :, None], distance)[:, :, 0].unflatten(0, (len(keys[0]), -1))
+        if config.choice != "mass":
+            keys = [_by_block(part, unit) for part in keys]
+        for query in query_kgts.split(max(1, SCORES_AT_ONCE // (len(asked.query_hts) * kept)), 2):
+            query = query * asked.scale
+            if config.choice == "mass":
+                score = torch.cat([query @ part[:, None].float().transpose(-1, -2) for part in keys], -1)
+                score = torch.nn.functional.pad(score, (0, -kept % unit), value=-torch.inf)
+                mass = score.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
+            elif config.choice == "mean":
+                mass = torch.cat([query @ part.mean(2)[:, None].transpose(-1, -2) for part in keys], -1)
+            else:
+                high, low = (torch.cat([end(part) for part in keys], 1)[:, None] for end in (_highest, _lowest))
+                mass = query.clamp_min(0) @ high.transpose(-1, -2) + query.clamp_max(0) @ low.transpose(-1, -2)
+            mass = mass.sum(1) if config.choice == "mean" else mass.amax(1)
+            if config.by == "layer":
+                mass = (mass.sum(0) if config.choice == "mean" else mass.amax(0)).expand_as(mass)
+            yield mass.clone()
+
+    def _placed(
+        self, asked: Asked, start: Int[Tensor, "k t u"], keep_ktm: Bool[Tensor, "k t m"] | None
+    ) -> Further:
+        """The keys and values of the blocks that begin at `start`."""
+        config, bank = self.config, asked.bank
+        keys_ktms, values_ktmv = bank.runs(asked.place, start, config.unit)
+        count = keys_ktms.shape[2]
+        if config.layout == "line":
+            position = asked.first - count + torch.arange(count, device=keys_ktms.device)
+            return Further(asked.turn(keys_ktms, position), values_ktmv, keep_ktm)
+        # at one distance from each token
+        position_t = asked.position_t - (config.window or config.segment_length)
+        turned = asked.turn(keys_ktms.transpose(1, 2), position_t).transpose(1, 2)
+        return Further(turned, values_ktmv, keep_ktm)
+
+
+def _by_block(keys_kns: Tensor, unit: int) -> Float[Tensor, "k u unit s"]:
+    """Keys block by block; the last one's are repeated where it is not full."""
+    missing = -keys_kns.shape[1] % unit
+    last = keys_kns[:, -1:].expand(-1, missing, -1)
+    return torch.cat([keys_kns, last], 1).float().unflatten(1, (-1, unit))
+
+
+def _highest(blocks: Tensor) -> Tensor:
+    return blocks.amax(2)
+
+
+def _lowest(blocks: Tensor) -> Tensor:
+    return blocks.amin(2)
