@@ -190,7 +190,8 @@ def test_weights_that_are_not_numbers(config, name):
     kept = row[question[0, 2]].clone()
     row[question[0, 2]] = torch.nan
     with pytest.raises(
-        mnemic.StateError, match=r"(hidden states (after|entering)|keys of) block \d are NaN or infinite.*nothing was written"
+        mnemic.StateError,
+        match=r"(hidden states (after|entering)|keys of) block \d are NaN or infinite.*nothing was written",
     ):
         session.read(question)
     row[question[0, 2]] = kept

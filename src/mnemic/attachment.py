@@ -206,6 +206,7 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     check_segment(model, config, memory.beside)
     router = Router(memory, config, anatomy)
     router.train(model.training)
+    router.install(anatomy)  # may refuse the model, which then is as it was
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
     trained = {name for name, parameter in unwrapped(model).named_parameters() if parameter.requires_grad}
     for parameter in frozen:
@@ -213,7 +214,6 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     router.made_with = _mark(memory)
     router.frozen = frozen  # a list of the router's own, so that copies of a model know theirs
     router.frozen_names = trained if freeze else set()
-    router.install(anatomy)
     vars(unwrapped(model))[PAGED] = refuse_paged
     _save_apart(model)
     return Attachment(model, config)

@@ -146,5 +146,3 @@ def _rows(part_kns: Tensor, head: Tensor, start: Tensor, run: int) -> Tensor:
     """`[len(start), run, s]`: the runs of some heads; at the end of a chunk the last token again."""
     place = (start[:, None] + torch.arange(run, device=start.device)).clamp_max(part_kns.shape[1] - 1)
     return part_kns[head[:, None], place]
-
-

@@ -173,9 +173,7 @@ class Stream:
         waiting = self._waiting(index, counts)
         return replace(self, state=after, waiting=waiting, counts=counts, written=written, logs=logs)
 
-    def passed(
-        self, memory: Memory, pieces: Sequence[Piece], time: int, keep_bt: Bool[Tensor, "b t"] | None
-    ) -> Stream:
+    def passed(self, memory: Memory, pieces: Sequence[Piece], time: int, keep_bt: Bool[Tensor, "b t"] | None) -> Stream:
         """The stream after a call of which the memory writes no hidden states: its tokens are counted."""
         stream, nothing = self, self.waiting.new_zeros(self.batch, time, 0)
         for piece in pieces:

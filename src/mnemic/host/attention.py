@@ -34,7 +34,9 @@ SERVED = ("sdpa", "eager")
 
 def attention_of(block: nn.Module) -> nn.Module | None:
     """The module of a block that calls the attention function; None where there is not exactly one."""
-    found = [m for m in block.modules() if "Attention" in type(m).__name__ and isinstance(m.__dict__.get("layer_idx"), int)]
+    found = [
+        m for m in block.modules() if "Attention" in type(m).__name__ and isinstance(m.__dict__.get("layer_idx"), int)
+    ]
     return found[0] if len(found) == 1 else None
 
 
@@ -63,8 +65,10 @@ def install(anatomy: Anatomy) -> None:
     name, own = type(trunk).__name__, trunk.config._attn_implementation
     if not trunk._can_set_attn_implementation() or any(attention_of(block) is None for block in anatomy.blocks):
         raise ValueError(
-            newer(f"{name} does not call its attention through transformers' AttentionInterface, inside which this "
-                  "memory works; use a family that does (Llama, Qwen, Gemma, GPT-NeoX, GPT-2 ...)")
+            newer(
+                f"{name} does not call its attention through transformers' AttentionInterface, inside which this "
+                "memory works; use a family that does (Llama, Qwen, Gemma, GPT-NeoX, GPT-2 ...)"
+            )
         )
     if own not in SERVED:
         raise ValueError(
@@ -106,8 +110,10 @@ def turnings(anatomy: Anatomy, layers: list[int], run: Callable[[Tensor, Tensor]
         turning = turning_of(candidates(trunk, attention), [keys[layer] for keys in looked]) if rotates else Turning()
         if turning is None:
             raise ValueError(
-                newer(f"{type(trunk).__name__} turns the keys of block {layer} in a way that mnemic cannot undo; this "
-                      "memory needs keys without their positions")
+                newer(
+                    f"{type(trunk).__name__} turns the keys of block {layer} in a way that mnemic cannot undo; this "
+                    "memory needs keys without their positions"
+                )
             )
         found.append(turning)
     return found

@@ -87,13 +87,13 @@ class Router(nn.Module):
         object.__setattr__(self, "handles", handles)
         setattr(anatomy.trunk, MEMORY_NAME, self)
         Guard.install(anatomy.trunk)
-        if self.attended:
-            attention.install(anatomy)
-            try:
+        try:
+            if self.attended:
+                attention.install(anatomy)
                 self.turnings = attention.turnings(anatomy, self.attended, functools.partial(self._keys_at, anatomy))
-            except BaseException:
-                self.remove(anatomy)
-                raise
+        except BaseException:
+            self.remove(anatomy)
+            raise
 
     def _keys_at(self, anatomy: Anatomy, ids: Tensor, position_ids: Tensor) -> list[Tensor]:
         """The keys `[k, t, s]` that each block of the base alone makes of tokens at some positions."""

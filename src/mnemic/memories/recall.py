@@ -30,11 +30,12 @@ State: `2 x layers x heads of keys x their width` numbers a token in the base's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -99,7 +100,9 @@ class RecallConfig(MemoryConfig):
     def build(self, width: int, depth: int, causal: bool = True) -> Recall:
         """The module, which serves every block that sees all keys of the window; raises `ValueError` for an encoder."""
         if not causal:
-            raise ValueError("recall keeps the keys of decoders, and an encoder has none to keep; use another mechanism")
+            raise ValueError(
+                "recall keeps the keys of decoders, and an encoder has none to keep; use another mechanism"
+            )
         return Recall(self, depth)
 
 
@@ -134,7 +137,7 @@ class Recall(Memory):
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> tuple[Float[Tensor, "b t d"], State]:
-        """As `read` and `write`; of what happens in attention see `further_naive`."""
+        """As `read` and `write`; of what happens in attention see `naive` below."""
         return hidden_btd, state
 
     def further(self, layer: int, asked: Asked) -> Further | None:
@@ -169,30 +172,23 @@ class Recall(Memory):
     def _masses(self, asked: Asked) -> Iterator[Float[Tensor, "k t u"]]:
         """What each block is worth to each head of keys, for some of the tokens at a time."""
         config, keys = self.config, asked.bank.keys(asked.place)
-        distance = asked.position_t.new_tensor([config.window or config.segment_length])
-        kept, unit = asked.bank.length, config.unit
-        query_kgts = asked.turn(asked.query_hts[:, :, None], distance)[:, :, 0].unflatten(0, (len(keys[0]), -1))
-        if config.choice != "mass":
-            keys = [_by_block(part, unit) for part in keys]
-        for query in query_kgts.split(max(1, SCORES_AT_ONCE // (len(asked.query_hts) * kept)), 2):
-            query = query * asked.scale
-            if config.choice == "mass":
-                score = torch.cat([query @ part[:, None].float().transpose(-1, -2) for part in keys], -1)
-                score = torch.nn.functional.pad(score, (0, -kept % unit), value=-torch.inf)
-                mass = score.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
-            elif config.choice == "mean":
-                mass = torch.cat([query @ part.mean(2)[:, None].transpose(-1, -2) for part in keys], -1)
-            else:
-                high, low = (torch.cat([end(part) for part in keys], 1)[:, None] for end in (_highest, _lowest))
-                mass = query.clamp_min(0) @ high.transpose(-1, -2) + query.clamp_max(0) @ low.transpose(-1, -2)
-            mass = mass.sum(1) if config.choice == "mean" else mass.amax(1)
+        query_kgts = self._far(asked).unflatten(0, (len(keys[0]), -1)) * asked.scale
+        score = SCORES[config.choice](keys, config.unit)
+        for query in query_kgts.split(max(1, SCORES_AT_ONCE // (len(asked.query_hts) * asked.bank.length)), 2):
+            worth_kgtu = score(query.flatten(1, 2)).unflatten(1, query.shape[1:3])
+            # InfLLM adds up products; of probabilities the greatest counts
+            worth_ktu = worth_kgtu.sum(1) if config.choice == "mean" else worth_kgtu.amax(1)
             if config.by == "layer":
-                mass = (mass.sum(0) if config.choice == "mean" else mass.amax(0)).expand_as(mass)
-            yield mass.clone()
+                one = worth_ktu.sum(0) if config.choice == "mean" else worth_ktu.amax(0)
+                worth_ktu = one.repeat(len(worth_ktu), 1, 1)
+            yield worth_ktu
 
-    def _placed(
-        self, asked: Asked, start: Int[Tensor, "k t u"], keep_ktm: Bool[Tensor, "k t m"] | None
-    ) -> Further:
+    def _far(self, asked: Asked) -> Float[Tensor, "h t s"]:
+        """R_D q: queries as they meet keys without positions."""
+        distance = asked.position_t.new_full(asked.position_t.shape, self.config.window or self.config.segment_length)
+        return asked.turn(asked.query_hts, distance)
+
+    def _placed(self, asked: Asked, start: Int[Tensor, "k t u"], keep_ktm: Bool[Tensor, "k t m"] | None) -> Further:
         """The keys and values of the blocks that begin at `start`."""
         config, bank = self.config, asked.bank
         keys_ktms, values_ktmv = bank.runs(asked.place, start, config.unit)
@@ -206,16 +202,88 @@ class Recall(Memory):
         return Further(turned, values_ktmv, keep_ktm)
 
 
-def _by_block(keys_kns: Tensor, unit: int) -> Float[Tensor, "k u unit s"]:
+def by_mass(keys: list[Tensor], unit: int) -> Callable[[Tensor], Tensor]:
+    """The share of each block in the attention over all that is kept."""
+
+    def score(query_kns: Float[Tensor, "k n s"]) -> Float[Tensor, "k n u"]:
+        product = torch.cat([query_kns @ part.float().transpose(-1, -2) for part in keys], -1)
+        product = F.pad(product, (0, -product.shape[-1] % unit), value=-torch.inf)
+        return product.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
+
+    return score
+
+
+def by_mean(keys: list[Tensor], unit: int) -> Callable[[Tensor], Tensor]:
+    """The product with a block's mean key."""
+    mean_kus = torch.cat([part.mean(2) for part in _blocks(keys, unit)], 1)
+    return lambda query_kns: query_kns @ mean_kus.transpose(-1, -2)
+
+
+def by_bounds(keys: list[Tensor], unit: int) -> Callable[[Tensor], Tensor]:
+    """The most that a product with any key of the block can be, by the least and the greatest of each channel."""
+    low, high = (
+        torch.cat(ends, 1).transpose(-1, -2)
+        for ends in zip(*(p.aminmax(dim=2) for p in _blocks(keys, unit)), strict=True)
+    )
+    return lambda query_kns: query_kns.clamp_min(0) @ high + query_kns.clamp_max(0) @ low
+
+
+SCORES = {"mass": by_mass, "mean": by_mean, "bounds": by_bounds}
+
+
+def _blocks(keys: list[Tensor], unit: int) -> Iterator[Float[Tensor, "k u unit s"]]:
     """Keys block by block; the last one's are repeated where it is not full."""
-    missing = -keys_kns.shape[1] % unit
-    last = keys_kns[:, -1:].expand(-1, missing, -1)
-    return torch.cat([keys_kns, last], 1).float().unflatten(1, (-1, unit))
+    for part in keys:
+        last = part[:, -1:].expand(-1, -part.shape[1] % unit, -1)
+        yield torch.cat([part, last], 1).float().unflatten(1, (-1, unit))
 
 
-def _highest(blocks: Tensor) -> Tensor:
-    return blocks.amax(2)
+# --- the equations in plain loops ------------------------------------------------------------------------------------
+
+Seen = tuple[int, Tensor, Tensor]
+"""What is seen of a kept token: its number in the stream, its key turned to where it stands, its value."""
 
 
-def _lowest(blocks: Tensor) -> Tensor:
-    return blocks.amin(2)
+def naive(memory: Recall, asked: Asked) -> list[list[list[Seen]]]:
+    """What each token `[t]` of each head of keys `[k]` chooses, where not all that is kept fits."""
+    config = memory.config
+    keys, values = (torch.cat(parts(asked.place), 1).float() for parts in (asked.bank.keys, asked.bank.values))
+    (heads, kept, _), window, unit = keys.shape, config.window or config.segment_length, config.unit
+    group, always = len(asked.query_hts) // heads, config.sinks // unit
+    blocks = [list(range(start, min(start + unit, kept))) for start in range(0, kept, unit)]
+    seen: list[list[list[Seen]]] = [[] for _ in range(heads)]
+    for t, position in enumerate(asked.position_t.tolist()):
+        worths = []
+        for head in range(heads):
+            queries = asked.query_hts[head * group : (head + 1) * group, t]
+            far = [_turned(asked, query, window) for query in queries]
+            worths.append(
+                [[_worth(config, asked.scale, query, keys[head], block) for block in blocks] for query in far]
+            )
+        add = sum if config.choice == "mean" else max
+        worth = [[add(row[u] for row in rows) for u in range(len(blocks))] for rows in worths]
+        if config.by == "layer":
+            worth = [[add(row[u] for row in worth) for u in range(len(blocks))]] * heads
+        for head, row in enumerate(worth):
+            order = sorted(range(always, len(blocks)), key=lambda u, row=row: -row[u])
+            chosen = sorted([*range(always), *order[: config.budget // unit]])
+            first, found = asked.first - len(chosen) * unit, []
+            for place, i in enumerate(i for u in chosen for i in blocks[u]):
+                stands = first + place if config.layout == "line" else position - window
+                found.append((i, _turned(asked, keys[head, i], stands), values[head, i]))
+            seen[head].append(found)
+    return seen
+
+
+def _turned(asked: Asked, vector: Tensor, position: int) -> Tensor:
+    return asked.turn(vector[None], asked.position_t.new_tensor([position]))[0]
+
+
+def _worth(config: RecallConfig, scale: float, query: Tensor, keys: Tensor, block: list[int]) -> float:
+    if config.choice == "mass":
+        powers = (scale * keys @ query).double().exp()
+        return float(powers[block].sum() / powers.sum())
+    part = keys[[*block, *[block[-1]] * (config.unit - len(block))]]
+    if config.choice == "mean":
+        return float(scale * torch.dot(part.mean(0), query))
+    return float(scale * torch.maximum(part.amax(0) * query, part.amin(0) * query).sum())

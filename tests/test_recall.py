@@ -1,0 +1,296 @@
+"""Recall: what leaves the window is kept and found again inside attention, as its equations say, on any family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import mnemic
+from families import DECODERS, make
+from helpers import SEGMENT, assert_near, feed, random_cuts, refusal, tokens
+from mnemic.bank import CHUNK, Bank
+from mnemic.memories.base import Asked
+from mnemic.memories.recall import RecallConfig, naive
+
+SERVED = [name for name in DECODERS if refusal("recall-0", name) is None]
+SMALL = {"segment_length": SEGMENT, "window": 2 * SEGMENT, "sinks": 4, "unit": 4, "recall_in_reading": True}
+
+
+def recalling(name="llama", **settings):
+    model = make(name)
+    mnemic.attach(model, RecallConfig(**{**SMALL, "budget": 8, **settings}))
+    return model
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def asked_of(kept: int, heads: int = 2, group: int = 3, time: int = 4, reading: bool = False) -> Asked:
+    generator = torch.Generator().manual_seed(kept)
+    keys, values = torch.randn(2, 1, heads, kept, 8, generator=generator)
+    query, position = torch.randn(heads * group, time, 8, generator=generator), torch.arange(70, 70 + time)
+
+    def turn(x, at):  # a rotation of channel pairs
+        angle = at[:, None].float() / torch.tensor([1.0, 3.0, 9.0, 27.0])
+        one, two = x[..., :4], x[..., 4:]
+        return torch.cat([one * angle.cos() - two * angle.sin(), two * angle.cos() + one * angle.sin()], -1)
+
+    return Asked(query, position, 60, 0.4, Bank().append(keys, values), 0, turn, reading)
+
+
+@pytest.mark.parametrize("kept", [40, 41, 47])
+@pytest.mark.parametrize("layout", ["line", "capped"])
+@pytest.mark.parametrize("by", ["head", "layer"])
+@pytest.mark.parametrize("choice", ["mass", "mean", "bounds"])
+def test_fast_equals_naive(choice, by, layout, kept):
+    memory = RecallConfig(**SMALL, budget=12, choice=choice, by=by, layout=layout).build(64, 1)
+    asked = asked_of(kept)
+    more = memory.further(0, asked)
+    for head, row in enumerate(naive(memory, asked)):
+        for t, seen in enumerate(row):
+            there = slice(None) if more.keep_ktm is None else more.keep_ktm[head, t]
+            assert_near(more.keys_ktms[head, t][there], torch.stack([key for _, key, _ in seen]), 1e-5)
+            assert_near(more.values_ktmv[head, t][there], torch.stack([value for *_, value in seen]), 1e-6)
+
+
+def test_what_is_chosen_holds_the_sinks_and_the_budget():
+    memory, asked = RecallConfig(**SMALL, budget=12).build(64, 1), asked_of(48)
+    for row in naive(memory, asked):
+        for seen in row:
+            numbers = [number for number, *_ in seen]
+            assert numbers[:4] == [0, 1, 2, 3]
+            assert len(numbers) == 4 + 12
+            assert numbers == sorted(numbers)
+    # another choice for another query
+    assert len({tuple(n for n, *_ in seen) for row in naive(memory, asked) for seen in row}) > 1
+
+
+def test_many_tokens_are_scored_in_parts(monkeypatch):
+    memory, asked = RecallConfig(**SMALL, budget=12).build(64, 1), asked_of(48, time=9)
+    expected = memory.further(0, asked)
+    monkeypatch.setattr("mnemic.memories.recall.SCORES_AT_ONCE", 1)
+    found = memory.further(0, asked)
+    assert torch.equal(found.keys_ktms, expected.keys_ktms)
+
+
+# --- in attention ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", SERVED)
+@torch.no_grad()
+def test_everything_in_line_is_the_base_with_everything_in_its_window(name, implementation):
+    model, ids = make(name), tokens(2, 9 * SEGMENT)
+    if implementation == "sdpa" and not model._supports_sdpa:
+        pytest.skip(f"{name} has no sdpa")
+    model.set_attn_implementation(implementation)
+    expected = model(ids).logits
+    # a window in which sliding layers see all that they ever see
+    window = (DECODERS[name].sliding or 0) + 2 * SEGMENT
+    attachment = mnemic.attach(model, RecallConfig(**{**SMALL, "window": window, "budget": 128}))
+    for lengths in ([9 * SEGMENT], random_cuts(9 * SEGMENT, 1)):
+        cache = mnemic.memory_cache(model, window)
+        assert_near(feed(model, ids, lengths, carried=cache), expected, 1e-4)
+        assert cache.window.kept < 9 * SEGMENT
+    with attachment.disabled():
+        cut_off = feed(model, ids, carried=mnemic.memory_cache(model, window))
+    assert (cut_off - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("settings", [{}, {"choice": "mean", "by": "layer", "layout": "capped"}, {"choice": "bounds"}])
+@torch.no_grad()
+def test_cuts_rows_and_padding_change_nothing(settings):
+    model, ids = recalling(**settings), tokens(3, 11 * SEGMENT + 3)
+    expected = feed(model, ids)
+    assert_near(feed(model, ids, random_cuts(ids.shape[1], 2)), expected, 1e-4)
+    for row in range(3):
+        assert_near(feed(model, ids[row : row + 1]), expected[row : row + 1], 1e-4)
+    changed = ids.clone()
+    changed[:, -1] = tokens(3, 1, 5)[:, 0]
+    assert torch.equal(feed(model, changed)[:, :-1], expected[:, :-1])
+    mask = torch.ones(3, ids.shape[1] + 5, dtype=torch.long)
+    mask[:, :5] = 0
+    padded = torch.cat([torch.zeros_like(ids[:, :5]), ids], 1)
+    assert_near(feed(model, padded, mask=mask)[:, 5:], expected, 1e-4)
+
+
+@torch.no_grad()
+def test_off_and_without_a_window_it_is_the_base_to_the_bit():
+    model, ids = make("llama"), tokens(2, 60)
+    expected = model(ids).logits
+    attachment = mnemic.attach(model, RecallConfig(**SMALL, budget=8))
+    assert torch.equal(model(ids).logits, expected)
+    with attachment.disabled():
+        assert torch.equal(model(ids).logits, expected)
+        window = feed(model, ids)
+    attachment.detach()
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(ids).logits, expected)
+    mnemic.attach(model, mnemic.EMTConfig(segment_length=SEGMENT, slots=4, dim=16))
+    assert_near(feed(model, ids, carried=mnemic.memory_cache(model, 2 * SEGMENT)), window, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mistral", "sliding window of 16"),
+        ("falcon", "AttentionInterface"),
+        ("bloom", "AttentionInterface"),
+        ("gptj", "cannot undo"),
+        ("bert", "decoders"),
+    ],
+)
+def test_families_that_cannot_be_served_are_refused_whole(name, said):
+    model, ids = make(name), tokens(1, 9)
+    expected, before = model(ids).logits, model.config._attn_implementation
+    with pytest.raises(ValueError, match=said):
+        mnemic.attach(model, RecallConfig(**{**SMALL, "window": None if name == "bert" else 2 * SEGMENT}, budget=8))
+    assert not mnemic.attachment.is_attached(model)
+    assert model.config._attn_implementation == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_reading_retrieves_where_it_is_asked_to():
+    ids, question = tokens(1, 10 * SEGMENT), tokens(1, 4, 3)
+    seen = {}
+    for reads in (False, True):
+        model = recalling(recall_in_reading=reads)
+        read, forward = mnemic.Session(model), mnemic.Session(model)
+        read.read(ids)
+        forward.forward(ids)
+        seen[reads] = [session.forward(question).logits for session in (read, forward)]
+    assert_near(*seen[True], 1e-4)
+    assert (seen[False][0] - seen[False][1]).abs().max() > 1e-3
+    # what is read beside the sinks alone is not what a window without them makes
+    model = recalling(recall_in_reading=False)
+    sinks = mnemic.Session(model)
+    sinks.read(ids)
+    mnemic.attached(model).memory.config = mnemic.attached(model).memory.config.replace(sinks=0)
+    none = mnemic.Session(model)
+    none.read(ids)
+    kept, its = (session.stream.banks[0].tensors()["keys"] for session in (sinks, none))
+    assert_near(kept[:, :, :, : 2 * SEGMENT], its[:, :, :, : 2 * SEGMENT], 1e-5)
+    assert (kept - its).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_another_stream_has_another_memory():
+    model, question = recalling(), tokens(1, 4, 3)
+    sessions = [mnemic.Session(model) for _ in range(2)]
+    for seed, session in enumerate(sessions):
+        session.read(tokens(1, 10 * SEGMENT, seed))
+    one, two = (session.fork() for session in sessions)
+    expected = one.fork().forward(question).logits
+    one._layer.stream = one.stream.with_banks(two.stream.banks)
+    assert (one.forward(question).logits - expected).abs().max() > 1e-3
+
+
+# --- the bank --------------------------------------------------------------------------------------------------------
+
+
+def numbered(start: int, count: int) -> torch.Tensor:
+    return torch.arange(start, start + count, dtype=torch.float32).view(1, 1, count, 1).expand(2, 3, count, 4)
+
+
+def test_a_bank_holds_what_was_appended_across_chunks():
+    bank, sizes = Bank(), [5, CHUNK - 7, 3, 2 * CHUNK + 1, 9]
+    for size in sizes:
+        bank = bank.append(numbered(bank.length, size), -numbered(bank.length, size))
+    assert bank.length == sum(sizes)
+    keys = bank.tensors()["keys"]
+    assert torch.equal(keys[0], numbered(0, sum(sizes)))
+    assert torch.equal(torch.cat(bank.values(1), 1), -numbered(0, sum(sizes))[1])
+    starts = torch.tensor([[[0, CHUNK - 4, CHUNK, 2 * CHUNK + 8]]]).expand(3, 2, -1)
+    found, values = bank.runs(0, starts, 4)
+    wanted = (starts[..., None] + torch.arange(4)).flatten(2)
+    assert torch.equal(found[..., 0], wanted.float())
+    assert torch.equal(values[..., 0], -wanted.float())
+    assert bank.nbytes == 2 * 2 * 3 * sum(sizes) * 4 * 4
+    again = Bank.of(bank.tensors())
+    assert torch.equal(again.tensors()["values"], bank.tensors()["values"])
+    assert not bank.zeroed().tensors()["keys"].any()
+
+
+def test_forks_of_a_bank_share_chunks_and_do_not_see_each_other():
+    first = Bank().append(numbered(0, 6), numbered(0, 6))
+    one, two = first.append(numbered(6, 3), numbered(6, 3)), first.append(numbered(50, 3), numbered(50, 3))
+    assert one.chunks[0] is first.chunks[0]
+    assert two.chunks[0] is not first.chunks[0]
+    assert torch.equal(first.tensors()["keys"][0], numbered(0, 6))
+    assert torch.equal(one.tensors()["keys"][0], numbered(0, 9))
+    assert torch.equal(two.tensors()["keys"][0, :, :, 6:], numbered(50, 3))
+    copied = copy.deepcopy(one)
+    longer = one.append(numbered(9, 1), numbered(9, 1))
+    assert longer.chunks[0] is one.chunks[0]
+    assert torch.equal(copied.append(numbered(9, 1), numbered(9, 1)).tensors()["keys"], longer.tensors()["keys"])
+
+
+# --- sessions --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_saved_session_goes_on_to_the_bit(tmp_path):
+    model, question = recalling(), tokens(1, 5, 3)
+    session = mnemic.Session(model)
+    session.read(tokens(1, 12 * SEGMENT + 3))
+    session.save(tmp_path / "s.memory")
+    again = mnemic.Session.load(tmp_path / "s.memory", model)
+    assert again.stream.banks[0].length == session.stream.banks[0].length > 0
+    assert again.nbytes == session.nbytes
+    assert torch.equal(again.forward(question).logits, session.forward(question).logits)
+
+
+@pytest.mark.parametrize("change", ["long", "short", "nan", "shape", "lost"])
+@torch.no_grad()
+def test_a_bank_that_no_session_makes_is_refused(change, tmp_path):
+    model = recalling()
+    session = mnemic.Session(model)
+    session.read(tokens(1, 12 * SEGMENT))
+    tensors, meta = session.contents()
+    if change == "long":
+        for name in ("bank.keys", "bank.values"):
+            tensors[name] = torch.cat([tensors[name]] * 3, 3)
+    elif change == "short":
+        tensors["bank.keys"] = tensors["bank.keys"][:, :, :, 1:]
+    elif change == "nan":
+        tensors["bank.values"] = tensors["bank.values"] * torch.nan
+    elif change == "shape":
+        tensors["bank.keys"] = tensors["bank.keys"].unflatten(4, (2, -1))
+    else:
+        del tensors["bank.values"]
+    mnemic.state.write_file(tmp_path / "s.memory", tensors, meta)
+    with pytest.raises(mnemic.StateError, match="bank"):
+        mnemic.Session.load(tmp_path / "s.memory", model)
+
+
+@torch.no_grad()
+def test_a_failed_call_keeps_nothing():
+    model = recalling()
+    session = mnemic.Session(model)
+    session.read(tokens(1, 6 * SEGMENT))
+    before, expected = session.stream, session.fork().forward(tokens(1, 4).clamp_min(6)).logits
+    weight = model.get_input_embeddings().weight
+    weight[5] = torch.nan
+    with pytest.raises(mnemic.StateError, match=r"keys of block 1 are NaN .*row 0, token 0 of the call"):
+        session.read(torch.cat([tokens(1, 3 * SEGMENT).clamp_min(6), torch.tensor([[5]])], 1))
+    weight[5] = 0.1
+    assert session.stream is before
+    assert torch.equal(session.forward(tokens(1, 4).clamp_min(6)).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"unit": 3}, "unit is 3"),
+        ({"unit": 0}, "unit is 0"),
+        ({"budget": 9}, "budget is 9"),
+        ({"sinks": -4}, "sinks is -4"),
+    ],
+)
+def test_settings_that_cannot_be(settings, said):
+    with pytest.raises(ValueError, match=said):
+        RecallConfig(**{**SMALL, "budget": 8, **settings})
