@@ -336,6 +336,15 @@ def test_without_a_memory_it_says_what_that_means(folder, tmp_path):
     assert "goes on after" in talk("and?")  # its sessions are taken back all the same
 
 
+def test_recall_is_there_by_name_and_finds_its_sessions_again(folder, tmp_path):
+    talk = Talk(folder, tmp_path / "m.db")
+    talk.arguments = [*talk.arguments[:-2], "--memory", "recall"]
+    output = talk("who?")
+    assert "Window: the last 256 tokens, as they were. Memory (recall): 0 segments of 64 written." in output
+    assert "not trained" not in output
+    assert "goes on after" in talk("and?")
+
+
 def test_what_cannot_be_opened_is_told(talk, tmp_path):
     def refused(*arguments):
         result = CliRunner().invoke(app, ["chat", *arguments], input="")

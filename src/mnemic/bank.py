@@ -8,7 +8,6 @@ bank, a fork, gets a chunk of its own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

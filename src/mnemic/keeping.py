@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def contents(session: Session) -> tuple[State, dict[str, Any]]:
-    """The tensors: the stream's, `bank.keys` and `bank.values` `[1, blocks, heads, n, width]` where keys are kept beyond
-    the window, `history.*`, and of the window `window.valid [1, kept]` and, unless its tokens can be read again and are
-    to be, `keys.*` and `values.*` `[1, heads, kept, width]` in the base's dtype.
+    """The tensors: the stream's; `bank.keys` and `bank.values` `[1, blocks, heads, n, width]` where keys are kept that
+    left the window; `history.*`; of the window `window.valid [1, kept]` and, unless its tokens can be read again and
+    are to be, `keys.*` and `values.*` `[1, heads, kept, width]` in the base's dtype.
     """
     tensors, meta = {}, _description(session)
     if session.stream is not None:

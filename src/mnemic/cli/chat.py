@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 QUIET = "bright_black"
+RECALL = "recall"
+"""The memory that is there by name: it has no weights that a folder could hold."""
 WINDOW = 2048
 """Tokens that a model without a trained memory sees, if it has positions for them."""
 
@@ -28,7 +30,8 @@ WINDOW = 2048
 def chat(
     model: Annotated[str, typer.Argument(help="A causal model: local folder or hub id.")],
     memory: Annotated[
-        Path | None, typer.Option(help="Folder of a trained memory; without one little is remembered.")
+        Path | None,
+        typer.Option(help="Folder of a trained memory, or recall, which needs none; without, little is remembered."),
     ] = None,
     session: Annotated[str, typer.Option(help="The name that this conversation is kept under.")] = "default",
     store: Annotated[str, typer.Option(help="A path (SQLite), or postgresql+psycopg://...")] = "memories.db",
@@ -60,7 +63,7 @@ def chat(
 
 
 def load(name: str, memory: Path | None) -> tuple[nn.Module, Any]:
-    """The model with its memory, or with one that changes nothing, and its tokenizer."""
+    """The model with its memory, with recall, or with a memory that changes nothing; and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -73,7 +76,10 @@ def load(name: str, memory: Path | None) -> tuple[nn.Module, Any]:
     model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
     if torch.cuda.is_available():
         model = model.to("cuda")  # pyright: ignore[reportArgumentType]
-    if memory is not None:
+    if memory is not None and memory.name == RECALL and not memory.is_dir():
+        window = min(1024, trained_positions(model) or 1024)
+        mnemic.attach(model, mnemic.RecallConfig(segment_length=max(1, window // 4), window=window))
+    elif memory is not None:
         mnemic.from_pretrained(model, memory)
     else:
         window = min(WINDOW, trained_positions(model) or WINDOW)
@@ -143,7 +149,7 @@ class Chat:
         if memory is None:
             self.say(
                 "No --memory: this one is not trained, so nothing is remembered beyond the window. "
-                "`mnemic train` makes one.",
+                "`mnemic train` makes one; `--memory recall` needs no training and keeps all that is said.",
                 "yellow",
             )
         seen = self.session.stream.seen[0] if self.session.stream is not None else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,7 +99,7 @@ def turnings(anatomy: Anatomy, layers: list[int], run: Callable[[Tensor, Tensor]
     block. Raises `ValueError` for a block whose rotation is not found.
     """
     trunk = anatomy.trunk
-    device = anatomy.trunk.get_input_embeddings().weight.device  # pyright: ignore
+    device = next(anatomy.trunk.parameters()).device
     ids = torch.full((1, 1), 3, device=device)
     looked = [run(ids, torch.full((1, 1), place, device=device)) for place in PLACES]
     rotates = any("Rotary" in type(module).__name__ for module in trunk.modules())
@@ -191,6 +191,7 @@ def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwar
         place=router.attended.index(layer),
         turn=turning,
         reading=thread.reading,
+        left=call.left.setdefault(row, {}),
     )
     return router.memory.further(layer, asked)
 
@@ -275,11 +276,11 @@ def count(router: Router, call: Call) -> Stream:
     return before.passed(router.memory, call.pieces, time, keep)
 
 
-# --- keys that leave the window ----------------------------------------------------------------------------------------
+# --- keys that leave the window --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def take_leaving(router: Router, cache: MemoryCache, rows: tuple[int, ...] | list[int]) -> None:
+def take_leaving(router: Router, cache: MemoryCache, rows: Sequence[int]) -> None:
     """The keys that leave the window when `rows` end their segment join the banks of their streams."""
     window, stream = cache.window, cache.memory.stream
     if window is None or stream is None or not rows:

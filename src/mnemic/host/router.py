@@ -28,9 +28,9 @@ from mnemic.host.beside import Wordless, words_of
 from mnemic.host.blocks import at_block, before_block
 from mnemic.host.cache import MemoryCache
 from mnemic.host.call import Call, SeenError, Watch, disabling, eager, is_disabled, thread
+from mnemic.host.evaluating import evaluating
 from mnemic.host.guard import Guard
 from mnemic.host.opening import arrange, goes_by_segment, open_call
-from mnemic.host.evaluating import evaluating
 from mnemic.host.release import OUTPUT_CACHE, DynamicCache, DynamicLayer
 from mnemic.host.ropes import length_dependent, rotations
 from mnemic.host.turning import Turning

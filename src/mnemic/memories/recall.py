@@ -11,8 +11,8 @@ tokens, R the rotation by positions and D a distance of `window` tokens,
     m_B   = max_h  sum_{i in B} p_h,i           the mass that a block gets
     chosen: the first `sinks` tokens, and the blocks of the greatest m, `budget` tokens of them, in order of time
 
-and the chosen keys stand in line before the window: the last of the M at position f - 1, where f is that of the window's
-first key, the first at f - M. Every token chooses for itself, from what was kept when its segment began, so nothing
+and the chosen keys stand in line before the window, whose first key stands at f: the last of M at f - 1, the first at
+f - M. Every token chooses for itself, from what was kept when its segment began, so nothing
 depends on what comes later nor on how calls are cut.
 
 Where we depart. InfLLM's blocks have a few keys each that stand for them, a block's score is the mean of its products,
@@ -53,10 +53,11 @@ SCORES_AT_ONCE = 2**24
 class RecallConfig(MemoryConfig):
     """Settings of recall.
 
-    `budget` is how many kept tokens a token attends to, beside the first `sinks` of the stream; `unit` how many stand or
-    fall together. `choice` says how blocks are scored: by probability "mass", by the product with the "mean" key, or by
-    "bounds" of its channels; `by` whether each "head" of keys chooses for itself or a "layer" as one. In `layout` "line"
-    chosen keys stand one behind another before the window; "capped", all at the distance of the window.
+    `budget` is how many kept tokens a token attends to, beside the first `sinks` of the stream; `unit` how many of them
+    stand or fall together. `choice` says how blocks are scored: by probability "mass", by the product with the "mean"
+    key, or by "bounds" of its channels; `by` whether each "head" of keys chooses for itself or a "layer" as one. In
+    `layout` "line" chosen keys stand one behind another before the window; "capped", all at the distance of the window.
+    Of `share` blocks of the model one behind another the first chooses for all.
     `recall_in_reading` lets a session retrieve while it reads, too.
     """
 
@@ -67,9 +68,9 @@ class RecallConfig(MemoryConfig):
         trains="nothing",
         bytes_law="tokens x layers x key heads x width x 2",
         paper="Xiao et al., NeurIPS 2024, arXiv 2402.04617",
-        citation="@inproceedings{xiao2024infllm, title = {{InfLLM}: Training-Free Long-Context Extrapolation for {LLMs} "
-        "with an Efficient Context Memory}, author = {Xiao, Chaojun and Zhang, Pengle and Han, Xu and Xiao, Guangxuan "
-        "and Lin, Yankai and Zhang, Zhengyan and Liu, Zhiyuan and Sun, Maosong}, booktitle = {NeurIPS}, year = {2024}}",
+        citation="@inproceedings{xiao2024infllm, title = {{InfLLM}: Training-Free Long-Context Extrapolation for "
+        "{LLMs} with an Efficient Context Memory}, author = {Xiao, Chaojun and Zhang, Pengle and Han, Xu and Xiao, "
+        "Guangxuan and Lin, Yankai and Zhang, Zhengyan and Liu, Zhiyuan and Sun, Maosong}, booktitle = {NeurIPS}, year = {2024}}",
     )
 
     segment_length: int = 256
@@ -80,12 +81,15 @@ class RecallConfig(MemoryConfig):
     choice: Literal["mass", "mean", "bounds"] = "mass"
     by: Literal["head", "layer"] = "head"
     layout: Literal["line", "capped"] = "line"
+    share: int = 1
     recall_in_reading: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.unit < 1 or CHUNK % self.unit:
             raise ValueError(f"unit is {self.unit}; use a power of 2 up to {CHUNK}")
+        if self.share < 1:
+            raise ValueError(f"share is {self.share}; use 1 or more")
         for name in ("budget", "sinks"):
             value = getattr(self, name)
             if value < 0 or value % self.unit:
@@ -96,6 +100,11 @@ class RecallConfig(MemoryConfig):
         """Room for two blocks of 4 beside 4 sinks, which reading uses too, and InfLLM's choices."""
         small = {"segment_length": 8, "window": 16, "budget": 8, "sinks": 4, "unit": 4, "recall_in_reading": True}
         return [cls(**small), cls(**small, choice="mean", by="layer", layout="capped")]
+
+    @classmethod
+    def small(cls, segment_length: int, width: int, size: int | None = None) -> RecallConfig:
+        """A window of one segment, blocks of 4 tokens, of which a token chooses `size`, by default 8."""
+        return cls(segment_length=segment_length, window=None, unit=4, sinks=4, budget=4 * (size or 8))
 
     def build(self, width: int, depth: int, causal: bool = True) -> Recall:
         """The module, which serves every block that sees all keys of the window; raises `ValueError` for an encoder."""
@@ -147,7 +156,9 @@ class Recall(Memory):
         if kept <= config.sinks + config.budget or only_sinks:
             count = min(kept, config.sinks) if only_sinks else kept
             return self._in_line(asked, count) if count else None
-        return self._placed(asked, *self._chosen(asked))
+        if asked.place % config.share == 0:
+            asked.left["chosen"] = self._chosen(asked)
+        return self._placed(asked, *asked.left["chosen"])
 
     def _in_line(self, asked: Asked, count: int) -> Further:
         """The first `count` tokens, in line before the window, for all tokens alike."""
