@@ -191,7 +191,6 @@ def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwar
         place=router.attended.index(layer),
         turn=turning,
         reading=thread.reading,
-        left=call.left.setdefault(row, {}),
     )
     return router.memory.further(layer, asked)
 

@@ -40,8 +40,6 @@ class Call:
     states: list[State] = field(default_factory=list)
     traces: State = field(default_factory=dict)
     written: dict[int, Tensor] = field(default_factory=dict)
-    left: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """What the attention of one block leaves for that of later ones, for each row."""
     beside: Beside | None = None
     wordless: Wordless | None = None
     earlier: list[Any] = field(default_factory=list)

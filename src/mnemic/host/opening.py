@@ -32,7 +32,7 @@ def open_call(router: Router, call: Call, trunk: nn.Module, arguments: dict[str,
     batch, call.time = inputs.shape[:2]
     call.keep = call.stream = call.before = None
     call.ids = arguments.get("input_ids")
-    call.pieces, call.states, call.traces, call.written, call.left, call.beside = [], [], {}, {}, {}, None
+    call.pieces, call.states, call.traces, call.written, call.beside = [], [], {}, {}, None
     if not router.causal:
         _open_encoder(router, call, trunk, arguments, inputs)
         return

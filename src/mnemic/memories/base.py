@@ -44,8 +44,7 @@ class Asked:
 
     `query_hts` are the queries before any rotation, of tokens at `position_t`; the window's oldest key stands at
     `first`. `bank` has what left the window, of this block at `place`. `turn(x, position)` puts positions in. `scale`
-    multiplies products. While a session is `reading`, nobody waits for what the model says. In `left` blocks leave
-    something for later ones of the same call; it is dropped with the call.
+    multiplies products. While a session is `reading`, nobody waits for what the model says.
     """
 
     query_hts: Float[Tensor, "h t s"]
@@ -56,7 +55,6 @@ class Asked:
     place: int
     turn: Callable[[Tensor, Tensor], Tensor]
     reading: bool = False
-    left: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

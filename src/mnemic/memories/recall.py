@@ -57,7 +57,6 @@ class RecallConfig(MemoryConfig):
     stand or fall together. `choice` says how blocks are scored: by probability "mass", by the product with the "mean"
     key, or by "bounds" of its channels; `by` whether each "head" of keys chooses for itself or a "layer" as one. In
     `layout` "line" chosen keys stand one behind another before the window; "capped", all at the distance of the window.
-    Of `share` blocks of the model one behind another the first chooses for all.
     `recall_in_reading` lets a session retrieve while it reads, too.
     """
 
@@ -81,15 +80,12 @@ class RecallConfig(MemoryConfig):
     choice: Literal["mass", "mean", "bounds"] = "mass"
     by: Literal["head", "layer"] = "head"
     layout: Literal["line", "capped"] = "line"
-    share: int = 1
     recall_in_reading: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.unit < 1 or CHUNK % self.unit:
             raise ValueError(f"unit is {self.unit}; use a power of 2 up to {CHUNK}")
-        if self.share < 1:
-            raise ValueError(f"share is {self.share}; use 1 or more")
         for name in ("budget", "sinks"):
             value = getattr(self, name)
             if value < 0 or value % self.unit:
@@ -156,9 +152,7 @@ class Recall(Memory):
         if kept <= config.sinks + config.budget or only_sinks:
             count = min(kept, config.sinks) if only_sinks else kept
             return self._in_line(asked, count) if count else None
-        if asked.place % config.share == 0:
-            asked.left["chosen"] = self._chosen(asked)
-        return self._placed(asked, *asked.left["chosen"])
+        return self._placed(asked, *self._chosen(asked))
 
     def _in_line(self, asked: Asked, count: int) -> Further:
         """The first `count` tokens, in line before the window, for all tokens alike."""
