@@ -29,8 +29,8 @@ CONFIGS: dict[str, mnemic.MemoryConfig] = {
     f"{kind}-{number}": config for kind, cls in mnemic.CONFIGS.items() for number, config in enumerate(cls.tiny())
 }
 FIRST_FORMS = {kind: CONFIGS[f"{kind}-0"] for kind in mnemic.CONFIGS}
-INSIDE = {kind for kind, config in FIRST_FORMS.items() if config.build(WIDTH, DEPTH).attended}
-"""Mechanisms inside attention: of a stream longer than its window they have an effect, so they are tested with one."""
+INSIDE = {label for label, config in CONFIGS.items() if config.build(WIDTH, DEPTH).attended}
+"""Configs of memories inside attention: these have an effect once keys left the window, so they are tested with one."""
 TRAINED = {kind: config for kind, config in FIRST_FORMS.items() if list(config.build(WIDTH, DEPTH).parameters())}
 
 
@@ -39,7 +39,7 @@ def _over(configs: dict[str, mnemic.MemoryConfig]) -> pytest.MarkDecorator:
 
 
 every_config = _over(CONFIGS)
-every_config_that_writes = _over({label: config for label, config in CONFIGS.items() if config.kind not in INSIDE})
+every_config_that_writes = _over({label: config for label, config in CONFIGS.items() if label not in INSIDE})
 every_kind = _over(FIRST_FORMS)
 """The first config of each mechanism: where the core's ways are tested, and forms of a mechanism add nothing."""
 every_trained_kind = _over(TRAINED)
@@ -132,7 +132,7 @@ def refusal(label: str, name: str) -> str | None:
     """Why a mechanism does not serve a family; None where it does. Only inside attention does it depend on more than
     whether the family is a decoder.
     """
-    inside = CONFIGS[label].kind in INSIDE and name in DECODERS
+    inside = label in INSIDE and name in DECODERS
     return _refusal(label, name in DECODERS, name if inside else None)
 
 
@@ -148,7 +148,7 @@ def matrix_of_writes(families: Iterable[str]) -> Callable[[Any], Any]:
 
     def over(test: Any) -> Any:
         mark = matrix(families)(test).pytestmark[-1]
-        cases = [case for case in mark.args[1] if case.values[0].kind not in INSIDE]
+        cases = [case for case in mark.args[1] if case.id.rpartition("-")[0] not in INSIDE]
         del test.pytestmark[-1]
         return pytest.mark.parametrize(mark.args[0], cases)(test)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mnemic.memories.recall import RecallConfig
     from mnemic.memories.registry import CONFIGS
     from mnemic.memories.rmt import RMTConfig
+    from mnemic.memories.several import SeveralConfig
     from mnemic.memories.titans import TitansConfig
     from mnemic.memories.transformer_xl import TransformerXLConfig
     from mnemic.session import Session
@@ -62,6 +63,7 @@ __all__ = [
     "Session",
     "SessionBatch",
     "SessionStore",
+    "SeveralConfig",
     "State",
     "StateError",
     "StoreError",

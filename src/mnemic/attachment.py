@@ -7,7 +7,7 @@ import copy
 import json
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mnemic.host.opening import refuse_paged
 from mnemic.host.router import Router
 from mnemic.host.wrappers import check_whole, execution_device, misplaced, refuse_late, unwrapped, whole
 from mnemic.memories.base import Memory, MemoryConfig, UnknownSetting
+from mnemic.memories.registry import CONFIGS
 from mnemic.state import META_LIMIT, StateError, is_finite, nbytes, read_file, strict_json, to_bytes, write_all
 
 CONFIG_FILE, WEIGHTS_FILE = "memory_config.json", "memory_model.safetensors"
@@ -185,8 +186,10 @@ def _save_whole(model: nn.Module) -> None:
         vars(module).pop("save_pretrained", None)
 
 
-def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> Attachment:
+def attach(model: nn.Module, config: MemoryConfig | Sequence[MemoryConfig], *, freeze: bool = True) -> Attachment:
     """Attaches a new memory to a Hugging Face model and, unless `freeze=False`, freezes the model's own weights.
+
+    With several configs several memories are attached, in this order, each with its own state.
 
     The model's outputs do not change until the memory is trained (mechanisms that cannot promise this say so). Attach
     before `torch.compile`, DDP or FSDP2 prepare the model, and after PEFT.
@@ -198,7 +201,7 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     anatomy = examine(model)
     refuse_late(model)
     # checked again, as it may have been edited; and a copy, as a later change to the caller's is none to the memory
-    config = copy.deepcopy(config).replace()
+    config = copy.deepcopy(config if isinstance(config, MemoryConfig) else one_of(config)).replace()
     if hasattr(anatomy.trunk, MEMORY_NAME):
         raise ValueError(f"{type(model).__name__} already has a memory; detach it first")
     check_segment(model, config)
@@ -206,9 +209,9 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     check_segment(model, config, memory.beside)
     router = Router(memory, config, anatomy)
     router.train(model.training)
-    router.install(anatomy)  # may refuse the model, which then is as it was
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad] if freeze else []
     trained = {name for name, parameter in unwrapped(model).named_parameters() if parameter.requires_grad}
+    router.install(anatomy)  # may refuse the model, which then is as it was
     for parameter in frozen:
         parameter.requires_grad_(False)
     router.made_with = _mark(memory)
@@ -217,6 +220,13 @@ def attach(model: nn.Module, config: MemoryConfig, *, freeze: bool = True) -> At
     vars(unwrapped(model))[PAGED] = refuse_paged
     _save_apart(model)
     return Attachment(model, config)
+
+
+def one_of(configs: Sequence[MemoryConfig]) -> MemoryConfig:
+    """The config of several memories as one."""
+    if len(configs) == 1:
+        return configs[0]
+    return CONFIGS["several"](memories=[each.to_dict() for each in configs])  # pyright: ignore[reportCallIssue]
 
 
 def _mark(memory: Memory) -> list[float]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from mnemic.checks import check_description
 from mnemic.history import Log
 from mnemic.memories import CONFIGS
+from mnemic.memories.base import defaults
 from mnemic.state import State, StateError, nbytes, read_file
 
 ROWS = {
@@ -347,7 +348,7 @@ def tensors(found: Contents) -> list[dict[str, Any]]:
 def settings(found: Contents) -> list[tuple[str, Any, bool]]:
     """The memory's settings, and whether each is another than usual."""
     values = found.meta["memory"]
-    usual = CONFIGS[found.kind]().to_dict() if found.kind in CONFIGS else {}
+    usual = defaults(CONFIGS[found.kind]) if found.kind in CONFIGS else {}
     return [(name, value, usual.get(name, value) != value) for name, value in values.items() if name != "kind"]
 
 

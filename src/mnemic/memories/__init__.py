@@ -22,6 +22,7 @@ MECHANISMS = {
     "persistent": "PersistentConfig",
     "recall": "RecallConfig",
     "rmt": "RMTConfig",
+    "several": "SeveralConfig",
     "titans": "TitansConfig",
     "transformer-xl": "TransformerXLConfig",
 }

@@ -121,7 +121,7 @@ class MemoryConfig(ABC):
             if not is_a(value, hint):
                 raise ValueError(f"{name} is {value!r}; use {_readable(hint)}")
         for name, mend in self.unused().items():
-            if (value := getattr(self, name)) != _defaults(type(self))[name]:
+            if (value := getattr(self, name)) != defaults(type(self))[name]:
                 raise ValueError(f"{name} is {value!r}, but nothing here uses it; leave it out, or {mend}")
         if self.segment_length < 1:
             raise ValueError(f"segment_length is {self.segment_length}; a segment needs at least 1 token")
@@ -178,7 +178,7 @@ class MemoryConfig(ABC):
         """
         cls, settings = _known(values)
         raw = object.__new__(cls)
-        vars(raw).update(_defaults(cls) | settings)
+        vars(raw).update(defaults(cls) | settings)
         unused = raw.unused()
         hints = get_type_hints(cls)
         for name in unused.keys() & settings.keys():  # left out, but not taken on trust
@@ -352,7 +352,7 @@ def _hints(cls: type[MemoryConfig]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _defaults(cls: type[MemoryConfig]) -> dict[str, Any]:
+def defaults(cls: type[MemoryConfig]) -> dict[str, Any]:
     """The default of every setting that has one."""
     found = {}
     for each in dataclasses.fields(cls):
@@ -371,6 +371,8 @@ def is_a(value: object, hint: Any) -> bool:
         return any(type(value) is type(each) and value == each for each in get_args(hint))
     if get_origin(hint) is list:
         return isinstance(value, list) and all(is_a(each, get_args(hint)[0]) for each in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)  # pyright: ignore[reportArgumentType]
     return type(value) is hint

@@ -69,7 +69,8 @@ class RecallConfig(MemoryConfig):
         paper="Xiao et al., NeurIPS 2024, arXiv 2402.04617",
         citation="@inproceedings{xiao2024infllm, title = {{InfLLM}: Training-Free Long-Context Extrapolation for "
         "{LLMs} with an Efficient Context Memory}, author = {Xiao, Chaojun and Zhang, Pengle and Han, Xu and Xiao, "
-        "Guangxuan and Lin, Yankai and Zhang, Zhengyan and Liu, Zhiyuan and Sun, Maosong}, booktitle = {NeurIPS}, year = {2024}}",
+        "Guangxuan and Lin, Yankai and Zhang, Zhengyan and Liu, Zhiyuan and Sun, Maosong}, booktitle = {NeurIPS}, "
+        "year = {2024}}",
     )
 
     segment_length: int = 256
