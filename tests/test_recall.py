@@ -244,7 +244,37 @@ def test_a_saved_session_goes_on_to_the_bit(tmp_path):
     assert torch.equal(again.forward(question).logits, session.forward(question).logits)
 
 
-@pytest.mark.parametrize("change", ["long", "short", "nan", "shape", "lost"])
+@torch.no_grad()
+def test_forgotten_tokens_are_gone(tmp_path):
+    model, ids = recalling(budget=128), tokens(1, 10 * SEGMENT)
+    session, question = mnemic.Session(model, keep_text=True), tokens(1, 4, 3)
+    session.read(ids)
+    whole, record = session.fork(), session.history[2]
+    assert session.forget(record["first"], record["last"]) == SEGMENT
+    bank, before = session.stream.banks[0], whole.stream.banks[0]
+    assert bank.length == before.length - SEGMENT
+    stay = [place for place in range(before.length) if not record["first"] <= place <= record["last"]]
+    assert bank.positions.tolist() == stay
+    assert torch.equal(bank.tensors()["keys"], before.tensors()["keys"][:, :, :, stay])
+    text = session.stream.logs[0].ids
+    assert [i for i, token in enumerate(text) if token < 0] == list(range(record["first"], record["last"] + 1))
+    assert session.forget(record["first"], record["last"]) == 0
+    assert (session.forward(question).logits - whole.forward(question).logits).abs().max() > 1e-3
+    session.save(tmp_path / "s.memory")
+    again = mnemic.Session.load(tmp_path / "s.memory", model)
+    assert torch.equal(again.forward(question).logits, session.fork().forward(question).logits)
+    with pytest.raises(ValueError, match=r"tokens 70 to 79 cannot be forgotten: of 84 .* < 72"):
+        session.forget(70, 79)
+    assert session.forget(0, 71) > 0
+    assert session.stream.banks[0].length == 0
+    session.forward(question)
+    other = make("llama")
+    mnemic.attach(other, mnemic.EMTConfig(segment_length=SEGMENT, slots=4, dim=16))
+    with pytest.raises(ValueError, match=r"kind 'emt' keeps no token apart from others; reset\(\) forgets all"):
+        mnemic.Session(other).forget(0, 1)
+
+
+@pytest.mark.parametrize("change", ["long", "short", "nan", "shape", "lost", "order"])
 @torch.no_grad()
 def test_a_bank_that_no_session_makes_is_refused(change, tmp_path):
     model = recalling()
@@ -254,12 +284,15 @@ def test_a_bank_that_no_session_makes_is_refused(change, tmp_path):
     if change == "long":
         for name in ("bank.keys", "bank.values"):
             tensors[name] = torch.cat([tensors[name]] * 3, 3)
+        tensors["bank.positions"] = torch.arange(3 * tensors["bank.positions"].numel())[None]
     elif change == "short":
         tensors["bank.keys"] = tensors["bank.keys"][:, :, :, 1:]
     elif change == "nan":
         tensors["bank.values"] = tensors["bank.values"] * torch.nan
     elif change == "shape":
         tensors["bank.keys"] = tensors["bank.keys"].unflatten(4, (2, -1))
+    elif change == "order":
+        tensors["bank.positions"] = tensors["bank.positions"].flip(1)
     else:
         del tensors["bank.values"]
     mnemic.state.write_file(tmp_path / "s.memory", tensors, meta)

@@ -8,7 +8,7 @@ bank, a fork, gets a chunk of its own.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,14 +48,24 @@ def _chunk(keys: Tensor, values: Tensor) -> Chunk:
 
 @dataclass(frozen=True)
 class Bank:
-    """The first `length` tokens in `chunks`, of which all but the last are full."""
+    """The first `length` tokens in `chunks`, of which all but the last are full. `positions [n]` int64 says where in
+    the stream they stood.
+    """
 
     chunks: tuple[Chunk, ...] = ()
     length: int = 0
+    positions: Int[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
-    def append(self, keys_lkns: Float[Tensor, "l k n s"], values_lknv: Float[Tensor, "l k n v"]) -> Bank:
-        """The bank with `n` more tokens."""
+    def append(
+        self,
+        keys_lkns: Float[Tensor, "l k n s"],
+        values_lknv: Float[Tensor, "l k n v"],
+        positions_n: Int[Tensor, " n"] | None = None,
+    ) -> Bank:
+        """The bank with `n` more tokens, by default those behind its last one."""
         bank, start, count = self, 0, keys_lkns.shape[2]
+        if positions_n is None:
+            positions_n = torch.arange(count) + (int(self.positions[-1]) + 1 if self.length else 0)
         keys_lkns, values_lknv = keys_lkns.detach(), values_lknv.detach()
         while start < count:
             known = bank.length % CHUNK
@@ -70,7 +80,13 @@ class Bank:
                 own.fill(known, keys, values)
                 chunks = (*chunks[:-1], own)
             bank, start = Bank(chunks, bank.length + stop - start), stop
-        return bank
+        return replace(bank, positions=torch.cat([self.positions, positions_n.cpu()]))
+
+    def without(self, first: int, last: int) -> Bank:
+        """The bank without the tokens that stood at `first` to `last`, in chunks of its own."""
+        stay = (self.positions < first) | (self.positions > last)
+        kept = {name: tensor[:, :, :, stay.to(tensor.device)] for name, tensor in self._tensors().items()}
+        return Bank().append(kept["keys"][0], kept["values"][0], self.positions[stay]) if stay.any() else Bank()
 
     def first(self, place: int, count: int) -> tuple[Float[Tensor, "k n s"], Float[Tensor, "k n v"]]:
         """Keys and values of the first `count` tokens, or of as many as there are."""
@@ -115,20 +131,24 @@ class Bank:
         return sum(part.numel() * part.element_size() for part in parts)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it as two tensors, `keys [1, l, k, n, s]` and `values [1, l, k, n, v]`; none of an empty bank."""
-        if not self.length:
-            return {}
+        """All of it: `keys [1, l, k, n, s]`, `values [1, l, k, n, v]`, `positions [1, n]`; nothing of an empty bank."""
+        return {**self._tensors(), "positions": self.positions[None]} if self.length else {}
+
+    def _tensors(self) -> dict[str, Tensor]:
         keys, values = ([tensor[:, :, :there] for tensor, there in each] for each in _both(self._parts()))
         return {"keys": torch.cat(keys, 2)[None], "values": torch.cat(values, 2)[None]}
 
     def zeroed(self) -> Bank:
         """As many tokens, all of them zero."""
-        return Bank.of({name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()})
+        return Bank.of({name: torch.zeros_like(tensor) for name, tensor in self._tensors().items()})
 
     @staticmethod
     def of(tensors: dict[str, Tensor]) -> Bank:
         """The inverse of `tensors`."""
-        return Bank().append(tensors["keys"][0], tensors["values"][0]) if tensors else Bank()
+        if not tensors:
+            return Bank()
+        positions = tensors["positions"][0] if "positions" in tensors else None
+        return Bank().append(tensors["keys"][0], tensors["values"][0], positions)
 
 
 def _both(parts: list[tuple[Chunk, int]]) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:

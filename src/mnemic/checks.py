@@ -29,7 +29,7 @@ MOST = 2**62
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of hidden states and keys beside the model's own: under autocast they are not the weights'."""
 HISTORY = {f"history.{name}" for name in Log(text=()).tensors()}
-BANK = {"bank.keys", "bank.values"}
+BANK = {"bank.keys", "bank.values", "bank.positions"}
 STREAM, WINDOW = ("counts", "written", "seen"), ("context", "running", "position")
 
 Kind = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
@@ -158,6 +158,7 @@ def _check_fit(
     if (stream := meta.get("stream")) is not None:
         state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
         router.memory.check_state(state, stream["written"][0])
+        _check_positions(tensors.get("bank.positions"), stream["seen"][0])
     if (running := meta.get("running")) is not None:
         position, limit = running["position"][0], router.new_cache(meta["window"]).settings[2]
         if limit is not None and position > limit:
@@ -181,7 +182,15 @@ def _bank(
     for kind in ("keys", "values"):
         heads, width = keys(model)[f"{kind}.{router.attended[0]}"]
         expected[f"bank.{kind}"] = ((1, len(router.attended), heads, count, width), (router.dtype, *FLOATS))
-    return expected
+    return expected | {"bank.positions": ((1, count), (torch.long,))}
+
+
+def _check_positions(positions: torch.Tensor | None, seen: int) -> None:
+    """Raises `StateError` for positions of kept tokens that are not in order among those that were read."""
+    if positions is not None and positions.numel():
+        in_order = bool((positions.diff() > 0).all())
+        if not in_order or int(positions.min()) < 0 or int(positions.max()) >= seen:
+            raise StateError(f"the positions in its bank are not in order among the {seen} tokens that were read")
 
 
 def _is_key(name: str) -> bool:

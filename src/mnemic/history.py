@@ -67,6 +67,14 @@ class Log:
             return replace(self, text=(*self.text[:-1], np.concatenate([self.text[-1], ids])))
         return replace(self, text=(*self.text, ids))
 
+    def without(self, first: int, last: int) -> Log:
+        """The log without the text at positions `first` to `last`: these are marked as not known."""
+        if self.text is None:
+            return self
+        ids = np.concatenate([np.zeros(0, np.int32), *self.text])
+        ids[first : last + 1] = -1
+        return replace(self, text=(ids,))
+
     def begun(self) -> Log:
         """An empty log, which keeps the text if this one does."""
         return Log(text=None if self.text is None else ())

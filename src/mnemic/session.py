@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mnemic import keeping
 from mnemic.attachment import check_fingerprint, check_settings, default_window, is_attached, memory_cache, router_of
+from mnemic.bank import Bank
 from mnemic.checks import check_contents, check_description, check_written
 from mnemic.generating import answer, generate
 from mnemic.history import Log
@@ -317,6 +318,36 @@ class Session:
                 self._router.flush(examine(self.model).trunk, self._cache, (0,))
             else:
                 self._layer.stream = self.stream.commit(self._router.memory, [0])
+
+    def forget(self, first: int, last: int) -> int:
+        """Forgets the tokens at positions `first` to `last` of the stream, as `history` numbers them; returns how many
+        were kept of them. For memories inside attention, which keep tokens one by one.
+
+        Their keys, values and text are gone. What later tokens took from them while they were read is part of those
+        tokens' own keys and stays.
+
+        Raises:
+            ValueError: another kind of memory, or tokens that are still in the window.
+        """
+        with self._call():
+            stream, cache = self.stream, self._cache
+            if not self._router.attended:
+                kind = self._router.config.kind
+                raise ValueError(f"a memory of kind {kind!r} keeps no token apart from others; reset() forgets all")
+            left = 0 if stream is None or cache is None or cache.window is None else cache.window.context[0]
+            seen = 0 if stream is None else stream.seen[0]
+            if not 0 <= first <= last < seen - left:
+                raise ValueError(
+                    f"tokens {first} to {last} cannot be forgotten: of {seen} that were read the last {left} are in "
+                    f"the window; use 0 <= first <= last < {seen - left}"
+                )
+            assert stream is not None
+            bank, log = stream.banks[0] or Bank(), stream.logs[0]
+            shorter = bank.without(first, last)
+            self._layer.stream = replace(
+                stream, banks=(shorter,), logs=(None if log is None else log.without(first, last),)
+            )
+            return bank.length - shorter.length
 
     @alone
     def reset(self) -> None:

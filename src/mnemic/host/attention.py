@@ -301,5 +301,6 @@ def take_leaving(router: Router, cache: MemoryCache, rows: Sequence[int]) -> Non
             kept["keys"].append(plain.to(layer.keys.dtype))
             kept["values"].append(layer.values[row][:, columns])
         bank = banks[row] or Bank()
-        banks[row] = bank.append(torch.stack(kept["keys"]), torch.stack(kept["values"]))
+        stood = stream.seen[row] - window.context[row] + rank
+        banks[row] = bank.append(torch.stack(kept["keys"]), torch.stack(kept["values"]), stood)
     cache.memory.stream = stream.with_banks(banks)
