@@ -61,6 +61,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "emt-block-content": MEMORIES["emt"],
     "emt-untied": MEMORIES["emt"],
     "emt-not-whitened": {**MEMORIES["emt"], "whiten": False},
+    "emt-wide": {**MEMORIES["emt"], "dim": 512},
     "emt-four-heads": {**MEMORIES["emt"], "heads": 4},
     "emt-no-late-read": {**MEMORIES["emt"], "read_layers": READS[:-1]},
 }
