@@ -693,7 +693,8 @@ def main(
             f"--depths {depths} --documents {documents} --settings {settings} --seed {seed}"
         )
         console.print(table(found))
-        console.print(found.save(out, f"needles-{kind}.json" if seed == 0 else f"needles-{kind}-seed{seed}.json"))
+        of = "" if model == "smollm2" else f"-{Path(model).name}"
+        console.print(found.save(out, f"needles-{kind}{of}{f'-seed{seed}' if seed else ''}.json"))
 
 
 def prepared(folder: str, settings: Sequence[str]) -> Bench:

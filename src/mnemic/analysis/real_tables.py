@@ -46,17 +46,17 @@ def needles(found: Sequence[Record]) -> str:
         return missing("needles")
     rows, commands = [], []
     names = list(dict.fromkeys(name for record in found for score in record.scores for name in score.controls))
-    for record in sorted(found, key=lambda record: record.measures["kind"]):
+    for record in sorted(found, key=lambda record: (record.host, record.measures["kind"])):
         for length in dict.fromkeys(score.length for score in record.scores):
             scores = [score for score in record.scores if score.length == length]
             told = {name: "".join(score.outcomes.get(name, "") for score in scores) for name in ("memory", *names)}
             cells = [f"{100 * each.count('1') / len(each):.1f}" if each else "-" for each in told.values()]
             size = max(score.details["session bytes"] for score in scores) / 2**20
-            shown = [record.measures["kind"], f"{length:,}", len(told["memory"]), *cells, f"{size:,.0f}"]
+            shown = [record.config["model"], record.measures["kind"], f"{length:,}", len(told["memory"]), *cells, f"{size:,.0f}"]
             rows.append([str(cell) for cell in shown])
         commands.append(f"`{record.command}`")
-    header = ["needle", "tokens", "questions", "own", *names, "MiB"]
-    note = f"Per cent of numbers answered, {found[0].host}, over {found[0].config['depths']} depths. Made by "
+    header = ["model", "needle", "tokens", "questions", "own", *names, "MiB"]
+    note = f"Per cent of numbers answered by untrained models, over {found[0].config['depths']} depths. Made by "
     return f"{markdown(header, rows)}\n\n{note}{', '.join(commands)}."
 
 
