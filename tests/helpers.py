@@ -40,6 +40,7 @@ def _over(configs: dict[str, mnemic.MemoryConfig]) -> pytest.MarkDecorator:
 
 every_config = _over(CONFIGS)
 every_config_that_writes = _over({label: config for label, config in CONFIGS.items() if label not in INSIDE})
+every_kind_that_writes = _over({k: config for k, config in FIRST_FORMS.items() if f"{k}-0" not in INSIDE})
 every_kind = _over(FIRST_FORMS)
 """The first config of each mechanism: where the core's ways are tested, and forms of a mechanism add nothing."""
 every_trained_kind = _over(TRAINED)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mnemic
-from helpers import CACHE, CONFIGS, SEGMENT, assert_differ, assert_near, every_kind, host, tokens
+from helpers import CACHE, CONFIGS, SEGMENT, assert_differ, assert_near, every_kind_that_writes, host, tokens
 from mnemic import controls
 from mnemic.bench import asking, recall, sorting
 from mnemic.controls import CONDITIONS, CONTROLS, apart, conditions, measure, others, parts, verdict, zeroed
@@ -35,7 +35,7 @@ def answer(model, ids, state):
     return model(ids, **{CACHE: cache}).logits
 
 
-@every_kind
+@every_kind_that_writes
 @torch.no_grad()
 def test_each_condition_is_what_it_says(config):
     """Rows of different fill in one batch: the state of every control answers as it would by itself."""
@@ -58,8 +58,22 @@ def test_each_condition_is_what_it_says(config):
     assert found["no memory"] is None
 
 
+@torch.no_grad()
+def test_controls_of_what_left_the_window():
+    model = host("llama", CONFIGS["recall-0"])
+    router, ids = mnemic.attached(model).router, tokens(2, 6 * SEGMENT)
+    stream = read(model, ids)
+    other, zero, fresh = (controls.changed(router, stream, name, [1, 0]) for name in CONTROLS[:3])
+    assert other.banks == stream.banks[::-1]
+    assert not any(bank.tensors()["keys"].any() for bank in zero.banks)
+    assert fresh.banks == (None, None)
+    found = measure(model, ids, ids, window=SEGMENT)
+    assert (found.nats[:, 1:] - found.nats[:, :1]).abs().min() > 1e-3
+
+
 def test_every_measurement_takes_them_from_one_place():
-    assert sorting.conditions is asking.conditions is controls.conditions
+    assert sorting.conditions is recall.conditions is controls.conditions
+    assert asking.changed is controls.changed
     assert asking.CONDITIONS is recall.CONDITIONS is CONDITIONS
     assert CONDITIONS == ("memory", "other stream", "zeroed", "fresh", "no memory")
     assert CONTROLS == ("other_stream", "zeroed", "fresh", "no_memory")

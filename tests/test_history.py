@@ -23,6 +23,7 @@ WINDOW = 2 * SEGMENT
 TELLING = ["emt-0", "emt-1", "emt-3", "emt-4", "memoria-0", "memoria-1"]
 TELLING += ["fast-weights-0", "fast-weights-1", "fast-weights-2"]
 TELLING += ["titans-0", "titans-1", "titans-2", "persistent-0", "persistent-1", "persistent-2", "persistent-4"]
+TELLING += ["several-0", "several-1"]
 
 
 def starry(name: str = "llama", **changes):

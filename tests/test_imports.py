@@ -151,5 +151,5 @@ def test_cards_are_read_without_importing_the_files():
 
 @pytest.mark.parametrize("kind", MECHANISMS)
 def test_configs_are_copied_and_pickled(kind):
-    config = CONFIGS[kind](segment_length=32)
+    config = CONFIGS[kind].small(32, 64)
     assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))

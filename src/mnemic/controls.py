@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mnemic.attachment import Attachment, attached, memory_cache, router_of
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
+from mnemic.host.router import Router
 from mnemic.state import State, batch_size, map_state, select
 from mnemic.stream import Stream
 from mnemic.unrolling import IGNORED
@@ -77,6 +78,20 @@ def conditions(
         "fresh": attachment.router.new_stream(batch_size(state)).state,
         "no memory": None,
     }
+
+
+def changed(router: Router, stream: Stream, control: str, order: Sequence[int]) -> Stream:
+    """Streams that begin a segment with the memory of a control in place of their own; `order` names the other stream
+    of each row.
+    """
+    new, banks = router.new_stream(stream.batch), stream.banks
+    if control == "fresh":
+        return new
+    if control == "zeroed":
+        zeros = [None if bank is None else bank.zeroed() for bank in banks]
+        return replace(new, state=zeroed(stream.state)).with_banks(zeros)
+    state = select(stream.state, torch.tensor(order))
+    return replace(new, state=state).with_banks([banks[row] for row in order])
 
 
 def parts(rows: int, batch: int) -> Iterator[slice]:
@@ -154,16 +169,6 @@ def measure(
     order = others(ids[:, : max(asked, default=0) or None])  # what the last question can be about
     swapped = [row if place is None else place for row, place in enumerate(order)]
 
-    def changed(stream: Stream, control: str) -> Stream:
-        new, banks = router.new_stream(len(ids)), stream.banks
-        if control == "fresh":
-            return new
-        if control == "zeroed":
-            zeros = [None if bank is None else bank.zeroed() for bank in banks]
-            return replace(new, state=zeroed(stream.state)).with_banks(zeros)
-        state = select(stream.state, torch.tensor(swapped))
-        return replace(new, state=state).with_banks([banks[row] for row in swapped])
-
     def predict(cache: MemoryCache, here: slice, place: int) -> Tensor:
         logits, wanted = model(input_ids=ids[:, here], **with_cache(model, cache)).logits, targets[:, here]
         some = F.cross_entropy(logits.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
@@ -180,7 +185,7 @@ def measure(
             elif start in asked:
                 branch = own.fork()
                 stream = branch.memory.stream or router.new_stream(len(ids))
-                branch.memory.stream = changed(stream, control)
+                branch.memory.stream = changed(router, stream, control, swapped)
                 predict(branch, here, place)
         logits = predict(own, here, 0)
         kept += [logits] if keep_logits else []

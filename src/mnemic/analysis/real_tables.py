@@ -52,7 +52,14 @@ def needles(found: Sequence[Record]) -> str:
             told = {name: "".join(score.outcomes.get(name, "") for score in scores) for name in ("memory", *names)}
             cells = [f"{100 * each.count('1') / len(each):.1f}" if each else "-" for each in told.values()]
             size = max(score.details["session bytes"] for score in scores) / 2**20
-            shown = [record.config["model"], record.measures["kind"], f"{length:,}", len(told["memory"]), *cells, f"{size:,.0f}"]
+            shown = [
+                record.config["model"],
+                record.measures["kind"],
+                f"{length:,}",
+                len(told["memory"]),
+                *cells,
+                f"{size:,.0f}",
+            ]
             rows.append([str(cell) for cell in shown])
         commands.append(f"`{record.command}`")
     header = ["model", "needle", "tokens", "questions", "own", *names, "MiB"]

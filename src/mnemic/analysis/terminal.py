@@ -71,6 +71,8 @@ def _head(found: Contents) -> RenderableType:
     table.add_row("waiting", Text.assemble(bar(waiting, length, 20), f" {waiting:,} of {length:,} tokens"))
     if window := meta.get("window"):
         table.add_row("window", Text.assemble(bar(held, window, 20), f" {held:,} of {window:,} tokens' keys"))
+    if "bank.positions" in rest:
+        table.add_row("kept", f"{rest['bank.positions'].numel():,} tokens' keys and values, from before the window")
     sizes = ", ".join(f"{name} {size:,}" for name, size in found.bytes.items())
     table.add_row("bytes", sizes + (f"; file {found.size:,}" if found.size is not None else ""))
     saved = None if found.saved is None else time.strftime("saved %Y-%m-%d %H:%M:%S", time.localtime(found.saved))

@@ -19,7 +19,7 @@ from torch import Tensor
 from mnemic.attachment import Attachment, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Score
-from mnemic.controls import CONDITIONS, conditions, others, parts
+from mnemic.controls import CONDITIONS, CONTROLS, apart, changed, others, parts
 from mnemic.host.arguments import with_cache
 from mnemic.tasks.base import Examples, Task
 from mnemic.tasks.language import Language
@@ -73,15 +73,16 @@ def predict(attachment: Attachment, ids: Int[Tensor, "b t"], labels: Int[Tensor,
             continue
         if wanted[s] and router.enabled:
             stream = cache.memory.stream or router.new_stream(rows)
-            state_bytes = max(state_bytes, sum(t[0].numel() * t.element_size() for t in stream.state.values()))
-            asked = conditions(attachment, stream.state, order)
-            del asked["memory"]  # it goes on to the next segment
-            for name, state in asked.items():
-                with attachment.disabled() if state is None else contextlib.nullcontext():
-                    branch = memory_cache(model, length)
-                    if state is not None:
-                        branch.memory.stream = router.new_stream(rows, state)
-                    note(name, model(input_ids=ids[:, here], **with_cache(model, branch)).logits, here)
+            row = sum(t[0].numel() * t.element_size() for t in stream.state.values())
+            state_bytes = max(state_bytes, row + max(0 if bank is None else bank.nbytes for bank in stream.banks))
+            others_of = apart(order)
+            for control in CONTROLS:  # the own memory goes on to the next segment
+                branch = memory_cache(model, length)
+                with attachment.disabled() if control == "no_memory" else contextlib.nullcontext():
+                    if control != "no_memory":
+                        branch.memory.stream = changed(router, stream, control, others_of)
+                    logits = model(input_ids=ids[:, here], **with_cache(model, branch)).logits
+                    note(control.replace("_", " "), logits, here)
         output = model(input_ids=ids[:, here], **with_cache(model, cache))
         if wanted[s]:
             note("memory", output.logits, here)

@@ -180,16 +180,17 @@ def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwar
         return None
     assert isinstance(call.cache, MemoryCache)
     assert call.cache.window is not None
-    window, turning = call.cache.window, router.turnings[router.attended.index(layer)]
+    window, place = call.cache.window, router.attended.index(layer)
+    turn = functools.partial(router.turnings[place], memo=call.angles)
     position = _positions(window, call, row, query.shape[2], query.device)
     asked = Asked(
-        query_hts=turning(query[row], position, back=True),
+        query_hts=turn(query[row], position, back=True),
         position_t=position,
         first=window.position[row] - window.context[row],
         scale=float(kwargs.get("scaling") or query.shape[-1] ** -0.5),
         bank=bank,
-        place=router.attended.index(layer),
-        turn=turning,
+        place=place,
+        turn=turn,
         reading=thread.reading,
     )
     return router.memory.further(layer, asked)

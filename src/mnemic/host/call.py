@@ -40,6 +40,8 @@ class Call:
     states: list[State] = field(default_factory=list)
     traces: State = field(default_factory=dict)
     written: dict[int, Tensor] = field(default_factory=dict)
+    angles: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Cosines and sines of positions, which are the same in many blocks."""
     beside: Beside | None = None
     wordless: Wordless | None = None
     earlier: list[Any] = field(default_factory=list)

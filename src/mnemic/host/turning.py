@@ -32,13 +32,25 @@ class Turning:
     apply: Callable[..., Any] | None = None
     kind: str | None = None
 
-    def __call__(self, x: Float[Tensor, "... n s"], position: Int[Tensor, " n"], back: bool = False) -> Tensor:
-        """`x` turned to (or back from) its positions, which may be any whole numbers, in float32."""
+    def __call__(
+        self,
+        x: Float[Tensor, "... n s"],
+        position: Int[Tensor, " n"],
+        back: bool = False,
+        memo: dict[Any, tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """`x` turned to (or back from) its positions, which may be any whole numbers, in float32. A `memo` keeps the
+        angles for blocks that turn alike.
+        """
         x = x.float()
         if self.apply is None or self.rotary is None:
             return x
-        more = {} if self.kind is None else {"layer_type": self.kind}
-        cos, sin = self.rotary(x.new_zeros(1, 1, 1), position[None], **more)
+        memo = {} if memo is None else memo
+        key = self.rotary, self.kind, x.device, position.cpu().numpy().tobytes()
+        if key not in memo:
+            more = {} if self.kind is None else {"layer_type": self.kind}
+            memo[key] = self.rotary(x.new_zeros(1, 1, 1), position[None], **more)
+        cos, sin = memo[key]
         width = cos.shape[-1]
         flat = x.reshape(1, -1, *x.shape[-2:])
         turned, _ = self.apply(flat[..., :width], flat[..., :width], cos, -sin if back else sin)
