@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers as hf
+from transformers import DynamicCache
 
 import mnemic
-from families import DECODERS, make
-from helpers import SEGMENT, assert_near, feed, random_cuts, refusal, tokens
+from families import COMMON, DECODERS, GROUPED, make
+from helpers import CACHE, SEGMENT, assert_near, feed, random_cuts, refusal, tokens
 from mnemic.bank import CHUNK, Bank
 from mnemic.memories.base import Asked
 from mnemic.memories.recall import RecallConfig, naive
@@ -37,7 +41,7 @@ def asked_of(kept: int, heads: int = 2, group: int = 3, time: int = 4, reading: 
         one, two = x[..., :4], x[..., 4:]
         return torch.cat([one * angle.cos() - two * angle.sin(), two * angle.cos() + one * angle.sin()], -1)
 
-    return Asked(query, position, 60, 0.4, Bank().append(keys, values), 0, turn, reading)
+    return Asked(query, position, 60, 0.4, Bank().append(keys, values), 0, turn, 16, reading)
 
 
 @pytest.mark.parametrize("kept", [40, 41, 47])
@@ -189,6 +193,149 @@ def test_another_stream_has_another_memory():
     assert (one.forward(question).logits - expected).abs().max() > 1e-3
 
 
+def test_the_rotation_of_each_block_is_found():
+    def kinds(name, **settings):
+        model = make(name, **settings)
+        mnemic.attach(model, RecallConfig(**{**SMALL, "window": 32}, budget=8))
+        return [(turning.rotary is not None, turning.kind) for turning in mnemic.attached(model).router.turnings]
+
+    for padding in (0, 3, 7):
+        assert kinds("smollm3", pad_token_id=padding) == [(True, None), (False, None)]
+        assert kinds("gemma3", pad_token_id=padding) == [(True, "full_attention")]
+    assert kinds("gpt2") == [(False, None)] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "smollm3", "gpt_neox", "cohere", "gpt2"])
+@torch.no_grad()
+def test_what_a_few_blocks_give_by_hand(name):
+    """Against attention over keys that are taken from the base's own cache, where less is seen than was kept."""
+    model, ids = make(name), tokens(1, 6 * SEGMENT)
+    attachment = mnemic.attach(model, RecallConfig(**SMALL, budget=8))
+    cache = mnemic.memory_cache(model, 2 * SEGMENT)
+    feed(model, ids, carried=cache)
+    bank, (first, *_) = cache.memory.stream.banks[0], attachment.router.turnings
+    if first.rotary is None:
+        return
+    # the first block's keys depend on no attention, so they are those of the base at any positions
+    plain = DynamicCache()
+    with attachment.disabled():
+        model(ids, use_cache=True, **{CACHE: plain})
+    moved = first(torch.cat(bank.keys(0), 1), torch.arange(bank.length))
+    assert_near(moved, plain.layers[0].keys[0][:, : bank.length], 1e-4)
+
+
+FAMILIES_OF_THEIR_OWN = {
+    "two attentions in a block": (hf.DiffLlamaConfig, hf.DiffLlamaForCausalLM, {}),
+    "latent keys": (
+        hf.DeepseekV3Config,
+        hf.DeepseekV3ForCausalLM,
+        {
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "n_routed_experts": 2,
+            "first_k_dense_replace": 2,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "sinks": (
+        hf.GptOssConfig,
+        hf.GptOssForCausalLM,
+        {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES_OF_THEIR_OWN)
+def test_attention_of_another_kind_is_refused(name):
+    config, kind, settings = FAMILIES_OF_THEIR_OWN[name]
+    model = kind(config(**{**COMMON, **GROUPED, **settings})).eval()
+    with pytest.raises(ValueError, match=r"attention of its own in block \d|cannot undo"):
+        mnemic.attach(model, RecallConfig(**{**SMALL, "window": 256}, budget=8))
+    assert not mnemic.attachment.is_attached(model)
+
+
+@torch.no_grad()
+def test_scaled_rotations_choose_as_attention_would():
+    rope = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0, "rope_theta": 10_000.0}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**COMMON | GROUPED, rope_parameters=rope)).eval()
+    attachment = mnemic.attach(model, RecallConfig(**SMALL, budget=8))
+    turn = attachment.router.turnings[0]
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 40, 16, generator=generator)
+    query, position = torch.randn(4, 3, 16, generator=generator), torch.arange(60, 63)
+    asked = Asked(query, position, 40, 0.25, Bank().append(keys, values), 0, turn, 16)
+    (mass,) = attachment.memory._masses(asked)
+    far, near = turn(query, torch.full((3,), 16)), turn(keys[0], torch.zeros(40, dtype=torch.long))
+    shares = (0.25 * far.unflatten(0, (2, 2)) @ near[:, None].transpose(-1, -2)).softmax(-1)
+    assert_near(mass, shares.unflatten(-1, (-1, 4)).sum(-1).amax(1), 1e-5)
+
+
+@torch.no_grad()
+def test_a_pickled_model_recalls_in_another_process(tmp_path):
+    model, ids = recalling(), tokens(1, 9 * SEGMENT)
+    expected = feed(model, ids)
+    torch.save((model, ids, expected), tmp_path / "all.pt")
+    code = (
+        "import sys, torch, mnemic; model, ids, expected = torch.load(sys.argv[1], weights_only=False); "
+        "session = mnemic.Session(model); found = session.forward(ids).logits; "
+        "assert torch.allclose(found, expected, atol=1e-5), (found - expected).abs().max()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "all.pt")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@torch.no_grad()
+def test_models_of_one_config_each_have_their_own():
+    config = hf.LlamaConfig(**COMMON)
+    one, two = hf.LlamaForCausalLM(config).eval(), hf.LlamaForCausalLM(config).eval()
+    for model in (one, two):
+        mnemic.attach(model, RecallConfig(**SMALL, budget=8))
+    ids = tokens(1, 9 * SEGMENT)
+    expected = [feed(model, ids) for model in (one, two)]
+    assert torch.equal(feed(one, ids), expected[0])
+    mnemic.attached(one).detach()
+    with pytest.raises(ValueError, match="was set to 'sdpa' after its memory was attached"):
+        feed(two, ids)
+
+
+@torch.no_grad()
+def test_what_the_window_must_not_hold_is_refused(tmp_path):
+    model = recalling()
+    attachment, session = mnemic.attached(model), mnemic.Session(model)
+    session.read(tokens(1, 5 * SEGMENT))
+    with attachment.disabled():
+        session.read(tokens(1, 3))
+        session.forward(tokens(1, 3))
+    with pytest.raises(ValueError, match="read while the memory was off"):
+        session.read(tokens(1, 3))
+    with pytest.raises(mnemic.StateError, match="read while the memory was off"):
+        session.save(tmp_path / "s.memory")
+    session.reset()
+    session.read(tokens(1, 5 * SEGMENT))
+    with torch.inference_mode():
+        session.read(tokens(1, 5 * SEGMENT))
+    session.read(tokens(1, 5 * SEGMENT))
+    assert session.stream.banks[0].length > 10 * SEGMENT
+    model.train()
+    model.gradient_checkpointing_enable()
+    with torch.enable_grad(), pytest.raises(ValueError, match="gradient checkpointing runs attention twice"):
+        model(tokens(1, 4), use_cache=True, **{CACHE: mnemic.memory_cache(model)})
+
+
+@torch.no_grad()
+def test_beams_keep_what_retrieval_made():
+    model = recalling(recall_in_reading=False)
+    session, prompt = mnemic.Session(model), tokens(1, 9, 5)
+    session.read(tokens(1, 12 * SEGMENT))
+    beams, by_hand = session.fork(), session.fork()
+    answer = beams.generate(prompt, max_new_tokens=2 * SEGMENT, num_beams=2, do_sample=False, eos_token_id=None)
+    by_hand.forward(torch.cat([prompt, answer], 1))
+    assert_near(beams.forward(tokens(1, 4, 9)).logits, by_hand.forward(tokens(1, 4, 9)).logits, 1e-4)
+
+
 # --- the bank --------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +356,8 @@ def test_a_bank_holds_what_was_appended_across_chunks():
     wanted = (starts[..., None] + torch.arange(4)).flatten(2)
     assert torch.equal(found[..., 0], wanted.float())
     assert torch.equal(values[..., 0], -wanted.float())
+    lower = bank.append(numbered(0, 1).bfloat16(), numbered(0, 1).bfloat16())
+    assert lower.tensors()["keys"].dtype == torch.float32
     assert bank.nbytes == 2 * 2 * 3 * sum(sizes) * 4 * 4
     again = Bank.of(bank.tensors())
     assert torch.equal(again.tensors()["values"], bank.tensors()["values"])
@@ -223,7 +372,8 @@ def test_forks_of_a_bank_share_chunks_and_do_not_see_each_other():
     assert torch.equal(first.tensors()["keys"][0], numbered(0, 6))
     assert torch.equal(one.tensors()["keys"][0], numbered(0, 9))
     assert torch.equal(two.tensors()["keys"][0, :, :, 6:], numbered(50, 3))
-    copied = copy.deepcopy(one)
+    copied = copy.deepcopy(first).append(numbered(6, 3), numbered(6, 3))
+    assert copied.chunks[0].used == 9, "a copy has nothing of what forks have read"
     longer = one.append(numbered(9, 1), numbered(9, 1))
     assert longer.chunks[0] is one.chunks[0]
     assert torch.equal(copied.append(numbered(9, 1), numbered(9, 1)).tensors()["keys"], longer.tensors()["keys"])
@@ -241,7 +391,12 @@ def test_a_saved_session_goes_on_to_the_bit(tmp_path):
     again = mnemic.Session.load(tmp_path / "s.memory", model)
     assert again.stream.banks[0].length == session.stream.banks[0].length > 0
     assert again.nbytes == session.nbytes
+    # what was loaded is saved again, and is the same
+    assert all(torch.equal(t, session.contents()[0][name]) for name, t in again.contents()[0].items() if "bank" in name)
+    mnemic.Session.from_bytes(again.to_bytes(), model)
     assert torch.equal(again.forward(question).logits, session.forward(question).logits)
+    lower = copy.deepcopy(model).to(torch.bfloat16)
+    assert mnemic.Session.from_bytes(again.to_bytes(), lower).stream.banks[0].positions.dtype == torch.long
 
 
 @torch.no_grad()
@@ -266,12 +421,18 @@ def test_forgotten_tokens_are_gone(tmp_path):
     with pytest.raises(ValueError, match=r"tokens 70 to 79 cannot be forgotten: of 84 .* < 72"):
         session.forget(70, 79)
     assert session.forget(0, 71) > 0
-    assert session.stream.banks[0].length == 0
+    assert session.stream.banks[0].length == session.forget(0, 71) == 0
     session.forward(question)
     other = make("llama")
     mnemic.attach(other, mnemic.EMTConfig(segment_length=SEGMENT, slots=4, dim=16))
     with pytest.raises(ValueError, match=r"kind 'emt' keeps no token apart from others; reset\(\) forgets all"):
         mnemic.Session(other).forget(0, 1)
+    two = make("llama")
+    mnemic.attach(
+        two, [RecallConfig(**SMALL, budget=8), mnemic.EMTConfig(segment_length=SEGMENT, window=16, slots=4, dim=16)]
+    )
+    with pytest.raises(ValueError, match="another memory has written these tokens"):
+        mnemic.Session(two).forget(0, 1)
 
 
 @pytest.mark.parametrize("change", ["long", "short", "nan", "shape", "lost", "order"])

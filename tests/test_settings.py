@@ -96,7 +96,7 @@ def inside(memory: mnemic.Memory, config: mnemic.MemoryConfig) -> list[Any]:
     for reading in (False, True):
         for place, layer in enumerate(memory.attended):
             query, position = torch.randn(4, 5, 4, generator=generator), torch.arange(60, 65)
-            asked = Asked(query, position, 40, 0.5, bank, place, lambda x, at: x + at[:, None] / 64, reading)
+            asked = Asked(query, position, 40, 0.5, bank, place, lambda x, at: x + at[:, None] / 64, 16, reading)
             more = memory.further(layer, asked)
             found += [] if more is None else [more.keys_ktms, more.values_ktmv]
     return found

@@ -75,6 +75,10 @@ def test_they_are_saved_and_loaded_as_one(tmp_path):
             [mnemic.RMTConfig(segment_length=SEGMENT), mnemic.MemoryPromptConfig(segment_length=SEGMENT)],
             "put tokens beside|stands alone",
         ),
+        ([RECALL, RECALL], "two of the memories keep the keys"),
+        ([RECALL, mnemic.MemoryPromptConfig(segment_length=SEGMENT, window=2 * SEGMENT)], "of which theirs are none"),
+        ([], "is no config and no list of some"),
+        ([EMT, "emt"], "is no config and no list of some"),
     ],
 )
 def test_what_cannot_stand_together_is_refused(configs, said):

@@ -224,6 +224,8 @@ def attach(model: nn.Module, config: MemoryConfig | Sequence[MemoryConfig], *, f
 
 def one_of(configs: Sequence[MemoryConfig]) -> MemoryConfig:
     """The config of several memories as one."""
+    if not configs or not all(isinstance(each, MemoryConfig) for each in configs):
+        raise ValueError(f"{configs!r} is no config and no list of some; pass e.g. mnemic.RecallConfig()")
     if len(configs) == 1:
         return configs[0]
     return CONFIGS["several"](memories=[each.to_dict() for each in configs])  # pyright: ignore[reportCallIssue]

@@ -16,34 +16,34 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK = 4096
-"""Tokens of a chunk."""
+"""Tokens of a full chunk."""
+LEAST = 256
+"""Tokens that the first chunk of a bank has room for; until it is full, chunks double."""
 
 
 class Chunk:
-    """Room for `CHUNK` tokens, of which `used` are there: `keys [l, k, CHUNK, s]` and `values [l, k, CHUNK, v]`."""
+    """Room for `room` tokens, of which `used` are there: `keys [l, k, room, s]` and `values [l, k, room, v]`."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = (new.new_empty(*new.shape[:2], CHUNK, new.shape[3]) for new in (keys, values))
-        self.used = 0
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        with torch.inference_mode(False):  # whoever comes later may write outside of it
+            self.keys, self.values = (
+                torch.empty(*new.shape[:2], room, new.shape[3], dtype=new.dtype, device=new.device)
+                for new in (keys, values)
+            )
+        self.room, self.used = room, 0
         self.lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _chunk, (self.keys[:, :, : self.used].clone(), self.values[:, :, : self.used].clone())
-
     def fill(self, known: int, keys: Tensor, values: Tensor) -> bool:
-        """Puts tokens behind the `known` first ones; False, and nothing done, where somebody else has done so."""
+        """Puts tokens behind the `known` first ones; False, and nothing done, where somebody else has done so, or there
+        is no room.
+        """
+        stop = known + keys.shape[2]
         with self.lock:
-            if self.used != known:
+            if self.used != known or stop > self.room:
                 return False
-            self.used = known + keys.shape[2]
-        self.keys[:, :, known : self.used], self.values[:, :, known : self.used] = keys, values
+            self.used = stop
+        self.keys[:, :, known:stop], self.values[:, :, known:stop] = keys, values
         return True
-
-
-def _chunk(keys: Tensor, values: Tensor) -> Chunk:
-    chunk = Chunk(keys, values)
-    chunk.fill(0, keys, values)
-    return chunk
 
 
 @dataclass(frozen=True)
@@ -56,54 +56,67 @@ class Bank:
     length: int = 0
     positions: Int[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bank.of, (self.tensors(),)  # a chunk may hold what forks have read
+
     def append(
         self,
         keys_lkns: Float[Tensor, "l k n s"],
         values_lknv: Float[Tensor, "l k n v"],
         positions_n: Int[Tensor, " n"] | None = None,
     ) -> Bank:
-        """The bank with `n` more tokens, by default those behind its last one."""
+        """The bank with `n` more tokens, by default those behind its last one. The first ones decide the dtype."""
         bank, start, count = self, 0, keys_lkns.shape[2]
+        keys_lkns, values_lknv = keys_lkns.detach(), values_lknv.detach()
+        if self.chunks:
+            keys_lkns, values_lknv = keys_lkns.to(self.chunks[0].keys), values_lknv.to(self.chunks[0].values)
         if positions_n is None:
             positions_n = torch.arange(count) + (int(self.positions[-1]) + 1 if self.length else 0)
-        keys_lkns, values_lknv = keys_lkns.detach(), values_lknv.detach()
         while start < count:
             known = bank.length % CHUNK
             stop = start + min(count - start, CHUNK - known)
             keys, values = keys_lkns[:, :, start:stop], values_lknv[:, :, start:stop]
             chunks = bank.chunks
-            if not known:
-                chunks = (*chunks, Chunk(keys, values))
-            if not chunks[-1].fill(known, keys, values):
-                last = chunks[-1]
-                own = _chunk(last.keys[:, :, :known], last.values[:, :, :known])
+            if not known or not chunks[-1].fill(known, keys, values):
+                room = CHUNK if bank.length >= CHUNK else LEAST
+                while room < known + stop - start:
+                    room *= 2
+                own = Chunk(keys, values, room)
+                if known:
+                    own.fill(0, chunks[-1].keys[:, :, :known], chunks[-1].values[:, :, :known])
                 own.fill(known, keys, values)
-                chunks = (*chunks[:-1], own)
+                chunks = (*chunks[:-1], own) if known else (*chunks, own)
             bank, start = Bank(chunks, bank.length + stop - start), stop
         return replace(bank, positions=torch.cat([self.positions, positions_n.cpu()]))
 
     def without(self, first: int, last: int) -> Bank:
         """The bank without the tokens that stood at `first` to `last`, in chunks of its own."""
         stay = (self.positions < first) | (self.positions > last)
-        kept = {name: tensor[:, :, :, stay.to(tensor.device)] for name, tensor in self._tensors().items()}
-        return Bank().append(kept["keys"][0], kept["values"][0], self.positions[stay]) if stay.any() else Bank()
+        if not stay.any():
+            return Bank()
+        keys, values = (tensor[0][:, :, stay.to(tensor.device)] for tensor in self._tensors())
+        return Bank().append(keys, values, self.positions[stay])
 
-    def first(self, place: int, count: int) -> tuple[Float[Tensor, "k n s"], Float[Tensor, "k n v"]]:
-        """Keys and values of the first `count` tokens, or of as many as there are."""
-        parts = self._parts()[: -(-count // CHUNK)]
-        keys, values = ([tensor[place, :, :there] for tensor, there in each] for each in _both(parts))
-        return torch.cat(keys, 1)[:, :count], torch.cat(values, 1)[:, :count]
+    def zeroed(self) -> Bank:
+        """As many tokens, all of them zero."""
+        if not self.length:
+            return self
+        keys, values = (torch.zeros_like(tensor[0]) for tensor in self._tensors())
+        return Bank().append(keys, values, self.positions)
 
     def keys(self, place: int) -> list[Float[Tensor, "k n s"]]:
         """The keys of the `place`-th block that is kept, chunk by chunk."""
-        return [tensor[place, :, :there] for tensor, there in _both(self._parts())[0]]
+        return [chunk.keys[place, :, :there] for chunk, there in self._parts()]
 
     def values(self, place: int) -> list[Float[Tensor, "k n v"]]:
         """Its values, likewise."""
-        return [tensor[place, :, :there] for tensor, there in _both(self._parts())[1]]
+        return [chunk.values[place, :, :there] for chunk, there in self._parts()]
 
-    def _parts(self) -> list[tuple[Chunk, int]]:
-        return [(chunk, min(CHUNK, self.length - first * CHUNK)) for first, chunk in enumerate(self.chunks)]
+    def first(self, place: int, count: int) -> tuple[Float[Tensor, "k n s"], Float[Tensor, "k n v"]]:
+        """Keys and values of the first `count` tokens, or of as many as there are."""
+        most = -(-count // CHUNK)
+        keys, values = self.keys(place)[:most], self.values(place)[:most]
+        return torch.cat(keys, 1)[:, :count], torch.cat(values, 1)[:, :count]
 
     def runs(
         self, place: int, start_ktm: Int[Tensor, "k t m"], run: int
@@ -111,14 +124,10 @@ class Bank:
         """Keys and values of runs of `run` tokens from the given starts on, `n = m * run`, head by head. A run that
         begins at a multiple of `run` lies in one chunk, as `run` divides `CHUNK`; what is behind the end is anything.
         """
-        found = []
+        chunk_ktm, found = start_ktm // CHUNK, []
         for parts in (self.keys(place), self.values(place)):
-            if len(parts) == 1:
-                found.append(_gather(parts[0], start_ktm, run))
-                continue
-            chunk_ktm = start_ktm // CHUNK
             whole = parts[0].new_empty(*start_ktm.shape, run, parts[0].shape[2])
-            for number in chunk_ktm.unique().tolist():
+            for number in chunk_ktm.unique().tolist() if len(parts) > 1 else [0]:
                 here = (chunk_ktm == number).nonzero(as_tuple=True)
                 whole[here] = _rows(parts[number], here[0], start_ktm[here] - number * CHUNK, run)
             found.append(whole.flatten(2, 3))
@@ -127,38 +136,31 @@ class Bank:
     @property
     def nbytes(self) -> int:
         """Bytes of the tokens that are there."""
-        parts = (tensor[:, :, :there] for each in _both(self._parts()) for tensor, there in each)
+        parts = (tensor[:, :, :there] for chunk, there in self._parts() for tensor in (chunk.keys, chunk.values))
         return sum(part.numel() * part.element_size() for part in parts)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it: `keys [1, l, k, n, s]`, `values [1, l, k, n, v]`, `positions [1, n]`; nothing of an empty bank."""
-        return {**self._tensors(), "positions": self.positions[None]} if self.length else {}
-
-    def _tensors(self) -> dict[str, Tensor]:
-        keys, values = ([tensor[:, :, :there] for tensor, there in each] for each in _both(self._parts()))
-        return {"keys": torch.cat(keys, 2)[None], "values": torch.cat(values, 2)[None]}
-
-    def zeroed(self) -> Bank:
-        """As many tokens, all of them zero."""
-        return Bank.of({name: torch.zeros_like(tensor) for name, tensor in self._tensors().items()})
+        if not self.length:
+            return {}
+        keys, values = self._tensors()
+        return {"keys": keys, "values": values, "positions": self.positions[None]}
 
     @staticmethod
     def of(tensors: dict[str, Tensor]) -> Bank:
         """The inverse of `tensors`."""
         if not tensors:
             return Bank()
-        positions = tensors["positions"][0] if "positions" in tensors else None
-        return Bank().append(tensors["keys"][0], tensors["values"][0], positions)
+        return Bank().append(tensors["keys"][0], tensors["values"][0], tensors["positions"][0])
 
+    def _parts(self) -> list[tuple[Chunk, int]]:
+        return [(chunk, min(CHUNK, self.length - first * CHUNK)) for first, chunk in enumerate(self.chunks)]
 
-def _both(parts: list[tuple[Chunk, int]]) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
-    return [(chunk.keys, there) for chunk, there in parts], [(chunk.values, there) for chunk, there in parts]
-
-
-def _gather(part_kns: Tensor, start_ktm: Tensor, run: int) -> Tensor:
-    head = torch.arange(len(part_kns), device=part_kns.device)[:, None, None].expand(start_ktm.shape)
-    flat = _rows(part_kns, head.reshape(-1), start_ktm.reshape(-1), run)
-    return flat.view(*start_ktm.shape, run, part_kns.shape[2]).flatten(2, 3)
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        parts = self._parts()
+        keys = torch.cat([chunk.keys[:, :, :there] for chunk, there in parts], 2)
+        values = torch.cat([chunk.values[:, :, :there] for chunk, there in parts], 2)
+        return keys[None], values[None]
 
 
 def _rows(part_kns: Tensor, head: Tensor, start: Tensor, run: int) -> Tensor:

@@ -24,6 +24,7 @@ from mnemic.host.choosing import (
 )
 from mnemic.host.evaluating import evaluating
 from mnemic.host.release import GENERATE_CACHE
+from mnemic.host.wrappers import as_forward
 
 if TYPE_CHECKING:
     from mnemic.session import Session
@@ -72,7 +73,7 @@ def generate(
     if counting.length is not None:
         check_taken(session.model, _taken(cache) - before, counting.length - 1)
     said = _without_padding((output if isinstance(output, Tensor) else output.sequences)[:1], ids, session, kwargs)
-    session.read(said)
+    as_forward(session.model, session._take_in, said)
     return output, said
 
 

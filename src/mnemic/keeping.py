@@ -19,7 +19,7 @@ from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
 from mnemic.host.wrappers import unwrapped, whole
 from mnemic.rereading import reread, window_ids
-from mnemic.state import State
+from mnemic.state import State, StateError
 from mnemic.stream import Stream
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ def contents(session: Session) -> tuple[State, dict[str, Any]]:
     left the window; `history.*`; of the window `window.valid [1, kept]` and, unless its tokens can be read again and
     are to be, `keys.*` and `values.*` `[1, heads, kept, width]` in the base's dtype.
     """
+    if session._layer.off:
+        raise StateError(
+            "tokens were read while the memory was off, and a session of such a memory could not go on from its file; "
+            "save before that, or do such things with session.fork()"
+        )
     tensors, meta = {}, _description(session)
     if session.stream is not None:
         stream = session.stream.detach()
@@ -57,7 +62,9 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
     # keys of a base in float32 go on in the same base in bfloat16
     dtype: Any = unwrapped(session.model).dtype
     tensors = {
-        name: tensor.to(router.device, dtype if name.startswith(("keys.", "values.", "bank.")) else tensor.dtype)
+        name: tensor.to(
+            router.device, dtype if name.startswith(("keys.", "values.", "bank.keys", "bank.values")) else tensor.dtype
+        )
         for name, tensor in tensors.items()
     }
     if (ledger := meta.get("stream")) is not None:

@@ -17,6 +17,7 @@ from mnemic.history import Log
 from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, Window
+from mnemic.host.call import reading
 from mnemic.host.evaluating import evaluating
 
 
@@ -43,7 +44,7 @@ def reread(model: nn.Module, cache: MemoryCache, window: Window, ids: Int[Tensor
     # pieces shorter than a segment, each with the memory as it is: none fills a segment, so nothing is written
     idle = None if stream is None else replace(stream, waiting=stream.waiting[:, :0], counts=(0,), logs=())
     cache.window = None
-    with evaluating(model):
+    with evaluating(model), reading():
         for piece in ids.split(segment_length - 1, 1):
             layer.stream = idle
             cache.window = replace(cache.window or empty, running=(0,))

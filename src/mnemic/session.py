@@ -334,6 +334,11 @@ class Session:
             if not self._router.attended:
                 kind = self._router.config.kind
                 raise ValueError(f"a memory of kind {kind!r} keeps no token apart from others; reset() forgets all")
+            if self._router.memory.written_layers:
+                raise ValueError(
+                    "beside recall another memory has written these tokens, which it cannot take apart again; reset() "
+                    "forgets all"
+                )
             left = 0 if stream is None or cache is None or cache.window is None else cache.window.context[0]
             seen = 0 if stream is None else stream.seen[0]
             if not 0 <= first <= last < seen - left:
@@ -347,6 +352,7 @@ class Session:
             self._layer.stream = replace(
                 stream, banks=(shorter,), logs=(None if log is None else log.without(first, last),)
             )
+            self._layer.replay = None  # which knows the stream as it was
             return bank.length - shorter.length
 
     @alone

@@ -73,8 +73,11 @@ class Contents:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Bytes of the memory's state, of waiting tokens, of the window's keys, and of the history with its text."""
-        keys = {name: tensor for name, tensor in self.rest.items() if name.startswith(("keys.", "values.", "window."))}
+        """Bytes of the memory's state, of waiting tokens, of keys in the window and kept from before it, and of the
+        history with its text.
+        """
+        kinds = ("keys.", "values.", "window.", "bank.")
+        keys = {name: tensor for name, tensor in self.rest.items() if name.startswith(kinds)}
         return {
             "state": nbytes(self.state),
             "waiting": nbytes(self.rest) - nbytes(keys),

@@ -52,9 +52,10 @@ def served(anatomy: Anatomy, wanted: tuple[int, ...]) -> list[int]:
         kinds = ["sliding_attention" if anatomy.slides else "full_attention"] * len(anatomy.blocks)
     found = [layer for layer in wanted if kinds[layer] == "full_attention"]
     if wanted and not found:
+        few = getattr(anatomy.trunk.config, "sliding_window", "few")
         raise ValueError(
-            f"every block of {name} that this memory would serve sees a sliding window of "
-            f"{anatomy.trunk.config.sliding_window} keys by itself; use a model with blocks that see all"
+            f"every block of {name} that this memory would serve sees a sliding window of {few} keys by itself; use a "
+            "model with blocks that see all"
         )
     return found
 
@@ -62,7 +63,7 @@ def served(anatomy: Anatomy, wanted: tuple[int, ...]) -> list[int]:
 def install(anatomy: Anatomy) -> None:
     """Puts our function in the host's place; raises `ValueError` for a family that does not call it."""
     trunk = anatomy.trunk
-    name, own = type(trunk).__name__, trunk.config._attn_implementation
+    name, own = type(trunk).__name__, trunk.config._attn_implementation.removeprefix(PREFIX)
     if not trunk._can_set_attn_implementation() or any(attention_of(block) is None for block in anatomy.blocks):
         raise ValueError(
             newer(
@@ -75,8 +76,6 @@ def install(anatomy: Anatomy) -> None:
             f"{name} runs attention {own!r}, beside which this memory cannot stand; load the model with "
             "attn_implementation='sdpa'"
         )
-    ALL_ATTENTION_FUNCTIONS.register(PREFIX + own, functools.partial(attend, own))
-    ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + own, ALL_MASK_ATTENTION_FUNCTIONS[own])
     trunk.set_attn_implementation(PREFIX + own)
 
 
@@ -93,14 +92,43 @@ def base_function(own: str, module: nn.Module) -> Callable[..., Any]:
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
+def keys_seen(
+    anatomy: Anatomy, layers: list[int], cache: Any, seen: list[tuple[int, Tensor, Tensor, dict[str, Any]]]
+) -> list[Tensor]:
+    """The keys `[k, t, s]` of every block. Raises `ValueError` unless the attention of each of `layers` was called
+    once, over the keys and values that the cache has of it, and these are of one shape.
+    """
+    shapes = set()
+    for layer in layers:
+        its, held = [each for each in seen if each[0] == layer], cache.layers[layer]
+        plain = len(its) == 1 and all(
+            kept is not None and kept.shape == used.shape and torch.equal(kept, used)
+            for kept, used in zip((held.keys, held.values), its[0][1:3], strict=True)
+        )
+        if not plain or its[0][3].get("s_aux") is not None:
+            raise ValueError(
+                newer(
+                    f"{type(anatomy.trunk).__name__} has an attention of its own in block {layer} (latent keys, two of "
+                    "them, sinks among its weights), inside which this memory cannot work"
+                )
+            )
+        shapes |= {(held.keys.shape[1], held.keys.shape[3], held.values.shape[3])}
+    if len(shapes) > 1:
+        raise ValueError(f"{type(anatomy.trunk).__name__} has blocks with keys of different shapes, {sorted(shapes)}")
+    return [layer.keys[0] for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
 @torch.no_grad()
 def turnings(anatomy: Anatomy, layers: list[int], run: Callable[[Tensor, Tensor], list[Tensor]]) -> list[Turning]:
     """How the blocks `layers` turn their keys. `run(ids, positions)` gives the keys `[k, 1, s]` of one token in each
-    block. Raises `ValueError` for a block whose rotation is not found.
+    block. Raises `ValueError` for a block whose rotation is not found, or whose attention is not over its keys.
     """
     trunk = anatomy.trunk
-    device = next(anatomy.trunk.parameters()).device
-    ids = torch.full((1, 1), 3, device=device)
+    embeddings: Any = trunk.get_input_embeddings()
+    device = embeddings.weight.device
+    # one that is not zero, as that of padding is
+    token = int(embeddings.weight[:256].float().norm(dim=1).argmax())
+    ids = torch.full((1, 1), token, device=device)
     looked = [run(ids, torch.full((1, 1), place, device=device)) for place in PLACES]
     rotates = any("Rotary" in type(module).__name__ for module in trunk.modules())
     found = []
@@ -125,6 +153,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """What stands in place of the host's attention function. `query [b, h, t, s]`, `key [b, k, n, s]`."""
     base = base_function(own, module)
+    if thread.probe is not None:
+        thread.probe.append((int(module.layer_idx), key, value, kwargs))  # pyright: ignore[reportArgumentType]
     found = _call_of(module)
     if found is None:
         return base(module, query, key, value, attention_mask, **kwargs)
@@ -191,6 +221,7 @@ def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwar
         bank=bank,
         place=place,
         turn=turn,
+        window=call.cache.settings[0] or router.segment_length,
         reading=thread.reading,
     )
     return router.memory.further(layer, asked)
@@ -254,6 +285,30 @@ def _one_softmax(
     read = (weight[..., :count].transpose(1, 2) @ more.values_ktmv.float()).transpose(1, 2)
     read = read + weight[..., count:] @ value_knv[:, None].float()
     return read.flatten(0, 1).transpose(0, 1)[None].to(query_hts.dtype)
+
+
+for _own in SERVED:  # when this is imported: a pickled model finds its function, too
+    ALL_ATTENTION_FUNCTIONS.register(PREFIX + _own, functools.partial(attend, _own))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + _own, ALL_MASK_ATTENTION_FUNCTIONS[_own])
+
+
+def check_asked(router: Router, call: Call, trunk: Any) -> None:
+    """Raises `ValueError` for a call with a window that a memory inside attention cannot serve."""
+    assert isinstance(call.cache, MemoryCache)
+    if not trunk.config._attn_implementation.startswith(PREFIX):
+        raise ValueError(
+            f"the model's attention was set to {trunk.config._attn_implementation!r} after its memory was attached, "
+            "which works inside it; detach the memory, set the attention, and attach it again"
+        )
+    if call.checkpointing:
+        raise ValueError(
+            "gradient checkpointing runs attention twice, the second time without the memory inside it; turn it off"
+        )
+    if call.cache.memory.off:
+        raise ValueError(
+            "tokens were read while the memory was off, and stand in the window, whose keys it keeps; go on with the "
+            "memory off, or do such things with session.fork()"
+        )
 
 
 def count(router: Router, call: Call) -> Stream:

@@ -28,6 +28,8 @@ class MemoryLayer(DummyLayer):
         super().__init__()
         self.stream: Stream | None = None
         self.replay: Callable[[int], Stream] | None = None
+        self.off = False
+        """Whether tokens were read with a memory inside attention switched off: their keys are not the stream's."""
         self.log: Log | None = None
         """What the history of a new stream begins with; None for streams without one."""
 
@@ -55,6 +57,7 @@ class MemoryLayer(DummyLayer):
     def reset(self) -> None:
         """The streams are forgotten."""
         self.stream = self.replay = None
+        self.off = False
 
     def detach(self) -> None:
         """Cuts what is carried out of any gradient."""
@@ -356,6 +359,7 @@ class MemoryCache(DynamicCache):
         joined = MemoryCache(*first.settings[:3], first.depth, first.settings[3])
         if all(cache.window is None for cache in caches):
             return joined
+        joined.memory.off = any(cache.memory.off for cache in caches)
         windows = [cache.window or Window.new(*first.settings, 1, device) for cache in caches]
         joined.window = Window.concatenate(windows)
         for index, layer in enumerate(joined.layers):
@@ -385,6 +389,7 @@ class MemoryCache(DynamicCache):
         size, segment_length, limit, beside = self.settings
         copy = MemoryCache(size, segment_length, limit, self.depth, beside)
         copy.window, copy.memory.stream, copy.memory.log = self.window, self.memory.stream, self.memory.log
+        copy.memory.off = self.memory.off
         for mine, theirs in zip(self.layers, copy.layers, strict=True):
             if isinstance(mine, DynamicLayer) and mine.is_initialized:
                 theirs.lazy_initialization(mine.keys, mine.values)  # pyright: ignore

@@ -31,7 +31,7 @@ from mnemic.host.call import Call, SeenError, Watch, disabling, eager, is_disabl
 from mnemic.host.evaluating import evaluating
 from mnemic.host.guard import Guard
 from mnemic.host.opening import arrange, goes_by_segment, open_call
-from mnemic.host.release import OUTPUT_CACHE, DynamicCache, DynamicLayer
+from mnemic.host.release import OUTPUT_CACHE, DynamicCache
 from mnemic.host.ropes import length_dependent, rotations
 from mnemic.host.turning import Turning
 from mnemic.host.wrappers import check_present, check_whole, gather_for_gradient, misplaced, warn_frozen
@@ -98,9 +98,13 @@ class Router(nn.Module):
     def _keys_at(self, anatomy: Anatomy, ids: Tensor, position_ids: Tensor) -> list[Tensor]:
         """The keys `[k, t, s]` that each block of the base alone makes of tokens at some positions."""
         cache = DynamicCache()
-        with self.disabled(), evaluating(anatomy.trunk):
-            anatomy.trunk(input_ids=ids, position_ids=position_ids, **with_cache(anatomy.trunk, cache))
-        return [layer.keys[0] for layer in cache.layers if isinstance(layer, DynamicLayer) and layer.keys is not None]
+        thread.probe = []
+        try:
+            with self.disabled(), evaluating(anatomy.trunk):
+                anatomy.trunk(input_ids=ids, position_ids=position_ids, **with_cache(anatomy.trunk, cache))
+            return attention.keys_seen(anatomy, self.attended, cache, thread.probe)
+        finally:
+            thread.probe = None
 
     def remove(self, anatomy: Anatomy) -> None:
         """Takes the hooks away again. They are found by their owner, so this works on copies of a model too."""
@@ -184,6 +188,8 @@ class Router(nn.Module):
             arguments = part_of(arguments, call.pieces[-1], seen, call.time)
             open_call(self, call, trunk, arguments)
         if isinstance(call.cache, MemoryCache):
+            if self.attended and self.enabled:
+                attention.check_asked(self, call, trunk)
             arrange(self, call, trunk, arguments)
         return arguments
 
@@ -224,6 +230,7 @@ class Router(nn.Module):
             call.layer.stream = stream.leave(call.traces, call.keep).read(call.ids, call.keep)
         if isinstance(call.cache, MemoryCache):
             call.cache.inside = False
+            call.cache.memory.off |= bool(self.attended) and not self.enabled
             window = call.cache.window
             assert window is not None
             pieces = cut(window.running, call.time, self.segment_length, call.keep)

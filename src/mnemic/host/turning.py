@@ -75,12 +75,20 @@ def candidates(trunk: nn.Module, attention: nn.Module) -> list[Turning]:
 
 
 def turning_of(found: list[Turning], keys: list[Float[Tensor, "k 1 s"]]) -> Turning | None:
-    """The one that makes the keys of one token at `PLACES` the same; None where there is none."""
-    for turning in reversed(found):
+    """The one that makes the keys of one token at `PLACES` the same, best of all; None where there is none."""
+    errors = [_error(turning, keys) for turning in found]
+    best = min(range(len(found)), key=errors.__getitem__)
+    return found[best] if errors[best] <= NEAR else None
+
+
+def _error(turning: Turning, keys: list[Float[Tensor, "k 1 s"]]) -> float:
+    """By how much they differ, as a share of their length; infinite for a rotation of another width."""
+    try:
         plain = [
             turning(key, torch.tensor([place], device=key.device), back=True)
             for key, place in zip(keys, PLACES, strict=True)
         ]
-        if all(float((each - plain[0]).norm()) <= NEAR * float(plain[0].norm()) for each in plain):
-            return turning
-    return None
+    except RuntimeError:
+        return torch.inf
+    length = float(plain[0].norm())
+    return max(float((each - plain[0]).norm()) for each in plain) / length if length else torch.inf

@@ -43,8 +43,9 @@ class Asked:
     """What the attention of one block asks a memory for, for tokens of one row.
 
     `query_hts` are the queries before any rotation, of tokens at `position_t`; the window's oldest key stands at
-    `first`. `bank` has what left the window, of this block at `place`. `turn(x, position)` puts positions in. `scale`
-    multiplies products. While a session is `reading`, nobody waits for what the model says.
+    `first`, and the window has `window` keys at most. `bank` has what left it, of this block at `place`.
+    `turn(x, position)` puts positions in. `scale` multiplies products. While a session is `reading`, nobody waits for
+    what the model says.
     """
 
     query_hts: Float[Tensor, "h t s"]
@@ -54,6 +55,7 @@ class Asked:
     bank: Bank
     place: int
     turn: Callable[[Tensor, Tensor], Tensor]
+    window: int
     reading: bool = False
 
 

@@ -191,8 +191,9 @@ class Recall(Memory):
 
     def _far(self, asked: Asked) -> Float[Tensor, "h t s"]:
         """R_D q: queries as they meet keys without positions."""
-        distance = asked.position_t.new_full(asked.position_t.shape, self.config.window or self.config.segment_length)
-        return asked.turn(asked.query_hts, distance)
+        distance = torch.full_like(asked.position_t, asked.window)
+        # turned to 0 as the keys would be: some kinds of scaling make both longer
+        return asked.turn(asked.turn(asked.query_hts, distance), torch.zeros_like(distance))
 
     def _placed(self, asked: Asked, start: Int[Tensor, "k t u"], keep_ktm: Bool[Tensor, "k t m"] | None) -> Further:
         """The keys and values of the blocks that begin at `start`."""
@@ -203,7 +204,7 @@ class Recall(Memory):
             position = asked.first - count + torch.arange(count, device=keys_ktms.device)
             return Further(asked.turn(keys_ktms, position), values_ktmv, keep_ktm)
         # at one distance from each token
-        position_t = asked.position_t - (config.window or config.segment_length)
+        position_t = asked.position_t - asked.window
         turned = asked.turn(keys_ktms.transpose(1, 2), position_t).transpose(1, 2)
         return Further(turned, values_ktmv, keep_ktm)
 
@@ -254,7 +255,7 @@ def naive(memory: Recall, asked: Asked) -> list[list[list[Seen]]]:
     """What each token `[t]` of each head of keys `[k]` chooses, where not all that is kept fits."""
     config = memory.config
     keys, values = (torch.cat(parts(asked.place), 1).float() for parts in (asked.bank.keys, asked.bank.values))
-    (heads, kept, _), window, unit = keys.shape, config.window or config.segment_length, config.unit
+    (heads, kept, _), window, unit = keys.shape, asked.window, config.unit
     group, always = len(asked.query_hts) // heads, config.sinks // unit
     blocks = [list(range(start, min(start + unit, kept))) for start in range(0, kept, unit)]
     seen: list[list[list[Seen]]] = [[] for _ in range(heads)]
@@ -262,7 +263,7 @@ def naive(memory: Recall, asked: Asked) -> list[list[list[Seen]]]:
         worths = []
         for head in range(heads):
             queries = asked.query_hts[head * group : (head + 1) * group, t]
-            far = [_turned(asked, query, window) for query in queries]
+            far = [_turned(asked, _turned(asked, query, window), 0) for query in queries]
             worths.append(
                 [[_worth(config, asked.scale, query, keys[head], block) for block in blocks] for query in far]
             )

@@ -4,10 +4,10 @@ Each memory reads and writes where it would alone, from and into a state of its 
 
     h'     = read_n(... read_1(h))           at a block where several read, in their order
     S_i   <- write_i(h_i, S_i)               h_i the outputs of the blocks that memory i writes, before any read there
-    before the window: what memory 1 gives, then what memory 2 gives ...     inside attention
+    before the window: what the memory inside attention gives, if one of them is
 
 All have one segment length and one window, as segments and keys are the host's. At most one may put memory tokens
-beside a segment.
+beside a segment, or one stand inside attention.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class SeveralConfig(MemoryConfig):
     memories: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if wrong := [each for each in self.memories if not isinstance(each, dict)]:
+            raise ValueError(f"memories has {wrong[0]!r}; give each as its config's to_dict()")
         if len(self.memories) < 2:
             raise ValueError(f"memories has {len(self.memories)}; several are two at least")
         given = self.configs
@@ -115,6 +117,14 @@ class Several(Memory):
         beside = [each for each in members if each.beside]
         if len(beside) > 1:
             raise ValueError("two of the memories put tokens beside a segment; at most one can")
+        inside = [each for each in members if each.attended]
+        if len(inside) > 1:
+            raise ValueError("two of the memories keep the keys that leave the window; one is enough")
+        if inside and beside:
+            raise ValueError(
+                "one of the memories puts tokens beside a segment, and another keeps keys that leave the window, of "
+                "which theirs are none; attach one of them alone"
+            )
         self.beside = beside[0].beside if beside else 0
         self.writes_tokens_behind = any(each.writes_tokens_behind for each in members)
         if self.writes_tokens_behind:
@@ -164,9 +174,8 @@ class Several(Memory):
         return hidden_btd, traces
 
     def further(self, layer: int, asked: Asked) -> Further | None:
-        """What the memories inside attention give."""
-        found = [each.further(layer, asked) for _, each in self.all if layer in each.attended]
-        return next((each for each in found if each is not None), None)
+        """What the one memory inside attention gives."""
+        return next((each.further(layer, asked) for _, each in self.all if layer in each.attended), None)
 
     def tokens_before(self, state: State) -> MemoryTokens | None:
         """Those of the one memory that has any."""
