@@ -226,7 +226,7 @@ def test_rows_and_targets_go_together(config):
     assert torch.equal(unrolled.targets, labels[labels != IGNORED])
     assert torch.equal(unrolled.correct, unrolled.logits.argmax(-1) == unrolled.targets)
     with torch.no_grad():
-        logits = feed(model, ids, [SEGMENT] * 6, carried=mnemic.memory_cache(model, SEGMENT))
+        logits = feed(model, ids, [SEGMENT] * 6, carried=mnemic.memory_cache(model, config.window or SEGMENT))
     assert_near(unrolled.logits, logits[:, :-1][labels[:, 1:] != IGNORED])
 
 

@@ -63,7 +63,7 @@ def served(anatomy: Anatomy, wanted: tuple[int, ...]) -> list[int]:
 def install(anatomy: Anatomy) -> None:
     """Puts our function in the host's place; raises `ValueError` for a family that does not call it."""
     trunk = anatomy.trunk
-    name, own = type(trunk).__name__, trunk.config._attn_implementation.removeprefix(PREFIX)
+    name, own = type(trunk).__name__, (trunk.config._attn_implementation or "").removeprefix(PREFIX)
     if not trunk._can_set_attn_implementation() or any(attention_of(block) is None for block in anatomy.blocks):
         raise ValueError(
             newer(
