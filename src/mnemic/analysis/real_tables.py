@@ -63,8 +63,8 @@ def needles(found: Sequence[Record]) -> str:
             rows.append([str(cell) for cell in shown])
         commands.append(f"`{record.command}`")
     header = ["model", "needle", "tokens", "questions", "own", *names, "MiB"]
-    note = f"Per cent of numbers answered by untrained models, over {found[0].config['depths']} depths. Made by "
-    return f"{markdown(header, rows)}\n\n{note}{', '.join(commands)}."
+    note = "Per cent of numbers answered by untrained models, needles at even distances from the start on. Made by "
+    return f"{markdown(header, rows)}\n\n{note}{', '.join(dict.fromkeys(commands))}."
 
 
 def told(found: Sequence[Record]) -> str:
