@@ -36,8 +36,8 @@ def asked_of(kept: int, heads: int = 2, group: int = 3, time: int = 4, reading: 
     keys, values = torch.randn(2, 1, heads, kept, 8, generator=generator)
     query, position = torch.randn(heads * group, time, 8, generator=generator), torch.arange(70, 70 + time)
 
-    def turn(x, at):  # a rotation of channel pairs
-        angle = at[:, None].float() / torch.tensor([1.0, 3.0, 9.0, 27.0])
+    def turn(x, at, back=False):  # a rotation of channel pairs
+        angle = (-at if back else at)[:, None].float() / torch.tensor([1.0, 3.0, 9.0, 27.0])
         one, two = x[..., :4], x[..., 4:]
         return torch.cat([one * angle.cos() - two * angle.sin(), two * angle.cos() + one * angle.sin()], -1)
 
@@ -268,7 +268,7 @@ def test_scaled_rotations_choose_as_attention_would():
     query, position = torch.randn(4, 3, 16, generator=generator), torch.arange(60, 63)
     asked = Asked(query, position, 40, 0.25, Bank().append(keys, values), 0, turn, 16)
     (mass,) = attachment.memory._masses(asked)
-    far, near = turn(query, torch.full((3,), 16)), turn(keys[0], torch.zeros(40, dtype=torch.long))
+    far, near = turn(asked.query_hts, torch.full((3,), 16)), turn(keys[0], torch.zeros(40, dtype=torch.long))
     shares = (0.25 * far.unflatten(0, (2, 2)) @ near[:, None].transpose(-1, -2)).softmax(-1)
     assert_near(mass, shares.unflatten(-1, (-1, 4)).sum(-1).amax(1), 1e-5)
 

@@ -93,10 +93,14 @@ def inside(memory: mnemic.Memory, config: mnemic.MemoryConfig) -> list[Any]:
     generator = torch.Generator().manual_seed(2)
     keys, values = torch.randn(2, 3, 2, 37, 4, generator=generator)
     bank = Bank().append(keys, values)
+
+    def turn(x, at, back=False):
+        return x + (-1 if back else 1) * at[:, None] / 64
+
     for reading in (False, True):
         for place, layer in enumerate(memory.attended):
             query, position = torch.randn(4, 5, 4, generator=generator), torch.arange(60, 65)
-            asked = Asked(query, position, 40, 0.5, bank, place, lambda x, at: x + at[:, None] / 64, 16, reading)
+            asked = Asked(query, position, 40, 0.5, bank, place, turn, 16, reading)
             more = memory.further(layer, asked)
             found += [] if more is None else [more.keys_ktms, more.values_ktmv]
     return found

@@ -214,7 +214,7 @@ def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwar
     turn = functools.partial(router.turnings[place], memo=call.angles)
     position = _positions(window, call, row, query.shape[2], query.device)
     asked = Asked(
-        query_hts=turn(query[row], position, back=True),
+        turned_hts=query[row],
         position_t=position,
         first=window.position[row] - window.context[row],
         scale=float(kwargs.get("scaling") or query.shape[-1] ** -0.5),

@@ -42,21 +42,26 @@ class MemoryTokens:
 class Asked:
     """What the attention of one block asks a memory for, for tokens of one row.
 
-    `query_hts` are the queries before any rotation, of tokens at `position_t`; the window's oldest key stands at
-    `first`, and the window has `window` keys at most. `bank` has what left it, of this block at `place`.
-    `turn(x, position)` puts positions in. `scale` multiplies products. While a session is `reading`, nobody waits for
-    what the model says.
+    `turned_hts` are the queries as the block turned them by their positions `position_t`; the window's oldest key
+    stands at `first`, and the window has `window` keys at most. `bank` has what left it, of this block at `place`.
+    `turn(x, position)` puts positions in, and takes them out with `back=True`. `scale` multiplies products. While a
+    session is `reading`, nobody waits for what the model says.
     """
 
-    query_hts: Float[Tensor, "h t s"]
+    turned_hts: Float[Tensor, "h t s"]
     position_t: Int[Tensor, " t"]
     first: int
     scale: float
     bank: Bank
     place: int
-    turn: Callable[[Tensor, Tensor], Tensor]
+    turn: Callable[..., Tensor]
     window: int
     reading: bool = False
+
+    @functools.cached_property
+    def query_hts(self) -> Float[Tensor, "h t s"]:
+        """The queries before any rotation."""
+        return self.turn(self.turned_hts, self.position_t, back=True)
 
 
 @dataclass(frozen=True)
