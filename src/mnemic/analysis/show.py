@@ -30,7 +30,8 @@ class Shown:
     @classmethod
     def of(cls, session: Session, *, histograms: bool = False) -> Shown:
         """The view of a session; in words where its text is kept and it has a tokenizer."""
-        found, trained = contents(*session.contents(), "session"), attached(session.model).trained
+        found, attachment = contents(*session.contents(), "session"), attached(session.model)
+        trained = attachment.trained if attachment.parameters() else None  # nothing to be said of what has no weights
         ids = found.log.ids
         words = Words(ids, session.tokenizer) if ids and session.tokenizer is not None else None
         return cls(found, words, trained, histograms)
