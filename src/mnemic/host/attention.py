@@ -81,8 +81,9 @@ def install(anatomy: Anatomy) -> None:
 
 def remove(trunk: Any) -> None:
     """Gives the host its function back."""
-    if trunk.config._attn_implementation.startswith(PREFIX):
-        trunk.set_attn_implementation(trunk.config._attn_implementation.removeprefix(PREFIX))
+    own = trunk.config._attn_implementation or ""
+    if own.startswith(PREFIX):
+        trunk.set_attn_implementation(own.removeprefix(PREFIX))
 
 
 def base_function(own: str, module: nn.Module) -> Callable[..., Any]:
