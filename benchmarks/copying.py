@@ -62,6 +62,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "emt-untied": MEMORIES["emt"],
     "emt-not-whitened": {**MEMORIES["emt"], "whiten": False},
     "emt-wide": {**MEMORIES["emt"], "dim": 512},
+    "emt-128-slots": {**MEMORIES["emt"], "slots": 128},
     "emt-four-heads": {**MEMORIES["emt"], "heads": 4},
     "emt-no-late-read": {**MEMORIES["emt"], "read_layers": READS[:-1]},
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,9 +29,8 @@ from mnemic.memories.base import MemoryConfig
 from mnemic.state import nbytes
 from mnemic.tasks.base import seed_of
 from mnemic.tasks.documents import tokenize
-from mnemic.tasks.told import PLAIN, Copying, Mixture, ToldThings, pool_of
+from mnemic.tasks.told import PLAIN, Copying, Mixture, ToldThings, endings, pool_of, whole
 from mnemic.training import Batch, calibrate, hold_then_fall, train
-from mnemic.unrolling import IGNORED
 
 SETTINGS_FILE = "lessons.json"
 CALIBRATED = 256
@@ -82,15 +81,14 @@ ASKED = (Asked(1, (1, 8)), Asked(4, (1, 8)), Asked(4, (64, 64)), Asked(1, (1, 8)
 
 
 @torch.no_grad()
-def in_window(attachment: Attachment, batch: Batch) -> Bool[Tensor, " b"]:
-    """Whether the base answers each row whole with all of it in its window, and no memory."""
-    right = []
+def in_window(attachment: Attachment, batch: Batch) -> Int[Tensor, "b t"]:
+    """What the base says at every place with all of each row in its window, and no memory."""
+    said = torch.zeros_like(batch.labels)
     with attachment.disabled():
         # one by one, as the logits of all tokens are large
-        for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
-            said = attachment.model(input_ids=ids[None]).logits[0, :-1].argmax(-1)
-            right.append(((said == labels[1:]) | (labels[1:] == IGNORED)).all().cpu())
-    return torch.stack(right)
+        for row, ids in enumerate(batch.input_ids):
+            said[row, 1:] = attachment.model(input_ids=ids[None]).logits[0, :-1].argmax(-1)
+    return said
 
 
 @dataclass
@@ -254,16 +252,15 @@ class LessonRun:
             held_out_relations=asked.held_out_relations,
         )
         report.phase(f"ask, {asked.facts} facts in up to {asked.segments[1]} segments", self.test_rows)
-        whole: list[Tensor] = []
+        ends, right = endings(tokenizer), []
         for place, part in enumerate(parts(self.test_rows, 16)):
             batch = made.batch(part.stop - part.start, seed_of("test", place))
             found = predict(attachment, batch.input_ids, batch.labels)
-            labels = batch.labels.cpu()
-            right = [((found.tokens[name] == labels) | (labels == IGNORED)).all(1) for name in CONDITIONS]
-            whole.append(torch.stack([*right, in_window(attachment, batch)], 1))
+            said = [*(found.tokens[name] for name in CONDITIONS), in_window(attachment, batch).cpu()]
+            right.append(torch.stack([whole(each, batch.labels.cpu(), ends) for each in said], 1))
             report.advance(part.stop - part.start)
-        right = torch.cat(whole).double().mean(0)
-        scores = dict(zip((*CONDITIONS, "everything in the window"), right.tolist(), strict=True))
+        shares = torch.cat(right).double().mean(0).tolist()
+        scores = dict(zip((*CONDITIONS, "everything in the window"), shares, strict=True))
         return Score(
             length=asked.segments[1],
             tokens=asked.segments[1] * self.config.segment_length,

@@ -418,11 +418,27 @@ def distinct_layers(layers: Sequence[int], depth: int, name: str) -> tuple[int, 
     return tuple(sorted(found))
 
 
-def shifted(hidden_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | None) -> Float[Tensor, "b t d"]:
-    """For every token the one before it in its row, padding skipped; zero where there is none."""
+def shifted(
+    hidden_btd: Float[Tensor, "b t d"],
+    keep_bt: Bool[Tensor, "b t"] | None,
+    first_bd: Float[Tensor, "b d"] | None = None,
+) -> Float[Tensor, "b t d"]:
+    """For every token the one before it in its row, padding skipped; where there is none, `first_bd`, or zero."""
+    first_b1d = (hidden_btd.new_zeros(hidden_btd[:, 0].shape) if first_bd is None else first_bd)[:, None]
     if keep_bt is None:
-        return F.pad(hidden_btd, (0, 0, 1, -1))
+        return torch.cat([first_b1d, hidden_btd[:, :-1]], 1)
     place_t = torch.arange(hidden_btd.shape[1], device=hidden_btd.device)
     latest_bt = F.pad(place_t.where(keep_bt, -1).cummax(1).values, (1, -1), value=-1)
     before_btd = hidden_btd.gather(1, latest_bt.clamp_min(0)[..., None].expand_as(hidden_btd))
-    return before_btd * (latest_bt >= 0)[..., None]
+    return before_btd.where((latest_bt >= 0)[..., None], first_b1d)
+
+
+def latest(
+    hidden_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | None, first_bd: Float[Tensor, "b d"]
+) -> Float[Tensor, "b d"]:
+    """The last token of every row that is no padding; `first_bd` where all are."""
+    if keep_bt is None:
+        return hidden_btd[:, -1]
+    place_t = torch.arange(hidden_btd.shape[1], device=hidden_btd.device)
+    latest_b = place_t.where(keep_bt, -1).amax(1)
+    return hidden_btd[torch.arange(len(hidden_btd)), latest_b.clamp_min(0)].where((latest_b >= 0)[:, None], first_bd)

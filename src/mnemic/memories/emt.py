@@ -25,11 +25,14 @@ the softmax. Both are the author's; the documentation says what they cost.
 Write, once per segment, by allocation (`write="allocation"`): the slots compete for every token, and a slot holds two
 halves, an address made of the token before and a content made of what entered the first block, where a token is itself:
 
-    e_t  = [A h_(t-1) ; V h0_t]                           address and content
-    w_st = beta_t softmax_s( 2 sqrt(m) cos(u_s + U M_s, K LN(e_t)) ),  beta_t = sigmoid(w_b . h_t + 2)
+    e_t  = [A h_(t-1) ; V h0_t]                           address and content, also across the segments' border
+    w_st = beta_t softmax_s( 2 sqrt(m) cos(u_s + U M_s, K LN(e_t)) - 16 sum_(t' < t) w_st' ),
+                                                          beta_t = sigmoid(w_b . h_t + 2)
     c_s  = LN( sum_t w_st e_t / n_s ),  n_s = sum_t w_st
     g_s  = sigmoid( w . [c_s ; M_s] + b ) (1 - exp(-3 n_s)),  b = 1 at first
     M_s  <- (1 - g_s) M_s + g_s GRU(c_s, M_s)             a slot that no token goes to keeps what it has
+
+so two tokens of a segment do not mix in one slot while others are free.
 
 Read, at every read layer, from the slots as they stood when the segment began:
 
@@ -47,7 +50,8 @@ whitening of every h, without which all hidden states of a large model look alik
 What is trained: everything here, nothing of the host. What is forgotten: what the gate overwrites; there is no decay.
 W_o (or alpha) and the last matrix of FF start at zero, so an untrained memory changes nothing; `zero_shot=True` starts
 them at random as the whitepaper's zero-shot mode does (nothing is remembered that way: see `docs/mechanisms/emt.md`).
-State: `stack * slots * dim * 4` bytes a stream, 64 KiB by default; the token write adds 8 bytes a slot.
+State: `stack * slots * dim * 4` bytes a stream, 64 KiB by default; the token write adds 8 bytes a slot, allocation 2 dim a
+memory.
 """
 
 from __future__ import annotations
@@ -214,11 +218,17 @@ class EMT(Memory):
                     reader.tie(writer)  # pyright: ignore[reportArgumentType]
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
-        """`slots [b, k, s, m]`, and for the token write `usage` and `age` `[b, k, s]`, all float32."""
+        """`slots [b, k, s, m]`; for the token write `usage` and `age` `[b, k, s]`; for allocation `last [b, k, m/2]`, the
+        address that the next token gets. All float32.
+        """
         slots = self.slots.float().to(device)
-        if self.config.write != "token":
-            return {"slots": slots.expand(batch, -1, -1, -1)}
-        slots = F.normalize(slots, dim=-1).expand(batch, -1, -1, -1)
+        if self.config.write == "token":
+            slots = F.normalize(slots, dim=-1)
+        slots = slots.expand(batch, -1, -1, -1)
+        if self.config.write == "segment":
+            return {"slots": slots}
+        if self.config.write == "allocation":
+            return {"slots": slots, "last": slots.new_zeros(batch, self.config.stack, self.config.dim // 2)}
         zeros = torch.zeros(slots.shape[:-1], device=slots.device)
         return {"slots": slots, "usage": zeros, "age": zeros}
 
@@ -241,14 +251,18 @@ class EMT(Memory):
             state = {name: tensor.to(dtype) for name, tensor in state.items()}
             after = write_tokens(list(self.writers), hidden_btd.to(dtype), state, keep_bt)  # pyright: ignore
             return {name: tensor.float() for name, tensor in after.items()}
-        return {"slots": torch.stack([slots for slots, *_ in self._blend(hidden_btd, state, keep_bt)], 1).float()}
+        return self._blend(hidden_btd, state, keep_bt)[0]
 
-    def _blend(self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of every stacked memory the slots after a write once per segment, a_st and g_s."""
+    def _blend(self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> tuple[State, Tensor, Tensor]:
+        """The state after a write once per segment, and of every stacked memory a `[b, k, s, t]`, g `[b, k, s, 1]`."""
         dtype = self.parameter_dtype()
-        rows = state["slots"].to(dtype).unbind(1)
-        hidden_btd = hidden_btd.to(dtype)
-        return [writer(hidden_btd, slots, keep_bt) for writer, slots in zip(self.writers, rows, strict=True)]
+        written = [
+            writer(hidden_btd.to(dtype), {name: tensor[:, place].to(dtype) for name, tensor in state.items()}, keep_bt)
+            for place, writer in enumerate(self.writers)
+        ]
+        states, weights, gates = zip(*written, strict=True)
+        after = {name: torch.stack([each[name] for each in states], 1).float() for name in state}
+        return after, torch.stack(weights, 1), torch.stack(gates, 1)
 
     def write_and_tell(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
@@ -256,12 +270,10 @@ class EMT(Memory):
         """Slots are counted through all stacked memories. The token write cannot tell without doing its steps again."""
         if self.config.write == "token":
             return self.write(hidden_btd, state, keep_bt), None
-        slots, weight, gate = (
-            torch.stack(each, 1) for each in zip(*self._blend(hidden_btd, state, keep_bt), strict=True)
-        )
+        after, weight, gate = self._blend(hidden_btd, state, keep_bt)
         weight_bst, gate_bs = weight.flatten(1, 2), gate.flatten(1)
         place_s = torch.arange(gate_bs.shape[1], device=gate_bs.device)
-        return {"slots": slots.float()}, Attribution(place_s.expand(len(gate_bs), -1), gate_bs, weight_bst)
+        return after, Attribution(place_s.expand(len(gate_bs), -1), gate_bs, weight_bst)
 
     def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[int, Float[Tensor, "n d"]]) -> None:
         """Fits the whitening to hidden states as the write layer meets them, and as each read layer does where it is

@@ -84,19 +84,19 @@ def _write_segment(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor
 
 
 def _write_allocated(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    slots, size = row["slots"], len(row["slots"][0])
-    pairs, shares, before = [], [], None
+    slots, size, last = row["slots"], len(row["slots"][0]), torch.stack(row["last"])
+    pairs, shares, taken = [], [], slots[0].new_zeros(len(slots))
     for token in tokens:
         entered, hidden = token.chunk(2)
         hidden = writer.whiten(writer.norm_hidden(hidden))
         content = writer.content(writer.whiten_entered(writer.norm_entered(entered)))
-        address = writer.address(torch.zeros_like(hidden) if before is None else before)
-        before, pair = hidden, torch.cat([address, content])
+        pair, last = torch.cat([last, content]), writer.address(hidden)
         key = writer.key(F.layer_norm(pair, (size,)))
         claims = [claim + writer.claim_more(slot) for claim, slot in zip(writer.claim, slots, strict=True)]
         scores = torch.stack([2 * math.sqrt(size) * F.cosine_similarity(claim, key, dim=0) for claim in claims])
         pairs.append(pair)
-        shares.append(torch.sigmoid(writer.keep(hidden)) * (writer.sharpness * scores).softmax(0))
+        shares.append(torch.sigmoid(writer.keep(hidden)) * (writer.sharpness * scores - 16 * taken).softmax(0))
+        taken = taken + shares[-1]
     after = []
     for place, slot in enumerate(slots):
         mass = sum((share[place] for share in shares), torch.zeros(()).to(slot))
@@ -104,7 +104,7 @@ def _write_allocated(writer: Any, tokens: list[Tensor], row: dict[str, list[Tens
         content = F.layer_norm(mean / mass, (size,))
         gate = torch.sigmoid(writer.gate(torch.cat([content, slot]))) * (1 - torch.exp(-3 * mass))
         after.append((1 - gate) * slot + gate * writer.gru(content[None], slot[None])[0])
-    return {"slots": after}
+    return {"slots": after, "last": list(last)}
 
 
 def _write_tokens(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import shifted
+from mnemic.memories.base import latest, shifted
 from mnemic.state import State
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 AGE_WEIGHT, USAGE_WEIGHT, AGE_DECAY, USAGE_DECAY = 0.1, 0.2, 0.98, 0.99
 KEPT_BIAS, OPEN_BIAS, ENOUGH = 2.0, 1.0, 3.0
 """Of allocation: where the biases of beta and of the gate begin, and how fast a slot that gets tokens is rewritten."""
+TAKEN = 16.0
+"""By how much, of scores up to 2 sqrt(m), a slot is less likely for a token once the segment has filled it."""
 
 
 class Whitening(nn.Module):
@@ -74,13 +76,13 @@ class SegmentWriter(nn.Module):
         """What keys and values are made from."""
         return self.whiten(self.norm_hidden(hidden))
 
-    def forward(self, hidden_btd: Tensor, slots_bsm: Tensor, keep_bt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The slots `[b, s, m]` after the segment, a `[b, s, t]` and g `[b, s, 1]` of the equations above.
+    def forward(self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> tuple[State, Tensor, Tensor]:
+        """The state of one memory after the segment, a `[b, s, t]` and g `[b, s, 1]` of the equations above.
 
         Keys and values are linear in the tokens, so they are applied where there are fewer rows, at the slots:
         q . (W_k h) = (W_k' q) . h, and the sum of a_t v(h_t) is v of the sum of a_t h_t, as the a_t sum to 1.
         """
-        hidden_btd = self.prepare(hidden_btd)
+        hidden_btd, slots_bsm = self.prepare(hidden_btd), state["slots"]
         asked_bsd = self.query(slots_bsm) @ self.key.weight / math.sqrt(slots_bsm.shape[-1])
         score_bst = asked_bsd @ hidden_btd.transpose(1, 2)
         if keep_bt is not None:
@@ -91,7 +93,7 @@ class SegmentWriter(nn.Module):
         candidate_bsm = self.gru(content_bsm.flatten(0, 1), slots_bsm.flatten(0, 1)).view_as(slots_bsm)
         # under autocast the layers' results are narrower than the slots, which lerp does not mix
         after_bsm = torch.lerp(slots_bsm, candidate_bsm.to(slots_bsm), gate_bs1.to(slots_bsm))
-        return after_bsm, weight_bst, gate_bs1
+        return {"slots": after_bsm}, weight_bst, gate_bs1
 
 
 class AllocationWriter(nn.Module):
@@ -127,18 +129,21 @@ class AllocationWriter(nn.Module):
             self.gru.weight_ih[2 * size :] += torch.eye(size)
             self.gru.bias_ih[size : 2 * size] = -2.0
 
-    def forward(self, hidden_btd: Tensor, slots_bsm: Tensor, keep_bt: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The slots `[b, s, m]` after the segment, w / n `[b, s, t]` and g `[b, s, 1]` of the equations above."""
+    def forward(self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> tuple[State, Tensor, Tensor]:
+        """The state of one memory after the segment, w / n `[b, s, t]` and g `[b, s, 1]` of the equations above."""
+        slots_bsm, last_bm = state["slots"], state["last"]
         entered_btd, hidden_btd = hidden_btd.chunk(2, -1)
         hidden_btd = self.whiten(self.norm_hidden(hidden_btd))
         entered_btd = self.whiten_entered(self.norm_entered(entered_btd))
-        pair_btm = torch.cat([self.address(shifted(hidden_btd, keep_bt)), self.content(entered_btd)], -1)
+        address_btm = self.address(hidden_btd)
+        pair_btm = torch.cat([shifted(address_btm, keep_bt, last_bm), self.content(entered_btd)], -1)
         claim_bsm = F.normalize(self.claim + self.claim_more(slots_bsm), dim=-1)
         key_btm = F.normalize(self.key(F.layer_norm(pair_btm, pair_btm.shape[-1:])), dim=-1)
-        share_bst = (2 * math.sqrt(slots_bsm.shape[-1]) * self.sharpness * claim_bsm @ key_btm.mT).softmax(1)
-        share_bst = share_bst * torch.sigmoid(self.keep(hidden_btd)).mT
+        score_bts = 2 * math.sqrt(slots_bsm.shape[-1]) * self.sharpness * key_btm @ claim_bsm.mT
+        keep_bt1 = torch.sigmoid(self.keep(hidden_btd))
         if keep_bt is not None:
-            share_bst = share_bst * keep_bt[:, None]
+            keep_bt1 = keep_bt1 * keep_bt[..., None]
+        share_bst = _allocate(score_bts, keep_bt1)
         mass_bs1 = share_bst.sum(-1, keepdim=True)
         weight_bst = share_bst / mass_bs1.clamp_min(torch.finfo(share_bst.dtype).tiny)
         content_bsm = F.layer_norm(weight_bst @ pair_btm, slots_bsm.shape[-1:])
@@ -146,7 +151,16 @@ class AllocationWriter(nn.Module):
         gate_bs1 = gate_bs1 * (1 - torch.exp(-ENOUGH * mass_bs1))
         candidate_bsm = self.gru(content_bsm.flatten(0, 1), slots_bsm.flatten(0, 1)).view_as(slots_bsm)
         after_bsm = torch.lerp(slots_bsm, candidate_bsm.to(slots_bsm), gate_bs1.to(slots_bsm))
-        return after_bsm, weight_bst, gate_bs1
+        return {"slots": after_bsm, "last": latest(address_btm, keep_bt, last_bm)}, weight_bst, gate_bs1
+
+
+def _allocate(score_bts: Tensor, keep_bt1: Tensor) -> Tensor:
+    """w `[b, s, t]` of the equations above: token after token, as each finds fewer slots free."""
+    taken_bs, shares = torch.zeros_like(score_bts[:, 0]), []
+    for score_bs, keep_b1 in zip(score_bts.unbind(1), keep_bt1.unbind(1), strict=True):
+        shares.append((score_bs - TAKEN * taken_bs).softmax(-1) * keep_b1)
+        taken_bs = taken_bs + shares[-1]
+    return torch.stack(shares, -1)
 
 
 class TokenWriter(nn.Module):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mnemic.tasks.base import generator
@@ -51,6 +51,27 @@ def pool_of(ids: Int[Tensor, " n"], segment_length: int) -> Int[Tensor, "p t"]:
     if count < 2:
         raise ValueError(f"the filler has {len(ids)} tokens; give at least two segments of {segment_length}")
     return ids[: count * segment_length].unflatten(0, (count, segment_length))
+
+
+ENDINGS = (".", "!", "?", ";", "\n")
+
+
+def endings(tokenizer: Any) -> Bool[Tensor, " v"]:
+    """Of all tokens those that end an answer: the model's own ends, and what begins with a stop or a new line."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    ends = torch.tensor([text.lstrip(" ").startswith(ENDINGS) for text in texts])
+    ends[tokenizer.all_special_ids] = True
+    return ends
+
+
+def whole(said: Int[Tensor, "b t"], labels: Int[Tensor, "b t"], ends: Bool[Tensor, " v"]) -> Bool[Tensor, " b"]:
+    """Whether all that has a label was said, token by token; for the last label of a row, whose place is behind the
+    value, anything that ends an answer will do.
+    """
+    wanted = labels != IGNORED
+    place_t = torch.arange(labels.shape[1], device=labels.device)
+    last = place_t == place_t.where(wanted, -1).amax(1, keepdim=True)
+    return ((said == labels) | ~wanted | (last & ends.to(said.device)[said])).all(1)
 
 
 @dataclass
