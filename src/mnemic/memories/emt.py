@@ -26,7 +26,7 @@ Write, once per segment, by allocation (`write="allocation"`): the slots compete
 halves, an address made of the token before and a content made of what entered the first block, where a token is itself:
 
     e_t  = [A h_(t-1) ; V h0_t]                           address and content, also across the segments' border
-    w_st = beta_t softmax_s( 2 sqrt(m) cos(u_s + U M_s, K LN(e_t)) - 16 sum_(t' < t) w_st' ),
+    w_st = beta_t softmax_s( 2 sqrt(m) [cos(u_s + U M_s, K LN(e_t)) - sum_(t' < t) w_st'] ),
                                                           beta_t = sigmoid(w_b . h_t + 2)
     c_s  = LN( sum_t w_st e_t / n_s ),  n_s = sum_t w_st
     g_s  = sigmoid( w . [c_s ; M_s] + b ) (1 - exp(-3 n_s)),  b = 1 at first

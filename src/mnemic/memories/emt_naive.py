@@ -93,9 +93,10 @@ def _write_allocated(writer: Any, tokens: list[Tensor], row: dict[str, list[Tens
         pair, last = torch.cat([last, content]), writer.address(hidden)
         key = writer.key(F.layer_norm(pair, (size,)))
         claims = [claim + writer.claim_more(slot) for claim, slot in zip(writer.claim, slots, strict=True)]
-        scores = torch.stack([2 * math.sqrt(size) * F.cosine_similarity(claim, key, dim=0) for claim in claims])
+        cosines = torch.stack([F.cosine_similarity(claim, key, dim=0) for claim in claims])
+        scores = 2 * math.sqrt(size) * writer.sharpness * (cosines - taken)
         pairs.append(pair)
-        shares.append(torch.sigmoid(writer.keep(hidden)) * (writer.sharpness * scores - 16 * taken).softmax(0))
+        shares.append(torch.sigmoid(writer.keep(hidden)) * scores.softmax(0))
         taken = taken + shares[-1]
     after = []
     for place, slot in enumerate(slots):

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 AGE_WEIGHT, USAGE_WEIGHT, AGE_DECAY, USAGE_DECAY = 0.1, 0.2, 0.98, 0.99
 KEPT_BIAS, OPEN_BIAS, ENOUGH = 2.0, 1.0, 3.0
 """Of allocation: where the biases of beta and of the gate begin, and how fast a slot that gets tokens is rewritten."""
-TAKEN = 16.0
-"""By how much, of scores up to 2 sqrt(m), a slot is less likely for a token once the segment has filled it."""
 
 
 class Whitening(nn.Module):
@@ -139,11 +137,11 @@ class AllocationWriter(nn.Module):
         pair_btm = torch.cat([shifted(address_btm, keep_bt, last_bm), self.content(entered_btd)], -1)
         claim_bsm = F.normalize(self.claim + self.claim_more(slots_bsm), dim=-1)
         key_btm = F.normalize(self.key(F.layer_norm(pair_btm, pair_btm.shape[-1:])), dim=-1)
-        score_bts = 2 * math.sqrt(slots_bsm.shape[-1]) * self.sharpness * key_btm @ claim_bsm.mT
         keep_bt1 = torch.sigmoid(self.keep(hidden_btd))
         if keep_bt is not None:
             keep_bt1 = keep_bt1 * keep_bt[..., None]
-        share_bst = _allocate(score_bts, keep_bt1)
+        scale = 2 * math.sqrt(slots_bsm.shape[-1]) * self.sharpness
+        share_bst = _allocate(key_btm @ claim_bsm.mT, keep_bt1, scale)
         mass_bs1 = share_bst.sum(-1, keepdim=True)
         weight_bst = share_bst / mass_bs1.clamp_min(torch.finfo(share_bst.dtype).tiny)
         content_bsm = F.layer_norm(weight_bst @ pair_btm, slots_bsm.shape[-1:])
@@ -154,11 +152,11 @@ class AllocationWriter(nn.Module):
         return {"slots": after_bsm, "last": latest(address_btm, keep_bt, last_bm)}, weight_bst, gate_bs1
 
 
-def _allocate(score_bts: Tensor, keep_bt1: Tensor) -> Tensor:
+def _allocate(cosine_bts: Tensor, keep_bt1: Tensor, scale: float) -> Tensor:
     """w `[b, s, t]` of the equations above: token after token, as each finds fewer slots free."""
-    taken_bs, shares = torch.zeros_like(score_bts[:, 0]), []
-    for score_bs, keep_b1 in zip(score_bts.unbind(1), keep_bt1.unbind(1), strict=True):
-        shares.append((score_bs - TAKEN * taken_bs).softmax(-1) * keep_b1)
+    taken_bs, shares = torch.zeros_like(cosine_bts[:, 0]), []
+    for cosine_bs, keep_b1 in zip(cosine_bts.unbind(1), keep_bt1.unbind(1), strict=True):
+        shares.append((scale * (cosine_bs - taken_bs)).softmax(-1) * keep_b1)
         taken_bs = taken_bs + shares[-1]
     return torch.stack(shares, -1)
 
