@@ -201,6 +201,37 @@ def test_a_second_telling_takes_the_place_of_the_first():
     assert (near[0] > near[1]).float().mean() > 0.8
 
 
+@pytest.mark.parametrize("slots", [64, 4])
+def test_tokens_with_one_address_go_to_slots_of_their_own(slots):
+    """Two digits of a number look alike to what tells where they go; with fewer slots than tokens they share."""
+    memory, entered, hidden = allocated(slots=slots, sharpness=16.0)
+    hidden[0, 1:] = hidden[0, :1]
+    with torch.no_grad():
+        _, told = memory.write_and_tell(torch.cat([entered, hidden], -1), memory.init_state(1))
+    # the weights of a slot add up to 1, so the slots that are one token's own
+    own = (told.weight[0] > 0.6) & (told.share[0] > 0.3)[:, None]
+    assert own.any(0).sum() >= 10 if slots == 64 else not own.any()
+
+
+def test_an_address_crosses_the_border_of_segments():
+    """The first token of a segment is found by the last one of the segment before, whatever padding lies between."""
+    memory, entered, hidden = allocated(sharpness=4.0)
+    joined, keep = torch.cat([entered, hidden], -1), torch.ones(1, 8, dtype=torch.bool)
+    with torch.no_grad():
+        state = memory.write(joined[:, :6], memory.init_state(1))
+        alone = memory.write(joined[:, 6:], {**memory.init_state(1), "slots": state["slots"]})
+        state = memory.write(joined[:, 6:], state)
+    sought = F.layer_norm(entered[:, 6], (64,))
+    near = [F.cosine_similarity(answers(memory, hidden[:, 5:6], each)[0], sought).item() for each in (state, alone)]
+    assert near[0] > 0.6 > near[1]
+    keep[:, 6:] = False
+    with torch.no_grad():
+        padded = memory.write(torch.cat([joined[:, :6], torch.randn(1, 2, 128)], 1), memory.init_state(1), keep)
+        assert_near(padded["last"], memory.write(joined[:, :6], memory.init_state(1))["last"])
+        nothing = memory.write(joined[:, :8], state, torch.zeros_like(keep))
+    assert_near(nothing["last"], state["last"])
+
+
 def test_calibration_ties_the_output_to_what_was_whitened():
     """Contents come back as what entered, whatever its covariance is."""
     memory, entered, _ = allocated(whiten=True)
