@@ -60,6 +60,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
 ABLATIONS: dict[str, dict[str, Any]] = {
     "emt-block-content": MEMORIES["emt"],
     "emt-untied": MEMORIES["emt"],
+    "emt-shared-slots": MEMORIES["emt"],
     "emt-not-whitened": {**MEMORIES["emt"], "whiten": False},
     "emt-wide": {**MEMORIES["emt"], "dim": 512},
     "emt-128-slots": {**MEMORIES["emt"], "slots": 128},
@@ -82,6 +83,9 @@ def changed(name: str, memory: Any) -> None:
     """Takes away what an ablation is named for, before calibration and training."""
     if name == "emt-block-content":
         memory.__class__ = BlockContent
+    if name == "emt-shared-slots":
+        for writer in memory.writers:
+            writer.allocate = lambda cosine_bts, keep_bt1, scale: ((scale * cosine_bts).softmax(-1) * keep_bt1).mT
     if name == "emt-untied":
         memory._tie = lambda: None
         for reader in (each for readers in memory.readers.values() for each in readers):

@@ -141,7 +141,7 @@ class AllocationWriter(nn.Module):
         if keep_bt is not None:
             keep_bt1 = keep_bt1 * keep_bt[..., None]
         scale = 2 * math.sqrt(slots_bsm.shape[-1]) * self.sharpness
-        share_bst = _allocate(key_btm @ claim_bsm.mT, keep_bt1, scale)
+        share_bst = self.allocate(key_btm @ claim_bsm.mT, keep_bt1, scale)
         mass_bs1 = share_bst.sum(-1, keepdim=True)
         weight_bst = share_bst / mass_bs1.clamp_min(torch.finfo(share_bst.dtype).tiny)
         content_bsm = F.layer_norm(weight_bst @ pair_btm, slots_bsm.shape[-1:])
@@ -151,14 +151,14 @@ class AllocationWriter(nn.Module):
         after_bsm = torch.lerp(slots_bsm, candidate_bsm.to(slots_bsm), gate_bs1.to(slots_bsm))
         return {"slots": after_bsm, "last": latest(address_btm, keep_bt, last_bm)}, weight_bst, gate_bs1
 
-
-def _allocate(cosine_bts: Tensor, keep_bt1: Tensor, scale: float) -> Tensor:
-    """w `[b, s, t]` of the equations above: token after token, as each finds fewer slots free."""
-    taken_bs, shares = torch.zeros_like(cosine_bts[:, 0]), []
-    for cosine_bs, keep_b1 in zip(cosine_bts.unbind(1), keep_bt1.unbind(1), strict=True):
-        shares.append((scale * (cosine_bs - taken_bs)).softmax(-1) * keep_b1)
-        taken_bs = taken_bs + shares[-1]
-    return torch.stack(shares, -1)
+    @staticmethod
+    def allocate(cosine_bts: Tensor, keep_bt1: Tensor, scale: float) -> Tensor:
+        """w `[b, s, t]` of the equations above: token after token, as each finds fewer slots free."""
+        taken_bs, shares = torch.zeros_like(cosine_bts[:, 0]), []
+        for cosine_bs, keep_b1 in zip(cosine_bts.unbind(1), keep_bt1.unbind(1), strict=True):
+            shares.append((scale * (cosine_bs - taken_bs)).softmax(-1) * keep_b1)
+            taken_bs = taken_bs + shares[-1]
+        return torch.stack(shares, -1)
 
 
 class TokenWriter(nn.Module):
