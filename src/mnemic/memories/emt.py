@@ -50,7 +50,8 @@ whitening of every h, without which all hidden states of a large model look alik
 What is trained: everything here, nothing of the host. What is forgotten: what the gate overwrites; there is no decay.
 W_o (or alpha) and the last matrix of FF start at zero, so an untrained memory changes nothing; `zero_shot=True` starts
 them at random as the whitepaper's zero-shot mode does (nothing is remembered that way: see `docs/mechanisms/emt.md`).
-State: `stack * slots * dim * 4` bytes a stream, 64 KiB by default; the token write adds 8 bytes a slot, allocation 2 dim.
+State: `stack * slots * dim * 4` bytes a stream, 64 KiB by default; the token write adds 8 bytes a slot, allocation
+2 dim.
 """
 
 from __future__ import annotations
