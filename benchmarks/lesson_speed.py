@@ -3,8 +3,9 @@
     git worktree add ../before COMMIT
     python benchmarks/lesson_speed.py --against ../before --data novels.tar.xz --out results
 
-Both train fast weights on the same 16 streams of two segments and a question, on one thread, in processes of their own
-that take turns; the ratio is that of the medians.
+Both train fast weights on the same 16 streams of `--segments` segments with a fact and a question, on one thread, in
+processes of their own that take turns; the ratio is that of the medians. The text around the facts comes from a pool,
+as in training, and comes again, so the first `--warm` steps, which meet it first, do not count.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Text: a .txt file, a folder or a tar archive of them.")] = None,
     against: Annotated[Path | None, typer.Option(help="The other checkout.")] = None,
     turns: Annotated[int, typer.Option(min=2, help="Processes of each side.")] = 3,
-    steps: Annotated[int, typer.Option(min=3, help="Steps of a process; the first two do not count.")] = 8,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of a process; the first do not count.")] = 10,
+    warm: Annotated[int, typer.Option(min=1, help="Steps that do not count.")] = 4,
+    segments: Annotated[int, typer.Option(min=1, help="Segments before the question.")] = 2,
     out: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("runs"),
     child: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Times both and writes a record."""
     if child is not None:
-        print(json.dumps(timed(child, steps)))
+        print(json.dumps(timed(child, steps)[warm:]))
         return
     if data is None or against is None:
         raise typer.BadParameter("give --data and --against")
@@ -47,13 +50,17 @@ def main(
     sides = {"before": against.resolve(), "now": here}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory() as folder:
-        streams(fetch("smollm2"), data, steps, Path(folder))
+        streams(fetch("smollm2"), data, steps, segments, Path(folder))
         for _ in range(turns):
             for name, root in sides.items():
                 words = [sys.executable, str(here / "benchmarks" / "lesson_speed.py"), "--child", folder]
                 environment = os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
                 made = subprocess.run(
-                    [*words, "--steps", str(steps)], env=environment, check=True, capture_output=True, text=True
+                    [*words, "--steps", str(steps), "--warm", str(warm)],
+                    env=environment,
+                    check=True,
+                    capture_output=True,
+                    text=True,
                 )
                 seconds[name] += json.loads(made.stdout.splitlines()[-1])
                 print(f"{name}: {statistics.median(seconds[name]):.2f} s a step", flush=True)
@@ -69,13 +76,15 @@ def main(
         "commits": {name: found.stdout.strip() for name, found in commits.items()},
     }
     print(f"before / now {measures['before / now']:.2f}")
-    record = Record("lesson-speed", "fast-weights", "smollm2, frozen", 0, {"memory": MEMORY, "rows": ROWS})
+    record = Record(
+        "lesson-speed", "fast-weights", "smollm2, frozen", 0, {"memory": MEMORY, "rows": ROWS, "segments": segments}
+    )
     record.measures = measures
-    record.command = "python benchmarks/lesson_speed.py --against ../before --data novels.tar.xz --out results"
-    print(record.save(out, "lesson-speed.json"))
+    record.command = f"python benchmarks/lesson_speed.py --against ../before --segments {segments} --data novels.tar.xz"
+    print(record.save(out, f"lesson-speed-{segments}.json"))
 
 
-def streams(model: Path, data: Path, steps: int, folder: Path) -> None:
+def streams(model: Path, data: Path, steps: int, segments: int, folder: Path) -> None:
     """The same streams for both, and where the model lies."""
     from transformers import AutoTokenizer
 
@@ -84,16 +93,16 @@ def streams(model: Path, data: Path, steps: int, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = novels(data)[0][1]
-    pool = pool_of(tokenize(text[len(text) // 4 :][:200_000], tokenizer).ids, LENGTH)[:256]
-    made = ToldThings(tokenizer, pool, segments=(2, 2))
+    pool = pool_of(tokenize(text[len(text) // 4 :][:200_000], tokenizer).ids, LENGTH)[:64]
+    made = ToldThings(tokenizer, pool, segments=(segments, segments))
     batches = [made.batch(ROWS, seed) for seed in range(100)]
-    batches = [batch for batch in batches if batch.input_ids.shape[1] == 3 * LENGTH][:steps]
+    batches = [batch for batch in batches if batch.input_ids.shape[1] == (segments + 1) * LENGTH][:steps]
     torch.save([(batch.input_ids, batch.labels) for batch in batches], folder / "streams.pt")
     (folder / "model").write_text(str(model))
 
 
 def timed(folder: Path, steps: int) -> list[float]:
-    """Seconds of each step but the first two."""
+    """Seconds of each step."""
     from transformers import AutoModelForCausalLM
 
     import mnemic
@@ -108,7 +117,7 @@ def timed(folder: Path, steps: int) -> list[float]:
         now = time.perf_counter()
         found.append(now - last)
         last = now
-    return found[2:]
+    return found
 
 
 if __name__ == "__main__":
