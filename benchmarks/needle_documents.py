@@ -49,10 +49,11 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Needle:
-    """What is told, and what of it an answer has to name."""
+    """What is told, and what of it an answer has to name; in a chat, what was replied to it."""
 
     told: str
     key: str
+    reply: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,10 @@ class Kind:
     answer: int = 8
     room: int = 64
 
-    chance: ClassVar[float] = 1 / len(KEYS)
+    @property
+    def floors(self) -> dict[str, float]:
+        """What is right without reading."""
+        return {"chance": 1 / len(KEYS)}
 
     def telling(self, of: str, number: int) -> Telling:
         """What document `number` of those that `of` describes tells. No two of them tell the same number."""
@@ -135,9 +139,9 @@ class Kind:
 
         return Text(around(tokenizer)[0], ids, free)
 
-    def written(self, tokenizer: Any, told: str) -> list[int]:
+    def written(self, tokenizer: Any, needle: Needle) -> list[int]:
         """What is told, as tokens."""
-        return plain(tokenizer, told)
+        return plain(tokenizer, needle.told)
 
     def prompt(
         self,
@@ -157,8 +161,14 @@ class Kind:
 @dataclass(frozen=True)
 class Chain(Kind):
     """A number given to a variable, this one's value to another, and so on: asked for the number, an answer has to name
-    all of them. The question brings an example of others.
+    all of them. The question brings an example of others; the document has no other chain, so naming every variable that
+    was told is enough. After "variable tracking" of RULER (Hsieh et al., COLM 2024, arXiv 2404.06654).
     """
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """One name of all."""
+        return {"chance": 1 / len(LETTERS) ** 3}
 
     def telling(self, of: str, number: int) -> Telling:
         """As of a `Kind`; no two documents have a variable in common."""
@@ -174,12 +184,17 @@ class Chain(Kind):
 
 @dataclass(frozen=True)
 class Facts(Kind):
-    """Facts of people, told, asked and answered as turns of a chat in the model's template, among other turns."""
+    """Facts of people, told and asked as turns of a chat in the model's template, among other turns. The reply says a
+    fact again: a small model that has replied "Noted." goes on to do so when it is asked.
+    """
 
-    # of values of so many kinds; another stream's memory tells what guessing gives
-    chance: ClassVar[float] = 0.0
-    NOTED: ClassVar[str] = "Noted."
+    REPLY: ClassVar[str] = "noted: {s} {n} is {v}."
     REPLIES: ClassVar[tuple[str, ...]] = ("I see.", "Go on.", "And then?", "What happened next?")
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Who knows what was told and not of whom. Without that it is less, by the kind of the value."""
+        return {"a told value at random": 1 / self.needles}
 
     def telling(self, of: str, number: int) -> Telling:
         """As of a `Kind`; no document tells a value, or asks what is asked, of the one before it."""
@@ -190,7 +205,11 @@ class Facts(Kind):
             if len({each.value for each in near}) == len({(each.subject, each.relation) for each in near}) == len(near):
                 found.append(facts)
         ((told, asked),) = self.forms
-        needles = [Needle(fact.sentence(told), fact.value) for fact in found[-1]]
+        needles = [
+            # what the user calls "my", the reply calls "your"
+            Needle(fact.sentence(told), fact.value, fact.sentence(self.REPLY).replace("Noted: my ", "Noted: your "))
+            for fact in found[-1]
+        ]
         return Telling(needles, [Question(fact.sentence(asked), (place,)) for place, fact in enumerate(found[-1])])
 
     def names(self, answer: str, key: str) -> bool:
@@ -210,9 +229,9 @@ class Facts(Kind):
             places.add(len(ids))
         return Text([], ids, places.__contains__)
 
-    def written(self, tokenizer: Any, told: str) -> list[int]:
+    def written(self, tokenizer: Any, needle: Needle) -> list[int]:
         """A turn."""
-        return self._turn(tokenizer, told, self.NOTED)
+        return self._turn(tokenizer, needle.told, needle.reply)
 
     def _turn(self, tokenizer: Any, said: str, reply: str, first: bool = False) -> list[int]:
         turns, answer = Turns(tokenizer), plain(tokenizer, reply)
@@ -350,7 +369,7 @@ def document(texts: Sequence[tuple[str, str]], tokenizer: Any, place: Place, see
         ValueError: too short a document for that, or a chat for a tokenizer without a template.
     """
     kind, own = KINDS[place.kind], telling(place, seed, place.number)
-    parts = [kind.written(tokenizer, needle.told) for needle in own.needles]
+    parts = [kind.written(tokenizer, needle) for needle in own.needles]
     count = place.length - len(around(tokenizer)[0]) - sum(map(len, parts))
     if count - window <= FIRST:
         raise ValueError(

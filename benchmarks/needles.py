@@ -487,7 +487,7 @@ def scored(
         examples=len(asked),
         score=shares.pop("memory"),
         controls=shares,
-        floors={"chance": KINDS[kept.values["about"]["kind"]].chance},
+        floors=KINDS[kept.values["about"]["kind"]].floors,
         ceiling=1.0,
         details={name: value for name, value in details.items() if value is not None},
         outcomes=outcomes,

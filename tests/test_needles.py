@@ -88,7 +88,7 @@ def test_needles_stand_where_said(needles, kinds, tokenizer, kind):
         assert len(told) == len(document.positions) == len(place.depths) == its.needles
         assert document.positions == sorted(document.positions)
         for needle, position in zip(told, document.positions, strict=True):
-            ids = its.written(tokenizer, needle.told)
+            ids = its.written(tokenizer, needle)
             assert needle.key in needle.told
             assert document.ids[0, position : position + len(ids)].tolist() == ids
             assert kinds.FIRST <= position <= count - WINDOW - len(ids)
@@ -135,7 +135,10 @@ def test_a_chat_is_of_turns(needles, tokenizer):
     ((place, document),) = documents(needles, tokenizer, "chat-facts", 1)
     kind, text = needles.KINDS["chat-facts"], tokenizer.decode(document.ids[0])
     for needle in document.own.needles:
-        assert f"\n<user>{needle.told}\n<assistant>Noted.\n<user>" in text
+        assert f"\n<user>{needle.told}\n<assistant>{needle.reply}\n<user>" in text
+        assert needle.reply.startswith("Noted: ")
+        assert needle.reply.endswith(f" is {needle.key}.")
+        assert ("emember that my " in needle.told) == needle.reply.startswith("Noted: your ")
     assert text.startswith("<user>")
     assert text.endswith("\n")
     prompt = tokenizer.decode(kind.prompt(tokenizer, "Who?"))
