@@ -161,8 +161,8 @@ class Kind:
 @dataclass(frozen=True)
 class Chain(Kind):
     """A number given to a variable, this one's value to another, and so on: asked for the number, an answer has to name
-    all of them. The question brings an example of others; the document has no other chain, so naming every variable that
-    was told is enough. After "variable tracking" of RULER (Hsieh et al., COLM 2024, arXiv 2404.06654).
+    all of them. The question brings an example of others; the document has no other chain, so naming every variable
+    that was told is enough. After "variable tracking" of RULER (Hsieh et al., COLM 2024, arXiv 2404.06654).
     """
 
     @property
@@ -224,7 +224,7 @@ class Facts(Kind):
         for place in range(0, len(sentences), 3):
             turn = self._turn(tokenizer, " ".join(sentences[place : place + 3]), luck.choice(self.REPLIES), not ids)
             if len(ids) + len(turn) > count:
-                break
+                continue  # a shorter one may fit
             ids += turn
             places.add(len(ids))
         return Text([], ids, places.__contains__)
@@ -264,7 +264,7 @@ NUMBERED = (
     "The number of my train ticket is",
     "The telephone number of the doctor is",
     "The bank account was opened under the number",
-    "The ship was entered in the register under the number",
+    "The prisoner's coat bears the mark",
 )
 KINDS: dict[str, Kind] = {
     "apart": Kind((("\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n", "\n\nThe pass key is"),)),
