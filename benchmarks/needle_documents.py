@@ -259,6 +259,7 @@ class Facts(Kind):
 
 
 PROSE = (" One of the special magic numbers for {name} is: {key}.", "\n\nThe special magic number for {name} is:")
+NUMBER = (" The number of {name} is {key}.", "\n\nThe number of {name} is")
 NUMBERED = (
     "The door of the library opens with the code",
     "The number of my train ticket is",
@@ -273,10 +274,8 @@ KINDS: dict[str, Kind] = {
     "five-depths": Kind(tuple((f" {form} {{key}}.", f"\n\n{form}") for form in NUMBERED), needles=5),
     "multi-4": Kind((PROSE,), needles=4),
     "multi-16": Kind((PROSE,), needles=16),
-    "multi-query": Kind((PROSE,), needles=4, in_turn=True, room=192),
-    "pairs-64": Kind(
-        ((" The number of {name} is {key}.", "\n\nThe number of {name} is"),), needles=64, asked=8, named="people"
-    ),
+    "multi-query": Kind((NUMBER,), needles=4, in_turn=True, named="people", room=192),
+    "pairs-64": Kind((NUMBER,), needles=64, asked=8, named="people"),
     "variables": Chain(
         (
             (
@@ -376,9 +375,8 @@ def document(texts: Sequence[tuple[str, str]], tokenizer: Any, place: Place, see
             f"{place.length} tokens leave no room between the first {FIRST} and a window of {window}; use more"
         )
     text = kind.text(texts, tokenizer, count, random.Random(f"{seed} {place}"))
-    last, gaps = len(text.ids) - window, []
-    for depth in place.depths:
-        gaps.append(gap(text, FIRST + depth * (last - FIRST), last, gaps))
+    last = len(text.ids) - window
+    gaps = nearest([FIRST + depth * (last - FIRST) for depth in place.depths], text.free, last)
     ids, positions, begun = list(text.start), [], 0
     for end, part in zip(gaps, parts, strict=True):
         ids += text.ids[begun:end]
@@ -400,10 +398,18 @@ def haystack(texts: Sequence[tuple[str, str]], tokenizer: Any, count: int, sourc
     raise ValueError(f"the texts held out have {len(ids):,} tokens, and a document needs {count:,}; give more text")
 
 
-def gap(text: Text, aim: float, last: int, taken: list[int]) -> int:
-    """The place where something may stand, not yet taken, that is nearest to where it is wanted."""
-    first = max(taken, default=FIRST - 1) + 1
-    for place in sorted(range(first, last + 1), key=lambda place: abs(place - aim)):
-        if text.free(place):
-            return place
-    raise ValueError(f"no sentence ends between the tokens {first:,} and {last:,}; use longer lengths")
+def nearest(aims: Sequence[float], free: Callable[[int], bool], last: int) -> list[int]:
+    """For each needle a place of its own where it may stand, in order, the nearest to where it is wanted that leaves
+    room for those behind.
+    """
+    ends, found = [place for place in range(FIRST, last + 1) if free(place)], []
+    if len(ends) < len(aims):
+        raise ValueError(
+            f"{len(ends)} sentences end between the tokens {FIRST:,} and {last:,}, and {len(aims)} needles are to "
+            "stand behind one each; use longer lengths"
+        )
+    begin = 0
+    for left, aim in zip(range(len(aims) - 1, -1, -1), aims, strict=True):
+        begin = min(range(begin, len(ends) - left), key=lambda number: abs(ends[number] - aim)) + 1
+        found.append(ends[begin - 1])
+    return found
