@@ -9,7 +9,7 @@ text once; every condition, every setting of recall and every question is asked 
                   one reading
     multi-4, -16  so many sentences of `prose` about different cities, each of them asked
     multi-query   the numbers of four people, asked one after another in one stream
-    pairs-64      the numbers of 64 people, of which eight are asked
+    pairs-64      the numbers of 64 people, of which eight are asked; from 6,144 tokens on
     variables     a number is given to a variable, the variable to another, four times; which have the number?
     chat-facts    five facts told in turns of a chat among other turns, and asked in turns; needs a chat template
 
