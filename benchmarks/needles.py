@@ -505,7 +505,7 @@ def interval(outcome: str) -> tuple[float, float]:
     z, count, share = 1.96, len(outcome), outcome.count("1") / len(outcome)
     middle, scale = share + z * z / (2 * count), 1 + z * z / count
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (middle - half) / scale, (middle + half) / scale
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def table(record: Record) -> Table:
