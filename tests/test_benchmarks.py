@@ -25,6 +25,8 @@ def script(name):
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    if str(FOLDER) not in sys.path:  # scripts import each other
+        sys.path.append(str(FOLDER))
     spec.loader.exec_module(module)
     return module
 
