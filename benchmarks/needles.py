@@ -35,9 +35,7 @@ import importlib.util
 import json
 import math
 import os
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -53,6 +51,7 @@ import mnemic
 from mnemic.bench.drift import called, hold_out
 from mnemic.bench.experiments import Reporter
 from mnemic.bench.results import Record, Score
+from mnemic.bench.retrieving import bm25
 from mnemic.checkpoints import fetch
 from mnemic.cli.show import Show, Table, console
 from mnemic.controls import zeroed
@@ -87,21 +86,6 @@ ZEROED, SINKS, WINDOW = "zeroed memory", "sinks + window", "window alone"
 
 Retriever = Callable[[Sequence[str], Sequence[str]], list[list[float]]]
 """What each text is worth to each query: texts and queries in, a list of scores for each query out."""
-
-
-def bm25(texts: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: float = 0.75) -> list[list[float]]:
-    """Okapi BM25 (Robertson, Walker, Jones, Hancock-Beaulieu, Gatford, TREC-3, 1994) on words in small letters."""
-    bags = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
-    sizes = [bag.total() for bag in bags]
-    mean = max(1.0, sum(sizes) / len(sizes))
-    scores = [[0.0] * len(texts) for _ in queries]
-    for query, row in zip(queries, scores, strict=True):
-        for word in set(re.findall(r"\w+", query.lower())):
-            holding = sum(word in bag for bag in bags)
-            weight = math.log(1 + (len(bags) - holding + 0.5) / (holding + 0.5))
-            for place, (bag, size) in enumerate(zip(bags, sizes, strict=True)):
-                row[place] += weight * bag[word] * (k1 + 1) / (bag[word] + k1 * (1 - b + b * size / mean))
-    return scores
 
 
 class MiniLM:

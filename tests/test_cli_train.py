@@ -289,6 +289,7 @@ def test_lessons(host_folder, tmp_path):
     assert set(record.scores[0].controls) == {
         *("other stream", "zeroed", "fresh", "no memory"),
         "everything in the window",
+        "text retrieval",
     }
     assert [score.floors for score in record.scores[:2]] == [
         {"a told value at random": 1.0},

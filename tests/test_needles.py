@@ -18,6 +18,7 @@ import mnemic
 from families import make
 from mnemic.bench.experiments import Silent
 from mnemic.bench.results import Record, problems
+from mnemic.bench.retrieving import bm25
 from mnemic.memories.recall import RecallConfig
 from mnemic.texts import plain
 from runs import characters
@@ -206,16 +207,16 @@ def chunks_of(needles, tokenizer, ids):
 def test_bm25_finds_a_chunk_with_the_needle(needles, tokenizer, kind):
     for _, document in documents(needles, tokenizer, kind, count=1):
         texts = chunks_of(needles, tokenizer, document.ids)
-        scores = needles.bm25(texts, [question.asked for question in document.own.questions])
+        scores = bm25(texts, [question.asked for question in document.own.questions])
         for needle, row, position in zip(document.own.needles, scores, document.positions, strict=True):
             best = max(range(len(texts)), key=row.__getitem__)
             begin, end = (place // needles.CHUNK for place in (position, position + len(needle.told) - 1))
             assert begin <= best <= end
 
 
-def test_bm25_as_its_authors_write_it(needles):
+def test_bm25_as_its_authors_write_it():
     """By hand: a word of one text in two, twice in it."""
-    (scores,) = needles.bm25(["The key, the key", "a door"], ["Key?"])
+    (scores,) = bm25(["The key, the key", "a door"], ["Key?"])
     assert scores == pytest.approx([math.log(1 + 1.5 / 1.5) * 2 * 2.5 / (2 + 1.5 * (0.25 + 0.75 * 4 / 3)), 0])
 
 
@@ -317,7 +318,7 @@ def test_what_the_base_says_is_the_base_alone(needles, bench, tokenizer):
     assert bench.attachment.memory.config == bench.config
     asked = asking.document.own.questions[0].asked
     question = torch.tensor([plain(tokenizer, asked)])
-    (scores,) = needles.bm25(chunks_of(needles, tokenizer, asking.ids), [asked])
+    (scores,) = bm25(chunks_of(needles, tokenizer, asking.ids), [asked])
     bench.attachment.detach()
     contexts = {
         needles.EVERYTHING: asking.ids,

@@ -7,7 +7,9 @@ import random
 import pytest
 import torch
 
-from mnemic.bench.lessons import Lesson, lessons
+import mnemic
+from families import make
+from mnemic.bench.lessons import Lesson, in_window, lessons, retrieved
 from mnemic.tasks.telling import (
     ASK,
     CORRECT,
@@ -22,7 +24,7 @@ from mnemic.tasks.telling import (
     held_out,
     wording,
 )
-from mnemic.tasks.told import Copying, Mixture, ToldThings, pool_of
+from mnemic.tasks.told import Copying, Mixture, ToldThings, endings, pool_of, whole
 from mnemic.unrolling import IGNORED
 from runs import characters, prose
 
@@ -191,7 +193,34 @@ def test_a_copy_is_asked_whole():
     assert torch.equal(batch.labels[:, LENGTH + 1 :], second[:, 1:])
 
 
+def test_a_value_is_whole_with_any_end_behind_it():
+    made = tokenizer()
+    ends = endings(made)
+    stop, mark, letter = (made.convert_tokens_to_ids(text) for text in (".", "!", "a"))
+    assert ends[[stop, mark, letter]].tolist() == [True, True, False]
+    labels = torch.tensor([[IGNORED, letter, letter, stop]])
+    for said, right in (
+        ([mark, letter, letter, stop], True),
+        ([letter, letter, letter, mark], True),
+        ([letter, letter, letter, letter], False),  # the value goes on
+        ([letter, letter, letter, len(ends)], False),  # a row of the vocabulary without a token
+        ([letter, letter, mark, stop], False),  # an end in the value's place
+    ):
+        assert whole(torch.tensor([said]), labels, ends).tolist() == [right]
+
+
 # --- lessons ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("segments", "same"), [(4, True), (8, False)])
+def test_text_that_is_all_retrieved_is_everything_in_the_window(segments, same):
+    torch.manual_seed(0)
+    made, model = tokenizer(), make("llama")
+    attachment = mnemic.attach(model, mnemic.FastWeightsConfig(segment_length=LENGTH, dim=16))
+    batch = ToldThings(made, pool() % model.config.vocab_size, segments=(segments, segments)).batch(4, 0)
+    found = [retrieved(attachment, made, batch, LENGTH), in_window(attachment, batch)]
+    asked = batch.labels != IGNORED
+    assert (found[0][asked] == found[1][asked]).all() == same
 
 
 def test_lessons_are_read():

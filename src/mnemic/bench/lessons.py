@@ -24,12 +24,13 @@ from mnemic.attachment import Attachment, attach
 from mnemic.bench.asking import predict
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
+from mnemic.bench.retrieving import bm25
 from mnemic.controls import CONDITIONS, parts
 from mnemic.memories.base import MemoryConfig
 from mnemic.state import nbytes
 from mnemic.tasks.base import seed_of
 from mnemic.tasks.documents import tokenize
-from mnemic.tasks.told import PLAIN, Copying, Mixture, ToldThings, endings, pool_of, whole
+from mnemic.tasks.told import PLAIN, Copying, Mixture, Told, ToldThings, endings, pool_of, whole
 from mnemic.training import Batch, calibrate, hold_then_fall, train
 
 SETTINGS_FILE = "lessons.json"
@@ -88,6 +89,26 @@ def in_window(attachment: Attachment, batch: Batch) -> Int[Tensor, "b t"]:
         # one by one, as the logits of all tokens are large
         for row, ids in enumerate(batch.input_ids):
             said[row, 1:] = attachment.model(input_ids=ids[None]).logits[0, :-1].argmax(-1)
+    return said
+
+
+RETRIEVED = 4
+"""How many segments retrieval of text puts before a question."""
+
+
+@torch.no_grad()
+def retrieved(attachment: Attachment, tokenizer: Any, batch: Told, length: int) -> Int[Tensor, "b t"]:
+    """What the base says at every place, without a memory, of the segments that BM25 finds by the question, in their
+    order, and the one that asks.
+    """
+    said, last = torch.zeros_like(batch.labels), batch.labels.shape[1] - length
+    with attachment.disabled():
+        for row, ids in enumerate(batch.input_ids):
+            pieces = ids[:last].unflatten(0, (-1, length))
+            (scores,) = bm25(tokenizer.batch_decode(pieces), [batch.question[row]])
+            best = sorted(sorted(range(len(pieces)), key=lambda piece: -scores[piece])[:RETRIEVED])
+            given = torch.cat([pieces[best].flatten(), ids[last:]])
+            said[row, last:] = attachment.model(input_ids=given[None]).logits[0, -length - 1 : -1].argmax(-1)
     return said
 
 
@@ -239,8 +260,9 @@ class LessonRun:
         return batch
 
     def ask(self, attachment: Attachment, tokenizer: Any, pool: Tensor, asked: Asked, report: Reporter) -> Score:
-        """Whole values right under every condition, and by the base with the whole stream in its window; of names,
-        values and wordings for tests, none corrected. The floor knows what was told, and not of whom.
+        """Whole values right under every condition, by the base with the whole stream in its window, and with what
+        retrieval of text finds in it; of names, values and wordings for tests, none corrected. The floor knows what was
+        told, and not of whom.
         """
         made = ToldThings(
             tokenizer,
@@ -256,11 +278,12 @@ class LessonRun:
         for place, part in enumerate(parts(self.test_rows, 16)):
             batch = made.batch(part.stop - part.start, seed_of("test", place))
             found = predict(attachment, batch.input_ids, batch.labels)
-            said = [*(found.tokens[name] for name in CONDITIONS), in_window(attachment, batch).cpu()]
-            right.append(torch.stack([whole(each, batch.labels.cpu(), ends) for each in said], 1))
+            said = [*(found.tokens[name] for name in CONDITIONS)]
+            said += [in_window(attachment, batch), retrieved(attachment, tokenizer, batch, self.config.segment_length)]
+            right.append(torch.stack([whole(each.cpu(), batch.labels.cpu(), ends) for each in said], 1))
             report.advance(part.stop - part.start)
         shares = torch.cat(right).double().mean(0).tolist()
-        scores = dict(zip((*CONDITIONS, "everything in the window"), shares, strict=True))
+        scores = dict(zip((*CONDITIONS, "everything in the window", "text retrieval"), shares, strict=True))
         return Score(
             length=asked.segments[1],
             tokens=asked.segments[1] * self.config.segment_length,

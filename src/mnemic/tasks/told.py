@@ -71,7 +71,9 @@ def whole(said: Int[Tensor, "b t"], labels: Int[Tensor, "b t"], ends: Bool[Tenso
     wanted = labels != IGNORED
     place_t = torch.arange(labels.shape[1], device=labels.device)
     last = place_t == place_t.where(wanted, -1).amax(1, keepdim=True)
-    return ((said == labels) | ~wanted | (last & ends.to(said.device)[said])).all(1)
+    # a model may have rows in its vocabulary that its tokenizer has no token for
+    ended = (said < len(ends)) & ends.to(said.device)[said.clamp_max(len(ends) - 1)]
+    return ((said == labels) | ~wanted | (last & ended)).all(1)
 
 
 @dataclass
