@@ -25,7 +25,7 @@ from mnemic.bench.asking import predict
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.controls import CONDITIONS, parts
-from mnemic.memories.base import MemoryConfig
+from mnemic.memory import MemoryConfig
 from mnemic.state import nbytes
 from mnemic.tasks.base import seed_of
 from mnemic.tasks.documents import tokenize

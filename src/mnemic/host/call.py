@@ -15,6 +15,7 @@ from torch import Tensor
 from mnemic.host.beside import Beside, Wordless
 from mnemic.host.cache import MemoryLayer
 from mnemic.host.release import Cache
+from mnemic.memory import Site
 from mnemic.state import State
 from mnemic.stream import Piece, Stream
 
@@ -39,7 +40,7 @@ class Call:
     keep: Tensor | None = None
     states: list[State] = field(default_factory=list)
     traces: State = field(default_factory=dict)
-    written: dict[int, Tensor] = field(default_factory=dict)
+    written: dict[Site, Tensor] = field(default_factory=dict)
     angles: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines of positions, which are the same in many blocks."""
     beside: Beside | None = None
@@ -54,20 +55,20 @@ class Call:
 
 @dataclass
 class Watch:
-    """What the base alone puts out at `layers` in the call that this thread makes next: `seen[layer] [b, t, d]`, -1 for
-    what enters the first block. With `leaves` the trunk is left as soon as all of it is there.
+    """The hidden states `seen[site] [b, t, d]` that pass `sites` of the base alone in the call that this thread makes
+    next. With `leaves` the trunk is left as soon as all of them are there.
     """
 
     router: object
-    layers: frozenset[int]
+    sites: frozenset[Site]
     leaves: bool = False
-    seen: dict[int, Tensor] = field(default_factory=dict)
+    seen: dict[Site, Tensor] = field(default_factory=dict)
 
-    def at(self, layer: int, hidden_btd: Tensor) -> None:
+    def at(self, site: Site, hidden_btd: Tensor) -> None:
         """Notes what it waits for; raises `SeenError` where nothing more is wanted of the trunk."""
-        if layer in self.layers:
-            self.seen[layer] = hidden_btd
-            if self.leaves and self.seen.keys() == self.layers:
+        if site in self.sites:
+            self.seen[site] = hidden_btd
+            if self.leaves and self.seen.keys() == self.sites:
                 raise SeenError
 
 

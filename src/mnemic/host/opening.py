@@ -16,7 +16,7 @@ from mnemic.host.cache import MemoryCache, memory_layer, snapshot
 from mnemic.host.call import Call, thread
 from mnemic.host.release import CHECKPOINTS_WITHOUT_GRADIENT, Cache, DynamicCache
 from mnemic.host.wrappers import compiled_inside
-from mnemic.memories.base import MemoryTokens
+from mnemic.memory import MemoryTokens
 from mnemic.stream import Piece, cut, waiting_width
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def goes_by_segment(router: Router, call: Call) -> bool:
         _refuse_packed(router)
     if call.checkpointing:
         raise ValueError(
-            "gradient checkpointing drops the base's keys, which reads below the write layer need from segment to "
+            "gradient checkpointing drops the base's keys, which reads before the write need from segment to "
             "segment; feed whole segments through a MemoryCache with window=segment_length, or turn it off"
         )
     return True
@@ -257,9 +257,9 @@ def _embedded(router: Router, trunk: nn.Module, arguments: dict[str, Any]) -> Te
 
 
 def _refuse_packed(router: Router) -> NoReturn:
-    reads, write = list(router.memory.read_layers), router.memory.write_layer
-    why = f"{router.memory.beside} memory tokens" if router.memory.beside else f"reads {reads}, write {write}"
+    reads, writes = (", ".join(map(str, sites)) for sites in (router.memory.hidden_reads, router.memory.writes))
+    why = f"{router.memory.beside} memory tokens" if router.memory.beside else f"reads {reads}, writes {writes}"
     raise ValueError(
-        "packed documents need every read at or above the write layer and no memory tokens beside a segment "
+        "packed documents need every read at the write or after it and no memory tokens beside a segment "
         f"(here {why}); pass one document a row"
     )

@@ -1,16 +1,15 @@
-"""At a block: memory tokens enter it, what it puts out is written, and the memory reads."""
+"""Hidden states pass a site: they are written, and the memory reads. And the stream that comes of it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mnemic.host.arguments import bound
-from mnemic.host.beside import Beside, for_queries
-from mnemic.host.cache import KeysTakenError, MemoryCache
+from mnemic.host.cache import MemoryCache
 from mnemic.host.call import Call, eager, thread
+from mnemic.memory import Site
 from mnemic.state import State
 from mnemic.stream import Piece, Stream, check_finite, cut
 
@@ -19,82 +18,25 @@ if TYPE_CHECKING:
 
 
 @eager
-def before_block(
-    router: Router, block: nn.Module, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of block `layer`, with what the memory puts there."""
-    call = router.calls[-1] if router.enabled and router.calls else None
-    cache = call.cache if call is not None else None
-    if isinstance(cache, MemoryCache) and cache.taking:  # a block that makes keys for `_keys_apart`
-        return args, kwargs
-    hidden_btd = args[0] if args else kwargs.pop("hidden_states")
-    rest = args[1:]
-    if layer == 0:
-        hidden_btd = at_block(router, -1, hidden_btd)
-    beside = call.beside if call is not None else None
-    if beside is not None and beside.apart:
-        assert isinstance(cache, MemoryCache)
-        hidden_btd, rest, kwargs = _keys_apart(router, block, layer, beside, cache, hidden_btd, rest, kwargs)
-    elif beside is not None:
-        hidden_btd = beside.enter(layer, hidden_btd)
-    return (hidden_btd, *rest), kwargs
-
-
-def _keys_apart(
-    router: Router,
-    block: nn.Module,
-    layer: int,
-    beside: Beside,
-    cache: MemoryCache,
-    hidden_btd: Tensor,
-    rest: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Lets a block make keys of the tokens before, which it leaves as soon as they are in the cache, where it can be
-    left: what it makes of their queries is not wanted. Returns its arguments for the words.
-    """
-    assert beside.before is not None
-    assert cache.window is not None
-    arguments = bound(block, (hidden_btd, *rest), kwargs)
-    name = next(iter(arguments))
-    del arguments[name]
-    cache.taking = True
-    try:
-        # compiled code cannot be left on the way: a block whose forward is compiled runs to its end
-        block._call_impl(
-            beside.before.inputs[layer].to(hidden_btd),
-            **for_queries(arguments, slice(0, beside.first), cache.window.kept, hidden_btd),
-        )
-    except KeysTakenError:
-        pass
-    finally:
-        cache.taking = False
-    words = for_queries(arguments, beside.words, cache.window.kept, hidden_btd)
-    return hidden_btd[:, beside.words_in(hidden_btd)], (), words
-
-
-@eager
-def at_block(router: Router, layer: int, hidden_btd: Tensor) -> Tensor:
-    """What block `layer` puts out, after the memory wrote and read there; -1 is what enters the first."""
+def passed(router: Router, site: Site, hidden_btd: Tensor) -> Tensor:
+    """The hidden states at `site`, after the memory wrote and read there."""
     memory = router.memory
     if (watch := thread.watch) is not None and watch.router is router:
-        watch.at(layer, hidden_btd)
+        watch.at(site, hidden_btd)
         return hidden_btd
-    if not router.enabled or not router.calls:
+    call = router.running
+    if call is None or (isinstance(call.cache, MemoryCache) and call.cache.taking):
         return hidden_btd
-    call = router.calls[-1]
-    if isinstance(call.cache, MemoryCache) and call.cache.taking:
-        return hidden_btd
-    if layer in memory.written_layers:
-        call.written[layer] = _to_write(router, call, hidden_btd)
-    writes = layer == memory.write_layer
+    if site in memory.writes:
+        call.written[site] = _to_write(router, call, hidden_btd)
+    writes = site in memory.writes[-1:]
     if writes and not memory.writes_see_reads:
-        _write(router, call, layer)
-    read_btd = _read(router, call, layer, hidden_btd) if layer in memory.read_layers else hidden_btd
+        _write(router, call)
+    read_btd = _read(router, call, site, hidden_btd) if site in memory.reads else hidden_btd
     if writes and memory.writes_see_reads:
         # after the read, for its traces; what is written is the hidden state from before it all the same
-        _write(router, call, layer)
-    if call.beside is not None and call.beside.apart and layer == router.depth - 1:
+        _write(router, call)
+    if call.beside is not None and call.beside.apart and site == Site(router.depth - 1):
         # the trunk expects as many columns as it was given
         read_btd = torch.nn.functional.pad(read_btd, (0, 0, call.beside.first, 0))
     return read_btd
@@ -108,12 +50,12 @@ def _to_write(router: Router, call: Call, hidden_btd: Tensor) -> Tensor:
     return hidden_btd[:, words.stop :] if router.memory.writes_tokens_behind else hidden_btd[:, words]
 
 
-def _read(router: Router, call: Call, layer: int, hidden_btd: Tensor) -> Tensor:
+def _read(router: Router, call: Call, site: Site, hidden_btd: Tensor) -> Tensor:
     local_btd = hidden_btd.to(router.device)  # a model spread over devices keeps its memory on one
     parts = []
     for piece, state in zip(call.pieces, call.states, strict=True):
         part = slice(piece.start, piece.stop) if call.beside is None else slice(None)
-        read, traces = router.memory.read_and_trace(layer, local_btd[:, part], state)
+        read, traces = router.memory.read_and_trace(site, local_btd[:, part], state)
         if call.beside is not None:
             words = call.beside.words_in(local_btd)
             traces = {name: trace[:, words] for name, trace in traces.items()}
@@ -125,15 +67,15 @@ def _read(router: Router, call: Call, layer: int, hidden_btd: Tensor) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(hidden_btd.device)
 
 
-def _write(router: Router, call: Call, layer: int) -> None:
+def _write(router: Router, call: Call) -> None:
     keep, stream = call.keep, call.stream
     assert stream is not None
-    parts = [call.written[each].to(router.device) for each in router.memory.written_layers]
+    parts = [call.written[site].to(router.device) for site in router.memory.writes]
     hidden_btd = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if router.memory.writes_tokens_behind:
-        _write_behind(router, call, layer, hidden_btd)
+        _write_behind(router, call, hidden_btd)
         return
-    check_finite(hidden_btd, keep, layer)
+    check_finite(hidden_btd, keep, router.memory.writes[-1])
     keep = None if keep is None else keep.to(router.device)
     if keep is not None:
         hidden_btd = hidden_btd.masked_fill(~keep[..., None], 0)
@@ -162,13 +104,13 @@ def _write(router: Router, call: Call, layer: int) -> None:
         call.layer.replay = replay
 
 
-def _write_behind(router: Router, call: Call, layer: int, behind_bmd: Tensor) -> None:
+def _write_behind(router: Router, call: Call, behind_bmd: Tensor) -> None:
     """Counts the words, and writes the hidden states of the tokens behind them to the rows whose segment ends."""
     (piece,), stream, traces = call.pieces, call.stream, call.traces
     assert stream is not None
     rows = torch.zeros(stream.batch, behind_bmd.shape[1], dtype=torch.bool, device=behind_bmd.device)
     rows[list(piece.ended)] = True
-    check_finite(behind_bmd, rows, layer)
+    check_finite(behind_bmd, rows, router.memory.writes[-1])
     uncounted = behind_bmd.new_zeros(stream.batch, call.time, 0)
     stream = stream.leave(traces, call.keep).append(uncounted, call.keep)
     call.traces, call.stream = {}, stream.commit(router.memory, piece.ended, behind_bmd)
@@ -188,3 +130,23 @@ def _advance(
         stream = stream.append(hidden_btd[:, part], None if keep is None else keep[:, part])
         stream = stream.commit(router.memory, piece.ended)
     return stream, states
+
+
+def counted(router: Router, call: Call) -> Stream:
+    """The stream after a call of which no hidden states are written, and how to take back some of its tokens."""
+    before, keep, time = call.stream, call.keep, call.time
+    assert before is not None
+    assert call.layer is not None
+    previous = call.layer.replay if (router.calls[-1] if router.calls else call).earlier else None
+
+    def replay(count: int) -> Stream:
+        if count > time and previous is not None:
+            return previous(count - time)
+        if count > time:
+            raise ValueError(f"cannot take back {count - time} tokens more than the last call had")
+        kept = None if keep is None else keep[:, : time - count]
+        pieces = cut(before.counts, time - count, router.segment_length, kept) if time > count else []
+        return before.passed(router.memory, pieces, time - count, kept)
+
+    call.layer.replay = replay
+    return before.passed(router.memory, call.pieces, time, keep)
