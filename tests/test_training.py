@@ -144,7 +144,7 @@ def test_read_segments_equals_one_after_another(name, label):
 
 
 def test_read_segments_refuses_where_segments_depend_on_each_other():
-    with pytest.raises(ValueError, match="reads below"):
+    with pytest.raises(ValueError, match="reads before it writes"):
         mnemic.read_segments(host("gpt2", CONFIGS["emt-1"]), tokens(1, 16))
     with pytest.raises(ValueError, match="encoder"):
         mnemic.read_segments(host("bert", CONFIG), tokens(1, 16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,25 +84,34 @@ def _write(router: Router, call: Call) -> None:
     call.stream, call.states = _advance(router, stream, hidden_btd, keep, call.pieces, traces)
     if router.memory.reads_own_segment:
         call.states = [call.stream.state]
-    if call.layer is not None and not torch.is_grad_enabled() and not router.memory.beside:
+    if call.plan.layer is not None and not torch.is_grad_enabled() and not router.memory.beside:
         before, hidden = call.before, hidden_btd
         assert before is not None
-        # a part of a call that runs segment by segment goes back into the part before it
-        whole = router.calls[-2] if len(router.calls) > 1 else call
-        previous = call.layer.replay if whole.earlier else None
 
-        def replay(count: int) -> Stream:
-            time = hidden.shape[1] - count
-            if time < 0 and previous is not None:
-                return previous(-time)
-            if time < 0:
-                raise ValueError(f"cannot take back {-time} tokens more than the last call had")
+        def first(time: int) -> Stream:
             kept = None if keep is None else keep[:, :time]
             pieces = cut(before.counts, time, router.segment_length, kept) if time else []
             left = {name: trace[:, :time] for name, trace in traces.items()}
             return _advance(router, before, hidden[:, :time], kept, pieces, left)[0]
 
-        call.layer.replay = replay
+        _replay(call, first)
+
+
+def _replay(call: Call, first: Callable[[int], Stream]) -> None:
+    """Leaves how to take back tokens of the last call: `first(time)` is the stream after so many of this pass."""
+    layer, length = call.plan.layer, call.time
+    assert layer is not None
+    # a pass of a call that runs segment by segment goes back into the one before it
+    previous = layer.replay if call.number else None
+
+    def replay(count: int) -> Stream:
+        if count > length and previous is not None:
+            return previous(count - length)
+        if count > length:
+            raise ValueError(f"cannot take back {count - length} tokens more than the last call had")
+        return first(length - count)
+
+    layer.replay = replay
 
 
 def _write_behind(router: Router, call: Call, behind_bmd: Tensor) -> None:
@@ -117,7 +127,7 @@ def _write_behind(router: Router, call: Call, behind_bmd: Tensor) -> None:
 
 
 def _advance(
-    router: Router, stream: Stream, hidden_btd: Tensor, keep: Tensor | None, pieces: list[Piece], traces: State
+    router: Router, stream: Stream, hidden_btd: Tensor, keep: Tensor | None, pieces: Sequence[Piece], traces: State
 ) -> tuple[Stream, list[State]]:
     """The stream after these tokens, and the state each piece reads; `traces` are those of a single piece."""
     states = []
@@ -133,20 +143,14 @@ def _advance(
 
 
 def counted(router: Router, call: Call) -> Stream:
-    """The stream after a call of which no hidden states are written, and how to take back some of its tokens."""
-    before, keep, time = call.stream, call.keep, call.time
+    """The stream after a pass of which no hidden states are written."""
+    before, keep = call.stream, call.keep
     assert before is not None
-    assert call.layer is not None
-    previous = call.layer.replay if (router.calls[-1] if router.calls else call).earlier else None
 
-    def replay(count: int) -> Stream:
-        if count > time and previous is not None:
-            return previous(count - time)
-        if count > time:
-            raise ValueError(f"cannot take back {count - time} tokens more than the last call had")
-        kept = None if keep is None else keep[:, : time - count]
-        pieces = cut(before.counts, time - count, router.segment_length, kept) if time > count else []
-        return before.passed(router.memory, pieces, time - count, kept)
+    def first(time: int) -> Stream:
+        kept = None if keep is None else keep[:, :time]
+        pieces = cut(before.counts, time, router.segment_length, kept) if time else []
+        return before.passed(router.memory, pieces, time, kept)
 
-    call.layer.replay = replay
-    return before.passed(router.memory, call.pieces, time, keep)
+    _replay(call, first)
+    return before.passed(router.memory, call.pieces, call.time, keep)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 from mnemic.memory import Memory, Site
 
 READ, WRITTEN = ("input", "attention", "output"), ("input", "output")
@@ -13,7 +11,7 @@ READ, WRITTEN = ("input", "attention", "output"), ("input", "output")
 def check(memory: Memory, depth: int) -> None:
     """Raises `ValueError` for a site that a host of `depth` blocks does not have or does not serve."""
     for doing, sites, served in (("reads", memory.reads, READ), ("writes", memory.writes, WRITTEN)):
-        for before, site in itertools.pairwise((None, *sites)):
+        for before, site in zip((*sites[:1], *sites), sites, strict=False):
             said = f"{type(memory).__name__} {doing} {site}"
             if site.at not in served:
                 yet = (
@@ -22,7 +20,7 @@ def check(memory: Memory, depth: int) -> None:
                 raise ValueError(f"{said}, which is not served: {yet}; there are {', '.join(served)}")
             if not 0 <= site.layer < depth:
                 raise ValueError(f"{said}, but the model has blocks 0 .. {depth - 1}")
-            if before is not None and site < before:
+            if site < before:
                 raise ValueError(f"{said} after {before}; name sites in their order in a forward pass")
 
 

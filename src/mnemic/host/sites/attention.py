@@ -121,7 +121,7 @@ def _call_of(module: nn.Module) -> tuple[Router, Call] | None:
     """The running call that a module's attention is part of, where its memory has something to say there."""
     for calls in thread.calls.values():
         call = calls[-1] if calls else None
-        if call is not None and call.router is not None and call.config is module.config:
+        if call is not None and call.config is module.config:
             router = call.router
             stands = router.enabled and isinstance(call.cache, MemoryCache) and call.stream is not None
             return (router, call) if stands and module.layer_idx in router.attended else None
@@ -184,7 +184,7 @@ def check_asked(router: Router, call: Call, trunk: Any) -> None:
             f"the model's attention was set to {trunk.config._attn_implementation!r} after its memory was attached, "
             "which works inside it; detach the memory, set the attention, and attach it again"
         )
-    if call.checkpointing:
+    if call.plan.checkpointing:
         raise ValueError(
             "gradient checkpointing runs attention twice, the second time without the memory inside it; turn it off"
         )
