@@ -29,7 +29,6 @@ from mnemic.checkpoints import fetch
 from mnemic.cli.show import Show, Table, console
 from mnemic.controls import CONDITIONS, measure, parts
 from mnemic.memories import MemoryConfig
-from mnemic.memories.emt import EMT
 from mnemic.state import nbytes
 from mnemic.tasks.base import seed_of
 from mnemic.tasks.documents import novels, tokenize
@@ -70,19 +69,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 """EMT by allocation with one thing changed; `changed` does what no setting does."""
 
 
-class BlockContent(EMT):
-    """Allocation with contents of the written block in place of the embeddings."""
-
-    @property
-    def written_layers(self) -> tuple[int, ...]:
-        """The block twice."""
-        return (self.write_layer, self.write_layer)
-
-
 def changed(name: str, memory: Any) -> None:
     """Takes away what an ablation is named for, before calibration and training."""
     if name == "emt-block-content":
-        memory.__class__ = BlockContent
+        memory.writes = memory.writes[-1:] * 2  # contents of the written block in place of the embeddings
     if name == "emt-shared-slots":
         for writer in memory.writers:
             writer.allocate = lambda cosine_bts, keep_bt1, scale: ((scale * cosine_bts).softmax(-1) * keep_bt1).mT

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layer
+from mnemic.memories.layers import resolve_layer
+from mnemic.memory import Card, Memory, MemoryConfig, Site
 from mnemic.state import State
 
 
@@ -57,7 +58,7 @@ class Average(Memory):
     def __init__(self, config: AverageConfig, width: int, depth: int) -> None:
         super().__init__()
         layer = resolve_layer((depth - 1) // 2 if config.layer is None else config.layer, depth, "layer")
-        self.read_layers, self.write_layer = (layer,), layer
+        self.reads = self.writes = (Site(layer),)
         self.decay = config.decay
         self.output = nn.Linear(width, width)
         nn.init.zeros_(self.output.weight)
@@ -67,7 +68,7 @@ class Average(Memory):
         """`mean [b, d]`, float32."""
         return {"mean": torch.zeros(batch, self.output.in_features, device=device)}
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """Every token gets the same vector."""
         read_bd = self.output(state["mean"].to(self.parameter_dtype()))
         return hidden_btd + read_bd[:, None].to(hidden_btd.dtype)

@@ -19,6 +19,7 @@ from families import DECODERS, DEPTH, ENCODERS, FAMILIES, VOCABULARY, WIDTH, mak
 from mnemic.host.cache import MemoryLayer, memory_layer
 from mnemic.host.call import carrying
 from mnemic.host.release import GENERATE_CACHE as CACHE
+from mnemic.memory import Site
 from mnemic.state import level
 from mnemic.stream import Stream
 
@@ -29,7 +30,7 @@ CONFIGS: dict[str, mnemic.MemoryConfig] = {
     f"{kind}-{number}": config for kind, cls in mnemic.CONFIGS.items() for number, config in enumerate(cls.tiny())
 }
 FIRST_FORMS = {kind: CONFIGS[f"{kind}-0"] for kind in mnemic.CONFIGS}
-INSIDE = {label for label, config in CONFIGS.items() if config.build(WIDTH, DEPTH).attended}
+INSIDE = {label for label, config in CONFIGS.items() if config.build(WIDTH, DEPTH).attention_reads}
 """Configs of memories inside attention: these have an effect once keys left the window, so they are tested with one."""
 TRAINED = {kind: config for kind, config in FIRST_FORMS.items() if list(config.build(WIDTH, DEPTH).parameters())}
 
@@ -55,8 +56,8 @@ def _seams() -> dict[tuple[bool, ...], str]:
     seams: dict[tuple[bool, ...], str] = {}
     for label, config in CONFIGS.items():
         memory = config.build(WIDTH, DEPTH)
-        inside = len(memory.attended) > 0
-        seams.setdefault((memory.writes_see_reads, memory.beside > 0, len(memory.written_layers) > 1, inside), label)
+        inside = len(memory.attention_reads) > 0
+        seams.setdefault((memory.writes_see_reads, memory.beside > 0, len(memory.writes) > 1, inside), label)
     return seams
 
 
@@ -122,7 +123,7 @@ def first_forms(families: Iterable[str]) -> Callable[[Any], Any]:
 def _refusal(label: str, causal: bool, name: str | None) -> str | None:
     try:
         memory = CONFIGS[label].build(WIDTH, DEPTH, causal=causal)
-        if name is not None and memory.attended:
+        if name is not None and memory.attention_reads:
             mnemic.attach(make(name), CONFIGS[label])
     except ValueError as refused:
         return str(refused)
@@ -201,7 +202,7 @@ def carrier(model: nn.Module, window: int | None = None) -> Cache | MemoryLayer:
     attachment = mnemic.attached(model)
     if not attachment.anatomy.causal:
         return MemoryLayer()
-    if attachment.memory.attended:
+    if attachment.memory.attention_reads:
         window = attachment.router.config.window if window is None else window
     return DynamicCache(config=model.config) if window is None else mnemic.memory_cache(model, window)
 
@@ -282,7 +283,7 @@ def assert_effect(model: nn.Module, ids: Tensor, expected: Tensor) -> None:
     window.
     """
     attachment = mnemic.attached(model)
-    if attachment.memory.attended:
+    if attachment.memory.attention_reads:
         with torch.no_grad(), attachment.disabled():
             expected = feed(model, ids)
         assert_differ(feed(model, ids), expected)
@@ -311,15 +312,15 @@ def assert_equal_stream(actual: Stream, expected: Stream) -> None:
 
 
 def assert_equals_naive(
-    memory: mnemic.Memory, layer: int, hidden: Tensor, state: dict[str, Tensor], keep: Tensor | None, width: int
+    memory: mnemic.Memory, site: Site, hidden: Tensor, state: dict[str, Tensor], keep: Tensor | None, width: int
 ) -> list[Tensor | None]:
     """In double precision `read` and `write` equal `naive`, as do their gradients, which are returned.
 
-    `width` values of the leaf `hidden [b, t, d]` are read: what is written may be the outputs of several blocks.
+    `width` values of the leaf `hidden [b, t, d]` are read: what is written may be of several sites.
     """
     results = []
     for output, after in (
-        (memory.read(layer, hidden[..., :width], state), memory.write(hidden, state, keep)),
+        (memory.read(site, hidden[..., :width], state), memory.write(hidden, state, keep)),
         memory.naive(hidden, state, keep),
     ):
         weights = torch.Generator().manual_seed(1)

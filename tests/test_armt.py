@@ -12,6 +12,7 @@ from families import make
 from helpers import SEGMENT, assert_differ, assert_equals_naive, assert_near, feed, shake, tokens
 from mnemic.memories.armt import ARMTConfig, look_up, new_share
 from mnemic.memories.rules import RULES, dpfp3
+from mnemic.memory import Site
 from mnemic.state import nbytes
 from mnemic.tasks.capacity import Capacity
 
@@ -63,7 +64,7 @@ def pair(key, value):
 def answers(memory, state, keys):
     """What is read under keys `[b, t, d]`."""
     asked = torch.cat([keys, torch.zeros_like(keys)], -1)
-    return (memory.read(-1, asked, state) - asked)[..., keys.shape[-1] :]
+    return (memory.read(Site(0, "input"), asked, state) - asked)[..., keys.shape[-1] :]
 
 
 # --- the rule --------------------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def test_the_first_segment_finds_nothing():
     again, uncorrected = (written(each, behind(memory), behind(memory, seed=1)) for each in (memory, plain))
     assert_differ(again["normaliser_0"], uncorrected["normaliser_0"])
     x = torch.randn(2, 5, 16)
-    assert torch.equal(memory.read(-1, x, memory.init_state(2)), x)
+    assert torch.equal(memory.read(Site(0, "input"), x, memory.init_state(2)), x)
 
 
 @torch.no_grad()
@@ -194,7 +195,7 @@ def test_the_module_is_its_equations(form, padded):
     keep = torch.rand(2, count, generator=torch.Generator().manual_seed(2)) < 0.6 if padded else None
     state = written(memory, behind(memory, seed=1).double(), behind(memory, seed=2).double())
     state = {name: tensor.detach().double() for name, tensor in state.items()}
-    assert_equals_naive(memory, -1, hidden, state, keep, 16)
+    assert_equals_naive(memory, Site(0, "input"), hidden, state, keep, 16)
 
 
 # --- the seam --------------------------------------------------------------------------------------------------------
@@ -238,8 +239,8 @@ def test_it_reads_before_and_writes_after_every_block():
     plain = copy.deepcopy(model)
     memory = mnemic.attach(model, ARMTConfig(segment_length=SEGMENT, tokens=3, dim=16)).memory
     shake(memory)
-    assert memory.read_layers == (-1, 0)
-    assert memory.written_layers == (0, 1)
+    assert memory.reads == (Site(0, "input"), Site(1, "input"))
+    assert memory.writes == (Site(0), Site(1))
     expected = by_hand(plain, memory, ids)
     cache = mnemic.memory_cache(model, SEGMENT)
     assert_near(feed(model, ids, carried=cache), expected, 1e-4)
@@ -266,7 +267,7 @@ def test_gradients_pass_through_all_segments():
     memory, x = build(), torch.randn(2, 5, 16)
     first = behind(memory).requires_grad_()
     state = written(memory, first, *(behind(memory, seed=seed) for seed in range(1, 9)))
-    memory.read(-1, x, state).square().sum().backward()
+    memory.read(Site(0, "input"), x, state).square().sum().backward()
     assert first.grad[..., :16].abs().max() > 1e-6
     assert all(parameter.grad.abs().sum() > 0 for parameter in memory.block(0).parameters())
 
@@ -288,16 +289,16 @@ def test_low_precision_is_for_the_projections_only():
     memory, x = build(dim=32), torch.randn(2, 5, 16)
     segments = [behind(memory, seed=seed) for seed in range(3)]
     state = written(memory, *segments)
-    plain = memory.read(-1, x, state)
+    plain = memory.read(Site(0, "input"), x, state)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        lowered, read = written(memory, *segments), memory.read(-1, x, state)
+        lowered, read = written(memory, *segments), memory.read(Site(0, "input"), x, state)
     low = copy.deepcopy(memory).bfloat16()
     for found in (lowered, written(low, *(segment.bfloat16() for segment in segments))):
         for name, tensor in found.items():
             assert tensor.dtype == torch.float32
             assert (tensor - state[name]).norm() < 0.05 * state[name].norm()
     assert (read - plain).norm() < 0.05 * plain.norm()
-    assert low.read(-1, x.bfloat16(), state).dtype == torch.bfloat16
+    assert low.read(Site(0, "input"), x.bfloat16(), state).dtype == torch.bfloat16
 
 
 @torch.no_grad()
@@ -307,7 +308,7 @@ def test_long_streams_stay_finite():
     for segment in segments:
         segment[0] = segments[0][0]  # the same again and again
     state, x = written(memory, *segments), torch.randn(2, SEGMENT, 16)
-    read = memory.read(-1, x, state) - x
+    read = memory.read(Site(0, "input"), x, state) - x
     assert bool(read.isfinite().all())
     assert 1e-3 < read.abs().max() < 1000
 

@@ -186,7 +186,7 @@ def test_engrams_begin_apart():
     documents = [document(i, 16) for i in range(4)]
     language.spread(attachment, documents, 2.0)
     memory, ids = attachment.memory, torch.cat([tokens.ids for tokens in documents]).view(-1, LENGTH)
-    hidden = attachment.router.watch(attachment.anatomy, ids, [memory.write_layer])[memory.write_layer]
+    hidden = attachment.router.watch(attachment.anatomy, ids, memory.writes)[memory.writes[-1]]
     made = memory.abstractor
     score = made.query @ made.key.weight @ made.norm(hidden).transpose(1, 2)
     assert score.std(-1).mean().item() == pytest.approx(2.0, abs=1e-4)

@@ -16,6 +16,7 @@ from families import make
 from helpers import CONFIGS, SEGMENT, assert_near, feed, host, tokens, trained
 from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.host.release import GradientCheckpointingLayer
+from mnemic.memory import Site
 
 EMT = CONFIGS["emt-0"]
 ENDS = (KeyboardInterrupt, SystemExit, RuntimeError)
@@ -81,8 +82,8 @@ def test_watching_the_base_leaves_calls_of_other_threads_alone():
     model = host("llama", EMT)
     memory = mnemic.attached(model)
     ids, strange = tokens(1, SEGMENT), tokens(1, SEGMENT, seed=5)
-    layer = memory.memory.write_layer
-    expected, alone = feed(model, strange), memory.router.watch(memory.anatomy, ids, [layer])[layer]
+    (site,) = memory.memory.writes
+    expected, alone = feed(model, strange), memory.router.watch(memory.anatomy, ids, [site])[site]
     found = []
 
     def stop_and_look(*_):
@@ -91,7 +92,7 @@ def test_watching_the_base_leaves_calls_of_other_threads_alone():
         found.append(meanwhile(lambda: feed(model, strange)))
 
     handle = memory.anatomy.blocks[0].register_forward_pre_hook(stop_and_look)
-    seen = memory.router.watch(memory.anatomy, ids, [layer])[layer]
+    seen = memory.router.watch(memory.anatomy, ids, [site])[site]
     assert torch.equal(seen, alone)
     assert torch.equal(found[0], expected)
 
@@ -99,9 +100,8 @@ def test_watching_the_base_leaves_calls_of_other_threads_alone():
 def test_a_block_that_the_memory_does_not_touch_cannot_be_watched():
     model = host("llama", EMT)
     memory = mnemic.attached(model)
-    touched = {memory.memory.write_layer, *memory.memory.read_layers}
-    (other,) = {0, 1} - touched
-    with pytest.raises(ValueError, match=rf"blocks \[{other}\] cannot be watched"):
+    (other,) = {Site(0), Site(1)} - {*memory.memory.writes, *memory.memory.reads}
+    with pytest.raises(ValueError, match=f"{other} cannot be watched"):
         memory.router.watch(memory.anatomy, tokens(1, SEGMENT), [other])
 
 

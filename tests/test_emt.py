@@ -10,19 +10,20 @@ import mnemic
 from families import make
 from helpers import CONFIGS, SEGMENT, assert_differ, assert_near, feed, host, shake, tokens
 from mnemic import EMTConfig
+from mnemic.memory import Site
 from mnemic.state import nbytes
 
 
 def test_default_placement_is_the_middle():
     for depth, middle in ((1, 0), (2, 0), (3, 1), (12, 5)):
         memory = EMTConfig().build(64, depth)
-        assert (memory.read_layers, memory.write_layer) == ((middle,), middle)
+        assert memory.reads == memory.writes == (Site(middle),)
         assert not memory.writes_see_reads
 
 
 def test_layers_count_from_the_end_too():
     memory = EMTConfig(read_layers=[-1, 0], write_layer=-12).build(64, 12)
-    assert (memory.read_layers, memory.write_layer) == ((0, 11), 0)
+    assert (memory.reads, memory.writes) == ((Site(0), Site(11)), (Site(0),))
     assert EMTConfig(read_layers=[0], write_layer=1).build(64, 2).writes_see_reads
 
 
@@ -30,7 +31,7 @@ def test_whitepaper_sits_after_the_last_block_twice():
     config = EMTConfig.whitepaper(slots=8, dim=16, heads=2)
     assert (config.stack, config.write, config.zero_shot, config.slots) == (2, "token", True, 8)
     memory = config.build(64, 6)
-    assert (memory.read_layers, memory.write_layer) == ((5,), 5)
+    assert memory.reads == memory.writes == (Site(5),)
     assert len(memory.writers) == len(memory.readers["5"]) == 2
 
 
@@ -131,7 +132,7 @@ def test_feedback_and_blend_scale_the_read():
         torch.manual_seed(0)
         memory = EMTConfig(slots=4, dim=16, heads=2, feedback=feedback, final_blend=blend).build(64, depth)
         shake(memory)
-        results[depth, feedback, blend] = memory.read(0, hidden, memory.init_state(1)) - hidden
+        results[depth, feedback, blend] = memory.read(Site(0), hidden, memory.init_state(1)) - hidden
     full = results[2, 1.0, 0.6]
     torch.testing.assert_close(results[2, 0.5, 0.6], 0.5 * full)
     # block 0 of 1 is the last one, where the result is the output
@@ -158,10 +159,10 @@ def allocated(**changes):
 
 def answers(memory, hidden, state):
     """What a read adds, alpha at 1."""
-    reader = memory.readers[str(memory.read_layers[0])][0]
+    reader = memory.readers[str(memory.reads[0].layer)][0]
     with torch.no_grad():
         reader.alpha.fill_(1.0)
-        return memory.read(memory.read_layers[0], hidden, state) - hidden
+        return memory.read(memory.reads[0], hidden, state) - hidden
 
 
 def test_allocation_reads_back_what_followed_before_it_is_trained():
@@ -237,8 +238,8 @@ def test_calibration_ties_the_output_to_what_was_whitened():
     memory, entered, _ = allocated(whiten=True)
     mix = torch.randn(64, 64) / 8
     samples = torch.cat([torch.randn(2000, 64) @ mix, torch.randn(2000, 64)], -1)
-    memory.calibrate(samples, dict.fromkeys(memory.read_layers, samples[:, 64:]))
-    writer, reader = memory.writers[0], memory.readers[str(memory.read_layers[0])][0]
+    memory.calibrate(samples, dict.fromkeys(memory.reads, samples[:, 64:]))
+    writer, reader = memory.writers[0], memory.readers[str(memory.reads[0].layer)][0]
     entered = entered[0] @ mix
     with torch.no_grad():
         content = writer.content(writer.whiten_entered(writer.norm_entered(entered)))

@@ -21,6 +21,7 @@ from mnemic.memories.fast_weights import (
     write_pairs,
 )
 from mnemic.memories.rules import RULES
+from mnemic.memory import Site
 from mnemic.state import nbytes
 from mnemic.tasks.capacity import Capacity
 
@@ -164,7 +165,7 @@ def test_the_module_is_its_equations(form, time):
     hidden, keep = torch.randn(2, time, 32, dtype=torch.float64, requires_grad=True), torch.rand(2, time) < 0.7
     state = written(memory, torch.randn(2, 9, 32, dtype=torch.float64))
     state = {name: tensor.detach().double() for name, tensor in state.items()}
-    assert_equals_naive(memory, 0, hidden, state, keep, 32)
+    assert_equals_naive(memory, Site(0), hidden, state, keep, 32)
 
 
 # --- what the rules do -----------------------------------------------------------------------------------------------
@@ -266,9 +267,9 @@ def test_infini_attention_as_its_paper_has_it():
 @torch.no_grad()
 def test_low_precision_is_for_the_projections_only(form):
     memory, hidden = build(**form), torch.randn(2, 70, 32)
-    state, plain = written(memory, hidden), memory.read(0, hidden, written(memory, hidden))
+    state, plain = written(memory, hidden), memory.read(Site(0), hidden, written(memory, hidden))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        after, read = memory.write(hidden, memory.init_state(2)), memory.read(0, hidden, state)
+        after, read = memory.write(hidden, memory.init_state(2)), memory.read(Site(0), hidden, state)
     lowered = copy.deepcopy(memory).bfloat16()
     for found in (after, lowered.write(hidden.bfloat16(), lowered.init_state(2))):
         for name, tensor in found.items():
@@ -288,7 +289,7 @@ def test_long_streams_stay_finite(form):
     segments[:, 0] = segments[0, 0]  # the same again and again
     state = written(memory, *segments)
     assert all(bool(tensor.isfinite().all()) for tensor in state.values())
-    read = memory.read(0, segments[0], state) - segments[0]
+    read = memory.read(Site(0), segments[0], state) - segments[0]
     assert bool(read.isfinite().all())
     assert 1e-3 < read.abs().max() < 100
 
@@ -300,15 +301,15 @@ def test_long_streams_stay_finite(form):
 @torch.no_grad()
 def test_an_empty_memory_adds_nothing(form):
     memory, hidden = build(**form), torch.randn(2, SEGMENT, 32)
-    assert torch.equal(memory.read(0, hidden, memory.init_state(2)), hidden)
-    assert_differ(memory.read(0, hidden, written(memory, hidden)), hidden)
+    assert torch.equal(memory.read(Site(0), hidden, memory.init_state(2)), hidden)
+    assert_differ(memory.read(Site(0), hidden, written(memory, hidden)), hidden)
 
 
 @every_form
 def test_every_parameter_gets_a_gradient(form):
     memory, hidden = build(**form), torch.randn(2, SEGMENT, 32)
     state = written(memory, hidden, torch.randn(2, SEGMENT, 32))
-    memory.read(0, hidden, state).square().sum().backward()
+    memory.read(Site(0), hidden, state).square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in memory.parameters())
 
 
@@ -351,14 +352,14 @@ def test_padding_leaves_no_trace(form):
 def test_placement():
     for depth, middle in ((1, 0), (2, 0), (3, 1), (12, 5)):
         memory = FastWeightsConfig().build(64, depth)
-        assert (memory.read_layers, memory.write_layer) == ((middle,), middle)
+        assert memory.reads == memory.writes == (Site(middle),)
         assert not memory.writes_see_reads
         assert memory.starts_empty
     memory = FastWeightsConfig(read_layers=[-1, 0], write_layer=-12).build(64, 12)
-    assert (memory.read_layers, memory.write_layer) == ((0, 11), 0)
+    assert (memory.reads, memory.writes) == ((Site(0), Site(11)), (Site(0),))
     assert FastWeightsConfig(read_layers=[0], write_layer=1).build(64, 2).writes_see_reads
     memory = FastWeightsConfig(read_layers=[0], write_layer="embeddings").build(64, 2)
-    assert (memory.read_layers, memory.write_layer, memory.writes_see_reads) == ((0,), -1, False)
+    assert (memory.reads, memory.writes, memory.writes_see_reads) == ((Site(0),), (Site(0, "input"),), False)
     encoder = FastWeightsConfig(read_layers=[0, 1], write_layer=1).build(64, 2, causal=False)
     assert encoder.reads_own_segment
     assert not encoder.starts_empty
@@ -387,9 +388,9 @@ def test_what_enters_the_first_block_can_be_watched(name):
     wanted = {}
     with anatomy.blocks[0].register_forward_pre_hook(lambda block, args: wanted.update(entered=args[0])):
         model(ids)
-    seen = mnemic.attached(model).router.watch(anatomy, ids, [-1, 0])
-    assert torch.equal(seen[-1], wanted["entered"])
-    assert_differ(seen[0], seen[-1])
+    seen = mnemic.attached(model).router.watch(anatomy, ids, [Site(0, "input"), Site(0)])
+    assert torch.equal(seen[Site(0, "input")], wanted["entered"])
+    assert_differ(seen[Site(0)], seen[Site(0, "input")])
 
 
 def test_bytes_law():

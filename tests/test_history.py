@@ -146,7 +146,7 @@ def test_shares_are_the_gates_and_what_is_left_of_them():
 def test_what_every_mechanism_tells(config):
     label = next(name for name, each in CONFIGS.items() if each is config)
     memory = mnemic.attached(host("llama", config)).memory
-    width = len(memory.written_layers) * WIDTH
+    width = len(memory.writes) * WIDTH
     hidden, keep = torch.randn(3, 6, width), torch.ones(3, 6, dtype=torch.bool)
     keep[1, 2:4], keep[2, 5] = False, False
     state = memory.init_state(3)

@@ -17,9 +17,9 @@ import pytest
 
 import mnemic
 from mnemic.host.release import GENERATE_CACHE as CACHE
-from mnemic.memories.base import Card, MemoryConfig
 from mnemic.memories.emt import EMTConfig
 from mnemic.memories.registry import CONFIGS, MECHANISMS, cards
+from mnemic.memory import Card, MemoryConfig
 
 SOURCE = Path(mnemic.__file__).read_text()
 
@@ -63,7 +63,7 @@ mnemic.MemoryConfig.from_dict(dict(kind="emt"))
     new = {name for name in after - before if name.partition(".")[0] != "mnemic"}
     assert {name.partition(".")[0] for name in new} <= {"jaxtyping", "numpy"}, sorted(new)
     own = {name for name in after if name.startswith("mnemic.memories.")}
-    rest = {"base", "registry", "emt", "emt_naive", "emt_readers", "emt_writers"}
+    rest = {"layers", "registry", "settings", "emt", "emt_naive", "emt_readers", "emt_writers"}
     assert own == {f"mnemic.memories.{name}" for name in rest}
     unused = ("analysis", "batching", "bench", "cli", "controls", "data", "session", "store", "tasks", "trainer")
     for name in (*unused, "training", "unrolling"):

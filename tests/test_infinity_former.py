@@ -20,6 +20,7 @@ from mnemic.memories.infinity_former import (
     quantiles,
     regression,
 )
+from mnemic.memory import Site
 from mnemic.state import concatenate, nbytes, select
 from mnemic.unrolling import unroll
 
@@ -40,7 +41,7 @@ def written(memory, *segments, state=None):
     """The state after segments `[b, t, d]`, each of them read before it is written."""
     state = memory.init_state(len(segments[0])) if state is None else state
     for segment in segments:
-        _, traces = memory.read_and_trace(memory.read_layers[0], segment, state)
+        _, traces = memory.read_and_trace(memory.reads[0], segment, state)
         state = memory.write(
             segment, {name: t + traces[name].sum(1) if name in traces else t for name, t in state.items()}
         )
@@ -133,7 +134,7 @@ def test_a_read_is_the_expected_value_of_the_signal():
         chosen = copy.deepcopy(memory)
         chosen.readers["0"].output.weight.zero_()
         chosen.readers["0"].output.weight[:8, 8 * head : 8 * head + 8] = torch.eye(8)
-        added = chosen.read(0, hidden, state) - hidden
+        added = chosen.read(Site(0), hidden, state) - hidden
         torch.testing.assert_close(added[row, token, :8], expected, atol=1e-6, rtol=1e-5)
 
 
@@ -149,7 +150,7 @@ def test_a_narrow_read_is_the_value_at_its_place():
     hidden = torch.randn(1, 3, 16)
     assert (reader.densities(hidden, state)[1] == LEAST_VARIANCE).all()
     value = signal(memory, state, torch.tensor([0.3]))[0] @ reader.value.weight.T.double()
-    added = memory.read(0, hidden, state) - hidden
+    added = memory.read(Site(0), hidden, state) - hidden
     torch.testing.assert_close(added[0], value.float().expand(3, -1), atol=0.02, rtol=0)
     assert_differ(added, torch.zeros_like(added), 0.1)
 
@@ -310,17 +311,17 @@ def test_what_a_token_attends_to_is_left_behind():
     memory = build(sticky=True, bins=10, heads=2)
     hidden = torch.randn(3, SEGMENT, 32)
     empty = memory.init_state(3)
-    assert not memory.read_and_trace(0, hidden, empty)[1]["attention"].any()
+    assert not memory.read_and_trace(Site(0), hidden, empty)[1]["attention"].any()
     state = written(memory, hidden)
     state = concatenate([select(state, torch.tensor([0, 1])), select(empty, torch.tensor([2]))])
-    read, traces = memory.read_and_trace(0, hidden, state)
-    assert torch.equal(read, memory.read(0, hidden, state))
+    read, traces = memory.read_and_trace(Site(0), hidden, state)
+    assert torch.equal(read, memory.read(Site(0), hidden, state))
     mean, variance = memory.readers["0"].densities(hidden, state)
     torch.testing.assert_close(traces["attention"][:2], masses(mean, variance, 10).mean(1)[:2])
     assert not traces["attention"][2].any()
     assert traces["attention"].sum(-1).max() <= 1
-    assert memory.read_and_trace(0, hidden, state)[1].keys() == {"attention"}
-    assert not build().read_and_trace(0, hidden, state)[1]
+    assert memory.read_and_trace(Site(0), hidden, state)[1].keys() == {"attention"}
+    assert not build().read_and_trace(Site(0), hidden, state)[1]
 
 
 @pytest.mark.parametrize(("name", "reads", "write"), [("gpt2", [0, 1], 1), ("bert", [1], 0), ("bert", [0, 1], 0)])
@@ -426,7 +427,7 @@ def test_detached_writes_are_constants(detach):
 def test_every_parameter_gets_a_gradient(form):
     memory, hidden = build(**form), torch.randn(2, SEGMENT, 32)
     state = written(memory, hidden, torch.randn(2, SEGMENT, 32))
-    memory.read(0, hidden, state).square().sum().backward()
+    memory.read(Site(0), hidden, state).square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in memory.parameters())
 
 
@@ -437,8 +438,8 @@ def test_every_parameter_gets_a_gradient(form):
 @torch.no_grad()
 def test_an_empty_memory_adds_nothing(form):
     memory, hidden = build(**form), torch.randn(2, SEGMENT, 32)
-    assert torch.equal(memory.read(0, hidden, memory.init_state(2)), hidden)
-    assert_differ(memory.read(0, hidden, written(memory, hidden)), hidden)
+    assert torch.equal(memory.read(Site(0), hidden, memory.init_state(2)), hidden)
+    assert_differ(memory.read(Site(0), hidden, written(memory, hidden)), hidden)
 
 
 @every_form
@@ -502,9 +503,9 @@ def test_rows_of_any_length_and_age_share_a_batch(form):
 def test_low_precision_is_for_the_projections_only(form):
     memory, hidden = build(**form), torch.randn(2, 20, 32)
     state = written(memory, hidden, -hidden)
-    plain = memory.read(0, hidden, state)
+    plain = memory.read(Site(0), hidden, state)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        after, read = written(memory, hidden, -hidden), memory.read(0, hidden, state)
+        after, read = written(memory, hidden, -hidden), memory.read(Site(0), hidden, state)
     lowered = copy.deepcopy(memory).bfloat16()
     for found in (after, written(lowered, hidden.bfloat16(), -hidden.bfloat16())):
         assert found["coefficients"].dtype == torch.float32
@@ -522,14 +523,14 @@ def test_long_streams_stay_finite(form):
     state = written(memory, *segments)
     assert all(bool(tensor.isfinite().all()) for tensor in state.values())
     assert state["coefficients"].abs().max() < 10
-    read = memory.read(0, segments[0], state) - segments[0]
+    read = memory.read(Site(0), segments[0], state) - segments[0]
     assert 1e-3 < read.abs().max() < 100
 
 
 def test_placement():
     for depth, middle in ((1, 0), (2, 0), (3, 1), (12, 5)):
         memory = InfinityFormerConfig(bases=4, samples=4).build(64, depth)
-        assert (memory.read_layers, memory.write_layer) == ((middle,), middle)
+        assert memory.reads == memory.writes == (Site(middle),)
         assert not memory.writes_see_reads
         assert memory.starts_empty
     sticky = InfinityFormerConfig(bases=4, samples=4, sticky=True)

@@ -16,6 +16,7 @@ from families import make
 from helpers import CONFIGS, SEGMENT, assert_differ, host, shake, tokens
 from mnemic.memories import knn
 from mnemic.memories.knn import Indexes, KNNConfig, nearest, nearest_by_faiss
+from mnemic.memory import Site
 from mnemic.state import concatenate, nbytes
 
 pytestmark = pytest.mark.small  # what is tested of the oldest and newest faiss
@@ -66,7 +67,7 @@ def test_it_is_full_attention_over_the_memory_when_it_may_attend_to_all(form, ex
     short = written(memory, draw(1, 5, 32, seed=1))
     state = concatenate([written(memory, *draw(3, 1, SEGMENT, 32)), short, written(memory, *draw(2, 1, SEGMENT, 32))])
     hidden = draw(3, 11, 32, seed=2)
-    read = memory.read(0, hidden, state)
+    read = memory.read(Site(0), hidden, state)
     for row, count in enumerate((3 * SEGMENT, 5, 2 * SEGMENT)):
         assert state["count"][row] == count
         mine = {name: tensor[row] for name, tensor in state.items()}
@@ -74,7 +75,7 @@ def test_it_is_full_attention_over_the_memory_when_it_may_attend_to_all(form, ex
     # and where entries are searched for, rows with fewer than top_k still attend to all of theirs
     fewer = build(**{**form, "top_k": 2 * SEGMENT, "exact_up_to": exact_up_to})
     fewer.load_state_dict(memory.state_dict())
-    again = fewer.read(0, hidden, state)
+    again = fewer.read(Site(0), hidden, state)
     torch.testing.assert_close(again[1:], read[1:], atol=1e-5, rtol=0)
     assert_differ(again[0], read[0], 1e-4)
 
@@ -90,7 +91,7 @@ def test_only_the_nearest_are_attended_to(top_k):
     assert bool((chosen.sum(-1) == top_k).all())
     mine = {name: tensor[0] for name, tensor in state.items()}
     expected = attended(memory, hidden[0], mine, 3 * SEGMENT, chosen)
-    torch.testing.assert_close(memory.read(0, hidden, state)[0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(memory.read(Site(0), hidden, state)[0], expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def test_an_entry_is_found_by_its_own_key_and_gives_its_value():
     state = written(memory, *segments)
     for segment in segments:
         value = memory.value(memory.norm(segment))
-        torch.testing.assert_close(memory.read(0, segment, state) - segment, value, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(memory.read(Site(0), segment, state) - segment, value, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -111,11 +112,11 @@ def test_scale_and_gate():
     memory = build(top_k=3)
     state, hidden = written(memory, *draw(3, 2, SEGMENT, 32)), draw(2, 5, 32, seed=2)
     torch.nn.init.constant_(memory.gate, 0.0)
-    added = memory.read(0, hidden, state) - hidden
+    added = memory.read(Site(0), hidden, state) - hidden
     torch.nn.init.constant_(memory.gate, 50.0)
-    torch.testing.assert_close(memory.read(0, hidden, state) - hidden, 2 * added, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(memory.read(Site(0), hidden, state) - hidden, 2 * added, atol=1e-5, rtol=1e-4)
     torch.nn.init.constant_(memory.gate, -200.0)
-    assert torch.equal(memory.read(0, hidden, state), hidden)
+    assert torch.equal(memory.read(Site(0), hidden, state), hidden)
     # a scale of next to nothing is the mean of the nearest
     torch.nn.init.constant_(memory.gate, 50.0)
     torch.nn.init.constant_(memory.log_scale, -50.0)
@@ -123,7 +124,7 @@ def test_scale_and_gate():
     values = state["values"].unflatten(-1, (2, -1)).transpose(1, 2)
     mean = torch.stack([torch.stack([values[b, h, found[b, h]].mean(1) for h in (0, 1)]) for b in (0, 1)])
     expected = hidden + memory.output(mean.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(memory.read(0, hidden, state), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(memory.read(Site(0), hidden, state), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(build(shaken=False, scale=7.0).log_scale.exp().round(decimals=4), torch.full((2,), 7.0))
 
 
@@ -135,13 +136,13 @@ def queries(memory, hidden):
 def test_keys_and_queries_have_length_one():
     memory = build()
     segment, hidden = draw(2, SEGMENT, 32), draw(2, 5, 32, seed=2)
-    state, read = written(memory, segment), memory.read(0, hidden, written(memory, segment))
+    state, read = written(memory, segment), memory.read(Site(0), hidden, written(memory, segment))
     norms = state["keys"].unflatten(-1, (2, -1)).norm(dim=-1)
     torch.testing.assert_close(norms, torch.ones(2, SEGMENT, 2))
     for projection in (memory.key, memory.previous, memory.query):
         projection.weight.mul_(3)
     torch.testing.assert_close(written(memory, segment), state, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(memory.read(0, hidden, state), read)
+    torch.testing.assert_close(memory.read(Site(0), hidden, state), read)
 
 
 @torch.no_grad()
@@ -166,7 +167,7 @@ def test_an_entry_is_read_for_exactly_as_many_segments_as_fit(size):
     asked = draw(1, 3, 32, seed=2)
     for age in range(1, 8):
         state = memory.write(segments[age - 1], state)
-        gradient = torch.autograd.grad(memory.read(0, asked, state).sum(), segments, retain_graph=True)[0]
+        gradient = torch.autograd.grad(memory.read(Site(0), asked, state).sum(), segments, retain_graph=True)[0]
         readable = [bool(each.abs().sum() > 0) for each in gradient]
         assert readable == [written_at >= age - fits for written_at in range(age)] + [False] * (7 - age)
         assert state["count"].tolist() == [min(age, fits) * SEGMENT]
@@ -258,11 +259,11 @@ def test_the_default_searches_64k_entries_in_tensors_and_more_with_faiss(monkeyp
     for entries, search in ((65_536, both[0]), (65_537, both[1])):
         keys = F.normalize(draw(1, entries, 8), dim=-1)
         state = {"keys": keys, "values": draw(1, entries, 8, seed=1), "count": torch.tensor([entries])}
-        read = memory.read(0, hidden, state)
+        read = memory.read(Site(0), hidden, state)
         assert used.pop() is search
         exact = build(dim=8, heads=1, size=70_000, top_k=8, exact_up_to=70_000)
         exact.load_state_dict(memory.state_dict())
-        torch.testing.assert_close(read, exact.read(0, hidden, state), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(read, exact.read(Site(0), hidden, state), atol=1e-5, rtol=1e-5)
         assert used.pop() is both[0]
 
 
@@ -273,7 +274,7 @@ def test_faiss_and_torch_give_the_same_reads_and_gradients():
         memory = build(top_k=4, exact_up_to=exact_up_to)
         memory.load_state_dict(same)
         segments, hidden = draw(3, 2, SEGMENT, 32).requires_grad_(), draw(2, 5, 32, seed=2).requires_grad_()
-        read = memory.read(0, hidden, written(memory, *segments))
+        read = memory.read(Site(0), hidden, written(memory, *segments))
         gradients = torch.autograd.grad(read.square().sum(), [segments, hidden, *memory.parameters()])
         results.append((read, *gradients))
     for one, other in zip(*results, strict=True):
@@ -337,30 +338,30 @@ def test_without_faiss_the_error_says_how_to_get_it(monkeypatch):
 @torch.no_grad()
 def test_an_empty_memory_adds_nothing(form):
     memory, hidden = build(**form), draw(2, SEGMENT, 32)
-    assert torch.equal(memory.read(0, hidden, memory.init_state(2)), hidden)
+    assert torch.equal(memory.read(Site(0), hidden, memory.init_state(2)), hidden)
     # nor an empty row beside a full one
     state = concatenate([memory.init_state(1), written(memory, hidden[1:])])
-    read = memory.read(0, hidden, state)
+    read = memory.read(Site(0), hidden, state)
     assert torch.equal(read[0], hidden[0])
     assert_differ(read[1], hidden[1])
     # nor what stands where a row's count says that nothing is
     state["keys"][0], state["values"][0] = draw(SEGMENT, 16), draw(SEGMENT, 16)
-    assert torch.equal(memory.read(0, hidden, state), read)
+    assert torch.equal(memory.read(Site(0), hidden, state), read)
     # and an untrained one not either
     new = build(**form, shaken=False)
-    assert torch.equal(new.read(0, hidden, written(new, hidden)), hidden)
+    assert torch.equal(new.read(Site(0), hidden, written(new, hidden)), hidden)
 
 
 @every_form
 def test_every_parameter_gets_a_gradient_through_the_entries(form):
     memory, hidden = build(**form), draw(2, SEGMENT, 32)
-    memory.read(0, hidden, written(memory, *draw(2, 2, SEGMENT, 32, seed=1))).square().sum().backward()
+    memory.read(Site(0), hidden, written(memory, *draw(2, 2, SEGMENT, 32, seed=1))).square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in memory.parameters())
     # entries that are constants, as in the paper, teach neither keys nor values
     memory.zero_grad(set_to_none=True)
     with torch.no_grad():
         state = written(memory, *draw(2, 2, SEGMENT, 32, seed=1))
-    memory.read(0, hidden, state).square().sum().backward()
+    memory.read(Site(0), hidden, state).square().sum().backward()
     silent = {name for name, parameter in memory.named_parameters() if parameter.grad is None}
     assert silent == {"key.weight", "value.weight"} | ({"previous.weight"} if memory.previous is not None else set())
 
@@ -380,9 +381,9 @@ def test_it_can_be_added_to_a_trained_model_and_tuned_with_it():
 @torch.no_grad()
 def test_low_precision_is_for_the_projections_only():
     memory, hidden = build(top_k=3 * SEGMENT), draw(2, SEGMENT, 32)
-    state, plain = written(memory, hidden), memory.read(0, hidden, written(memory, hidden))
+    state, plain = written(memory, hidden), memory.read(Site(0), hidden, written(memory, hidden))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        after, read = memory.write(hidden, memory.init_state(2)), memory.read(0, hidden, state)
+        after, read = memory.write(hidden, memory.init_state(2)), memory.read(Site(0), hidden, state)
     lowered = copy.deepcopy(memory).bfloat16()
     for found in (after, lowered.write(hidden.bfloat16(), lowered.init_state(2))):
         for name in ("keys", "values"):
@@ -391,17 +392,17 @@ def test_low_precision_is_for_the_projections_only():
         norms = found["keys"].unflatten(-1, (2, -1)).norm(dim=-1)
         torch.testing.assert_close(norms, torch.ones(2, SEGMENT, 2))
     torch.testing.assert_close(read, plain, atol=0.1, rtol=0.1)
-    assert lowered.read(0, hidden.bfloat16(), state).dtype == torch.bfloat16
+    assert lowered.read(Site(0), hidden.bfloat16(), state).dtype == torch.bfloat16
 
 
 def test_placement():
     for depth, layer in ((1, 0), (2, 0), (4, 2), (12, 8), (32, 23)):
         memory = KNNConfig().build(64, depth)
-        assert (memory.read_layers, memory.write_layer) == ((layer,), layer)
+        assert memory.reads == memory.writes == (Site(layer),)
         assert not memory.writes_see_reads
         assert memory.starts_empty
     memory = KNNConfig(layer=-1).build(64, 12)
-    assert (memory.read_layers, memory.write_layer) == ((11,), 11)
+    assert memory.reads == memory.writes == (Site(11),)
     encoder = KNNConfig().build(64, 2, causal=False)
     assert encoder.reads_own_segment
     assert not encoder.starts_empty

@@ -382,7 +382,7 @@ def test_packed_documents_do_not_see_each_other(config, name):
         return model(packed, position_ids=positions, use_cache=False).logits
 
     if mnemic.attached(model).memory.writes_see_reads:
-        with pytest.raises(ValueError, match="packed documents need every read at or above the write layer"):
+        with pytest.raises(ValueError, match="packed documents need every read at the write or after it"):
             run()
         return
     expected = torch.cat([model(document, use_cache=False).logits for document in documents], 1)
@@ -436,7 +436,7 @@ def test_bytes_follow_the_declared_law(config, name):
     for part in tokens(1, 30 * SEGMENT).split(6 * SEGMENT, 1):
         session.read(part)
         sizes.append(nbytes(session.stream.state))
-        if memory.attended:
+        if memory.attention_reads:
             # two numbers of 4 bytes for each block, head and channel of every token
             attended = mnemic.attached(model).router.attended
             shapes = [shape for key, shape in key_shapes(model).items() if int(key.split(".")[1]) in attended]
@@ -494,7 +494,7 @@ def test_fast_equals_naive(config, padded):
     shake(memory)
     memory.double()
     # what is written may be the outputs of several blocks at once
-    width = 64 * len(memory.written_layers)
+    width = 64 * len(memory.writes)
     hidden = torch.randn(3, SEGMENT, width, dtype=torch.float64, requires_grad=True)
     keep = torch.ones(3, SEGMENT, dtype=torch.bool)
     keep[1, 5:] = keep[2, :3] = False
@@ -515,9 +515,9 @@ def test_fast_equals_naive(config, padded):
         leaves = {k: t.clone().requires_grad_(t.is_floating_point()) for k, t in state.items()}
         if path == "fast":
             output, traces = hidden, {}
-            if memory.read_layers:
-                # a read has one block's hidden states: here the first of those that are written
-                output, traces = memory.read_and_trace(memory.read_layers[0], hidden[..., :64], leaves)
+            if memory.hidden_reads:
+                # a read has the hidden states of one site: here of the first that is written
+                output, traces = memory.read_and_trace(memory.hidden_reads[0], hidden[..., :64], leaves)
             kept = hidden.new_ones(3, SEGMENT) if keep is None else keep.double()
             left = {k: torch.einsum("bt,bt...->b...", kept, trace) for k, trace in traces.items()}
             after = memory.write(hidden, {k: t + left.get(k, 0) for k, t in leaves.items()}, keep)

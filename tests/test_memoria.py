@@ -16,6 +16,7 @@ from engram_streams import SMALL, WIDTH, built, fired_in, ids_of, pairs, steps
 from helpers import CONFIGS, SEGMENT, assert_near, call, host, stream, tokens
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.memories.memoria.graph import COLUMNS, counts
+from mnemic.memory import Site
 from mnemic.state import read_file
 
 # --- settings and layers ---------------------------------------------------------------------------------------------
@@ -78,12 +79,12 @@ def test_configs_go_to_plain_values_and_back():
 
 def test_a_decoder_reads_everywhere_and_writes_last():
     memory = SMALL.build(WIDTH, 6)
-    assert (memory.read_layers, memory.write_layer) == ((0, 1, 2, 3, 4, 5), 5)
+    assert (memory.reads, memory.writes) == (tuple(map(Site, range(6))), (Site(5),))
     assert memory.writes_see_reads
     assert not memory.reads_own_segment
     assert memory.starts_empty
     memory = SMALL.replace(read_layers=[-3, 1], write_layer=-2).build(WIDTH, 6)
-    assert (memory.read_layers, memory.write_layer) == ((1, 3), 4)
+    assert (memory.reads, memory.writes) == ((Site(1), Site(3)), (Site(4),))
     assert set(memory.readers) == {"1", "3"}
     # at the write layer itself it still reads first
     assert SMALL.replace(read_layers=[2], write_layer=2).build(WIDTH, 6).writes_see_reads
@@ -95,11 +96,11 @@ def test_a_decoder_reads_everywhere_and_writes_last():
 @pytest.mark.parametrize(("depth", "write"), [(2, 0), (3, 1), (4, 2), (8, 5), (12, 8)])
 def test_an_encoder_reads_above_where_it_writes(depth, write):
     memory = SMALL.build(WIDTH, depth, causal=False)
-    assert (memory.write_layer, memory.read_layers) == (write, tuple(range(write + 1, depth)))
+    assert (memory.writes, memory.reads) == ((Site(write),), tuple(map(Site, range(write + 1, depth))))
     assert memory.reads_own_segment
     assert not memory.starts_empty
     memory = SMALL.replace(write_layer=0, read_layers=[-1]).build(WIDTH, depth, causal=False)
-    assert (memory.write_layer, memory.read_layers) == (0, (depth - 1,))
+    assert (memory.writes, memory.reads) == ((Site(0),), (Site(depth - 1),))
 
 
 @pytest.mark.parametrize(

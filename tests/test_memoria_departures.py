@@ -22,6 +22,7 @@ from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.memories.memoria import Memoria, MemoriaConfig, engrams
 from mnemic.memories.memoria.graph import counts
 from mnemic.memories.memoria.remind import advance, correlate, remind
+from mnemic.memory import Site
 from mnemic.state import State, concatenate, select
 from mnemic.stream import Stream
 from published_memoria import (
@@ -220,10 +221,10 @@ def test_departure_11_shares_of_attention():
     lifespans = []
     for padding in (0.0, 5.0):
         given = torch.where(keep[..., None], hidden, padding + torch.randn(1, 6, 8))
-        _, traces = memory.read_and_trace(0, given, stream.state)
+        _, traces = memory.read_and_trace(Site(0), given, stream.state)
         left = stream.leave(traces, keep)
         lifespans.append(engrams.finish(left.state, config.alpha, 400)["lifespan"])
-    _, traces = memory.read_and_trace(0, hidden[keep][None], stream.state)
+    _, traces = memory.read_and_trace(Site(0), hidden[keep][None], stream.state)
     bare = stream.leave(traces, None)
     assert_near(left.state["use"], bare.state["use"], 1e-5)
     # each real token pays one unit of attention in all, an average over heads
@@ -376,7 +377,7 @@ def test_departure_16_reset_per_sequence():
 def grown(memory: Memoria, hidden: Tensor, state: State) -> State:
     """The state after some segments `[s, b, t, d]`."""
     for segment in hidden:
-        output, traces = memory.read_and_trace(0, segment, state)
+        output, traces = memory.read_and_trace(Site(0), segment, state)
         assert output.shape == segment.shape
         if traces:
             state = {**state, "use": state["use"] + traces["use"].sum(1)}
@@ -395,14 +396,14 @@ def test_departure_17_a_module_over_explicit_state():
     hidden = torch.randn(8, 3, 8, 8)
     # an empty memory adds nothing, alone and beside one that is not
     empty = memory.init_state(3)
-    assert torch.equal(memory.read(0, hidden[0], empty), hidden[0])
+    assert torch.equal(memory.read(Site(0), hidden[0], empty), hidden[0])
     state = grown(memory, hidden[:5], empty)
     beside = concatenate([memory.init_state(1), select(state, torch.tensor([1]))])
-    output = memory.read(0, hidden[5, :2], beside)
+    output = memory.read(Site(0), hidden[5, :2], beside)
     assert torch.equal(output[0], hidden[5, 0])
-    assert_near(output[1], memory.read(0, hidden[5], state)[1], 1e-5)
-    assert not torch.equal(memory.read(0, hidden[5], state), hidden[5])
-    assert torch.equal(again.read(0, hidden[5], state), memory.read(0, hidden[5], state))
+    assert_near(output[1], memory.read(Site(0), hidden[5], state)[1], 1e-5)
+    assert not torch.equal(memory.read(Site(0), hidden[5], state), hidden[5])
+    assert torch.equal(again.read(Site(0), hidden[5], state), memory.read(Site(0), hidden[5], state))
     # the batch may change between calls
     chosen = torch.tensor([2, 0])
     some = grown(memory, hidden[5:, chosen], select(state, chosen))
@@ -414,13 +415,13 @@ def test_departure_17_a_module_over_explicit_state():
     assert_near(mixed["levels"][2], grown(memory, hidden[:2, 1:2], memory.init_state(1))["levels"][0])
     # what came in bfloat16 goes out so; the memory stays in float32
     half, wide = hidden[5].bfloat16(), {name: tensor.clone() for name, tensor in state.items()}
-    assert memory.read(0, half, state).dtype == torch.bfloat16
+    assert memory.read(Site(0), half, state).dtype == torch.bfloat16
     assert memory.write(half, state)["engram"].dtype == torch.float32
     narrow = MemoriaConfig.tiny()[0].build(8, depth=1).bfloat16()
     narrow.load_state_dict(memory.state_dict())
-    output = narrow.read(0, half, state)
+    output = narrow.read(Site(0), half, state)
     assert output.dtype == torch.bfloat16
-    wanted = memory.read(0, half.float(), state)
+    wanted = memory.read(Site(0), half.float(), state)
     assert (output.float() - wanted).abs().mean() < 0.02 * wanted.abs().mean()
     assert narrow.write(half, state)["engram"].dtype == torch.float32
     # and nothing that was passed was changed

@@ -11,6 +11,7 @@ from families import ENCODERS, make
 from helpers import CONFIGS, SEGMENT, assert_differ, assert_near, call, carrier, feed, host, shake, stream, tokens
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.memories.memoria.graph import counts
+from mnemic.memory import Site
 
 # --- what reading leaves behind --------------------------------------------------------------------------------------
 
@@ -43,13 +44,13 @@ def test_use_is_the_attention_of_all_tokens_so_far(config, monkeypatch):
     call(model, ids[:, 4 * SEGMENT :], cache, mask)
     after = stream(cache)
     assert after.counts == (7, 5)
-    assert [given[0] for given, _ in reads] == list(memory.read_layers)
+    assert [given[0] for given, _ in reads] == list(memory.reads)
     traces = [trace["use"] for _, (_, trace) in reads]
     assert [tuple(trace.shape) for trace in traces] == [(2, 5, 5)] * len(traces)
     assert_near(after.state["use"], before.state["use"] + sum(trace.sum(1) for trace in traces), 1e-6)
     # attention sums to 1: one for each real token of the segment and each layer, if all of it goes to engrams
     assert (after.state["recalled"] >= 0).any(1).all()
-    most = len(memory.read_layers) * torch.tensor([7.0, 5.0])
+    most = len(memory.reads) * torch.tensor([7.0, 5.0])
     if config.reservoir:
         assert (after.state["use"].sum(1) < most).all()
     else:
@@ -104,11 +105,11 @@ def test_a_row_without_engrams_reads_nothing(heads):
     (*_, state) = steps(memory, 6)
     both = mnemic.state.concatenate([state, memory.init_state(1)])
     hidden = torch.randn(2, 3, WIDTH)
-    read, trace = memory.read_and_trace(1, hidden, both)
+    read, trace = memory.read_and_trace(Site(1), hidden, both)
     assert torch.equal(read[1], hidden[1])
     assert not trace["use"][1].any()
     assert_differ(read[0], hidden[0])
-    assert_near(read[:1], memory.read(1, hidden[:1], state), 1e-6)
+    assert_near(read[:1], memory.read(Site(1), hidden[:1], state), 1e-6)
 
 
 # --- encoders --------------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_an_encoder_reads_what_its_own_segment_wrote(name, monkeypatch):
     torch.manual_seed(0)
     memory = mnemic.attach(model, CONFIGS["memoria-0"]).memory
     shake(memory)
-    assert (memory.write_layer, memory.read_layers) == (2, (3,))
+    assert (memory.writes, memory.reads) == ((Site(2),), (Site(3),))
     writes, reads = recorded(monkeypatch, memory, "write"), recorded(monkeypatch, memory, "read_and_trace")
     session, parts = mnemic.Session(model), tokens(1, 6 * SEGMENT + 3).split(SEGMENT, 1)
     left = memory.init_state(1)

@@ -52,10 +52,10 @@ def row(state: State, b: int) -> State:
 
 
 def advance(memory: Memoria, hidden: Tensor, state: State, keep: Tensor) -> tuple[State, Tensor]:
-    """One segment by the fast path: read at every layer, note what was used, write."""
+    """One segment by the fast path: read at every site, note what was used, write."""
     output = hidden
-    for layer in memory.read_layers:
-        output, trace = memory.read_and_trace(layer, hidden, state)
+    for site in memory.reads:
+        output, trace = memory.read_and_trace(site, hidden, state)
         if trace:
             state = {**state, "use": state["use"] + (trace["use"] * keep[..., None]).sum(1)}
     return memory.write(hidden, state, keep), output
@@ -65,8 +65,8 @@ def advance_mind(memory: Memoria, hidden: Tensor, mind: Mind, keep: Tensor) -> T
     """The same for one row by the loops, in place."""
     output, state = hidden, state_from_minds([mind], memory.config, WIDTH)
     places = [k for k, slot in enumerate(state["recalled"][0].tolist()) if slot >= 0]
-    for layer in memory.read_layers:
-        output, trace = naive_read(memory, layer, hidden[None], state, keep[None])
+    for site in memory.reads:
+        output, trace = naive_read(memory, site.layer, hidden[None], state, keep[None])
         for i, k in zip(mind.recalled, places, strict=True):
             mind.use[i] += float(trace["use"][0, k])
     write_row(memory, mind, hidden[keep])

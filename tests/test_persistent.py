@@ -14,6 +14,7 @@ from families import make
 from helpers import SEGMENT, assert_differ, assert_equals_naive, assert_near, shake, tokens
 from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.memories.persistent import Method, PersistentConfig
+from mnemic.memory import Site
 from mnemic.state import nbytes
 
 METHODS = get_args(Method)
@@ -126,7 +127,7 @@ def test_rows_that_choose_by_what_they_hold_are_their_equations(method):
     memory = build(method, keys="content").double()
     state = {"rows": torch.randn(2, 6, 16, dtype=torch.float64)}
     hidden, keep = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True), torch.rand(2, 5) < 0.8
-    found = assert_equals_naive(memory, 0, hidden, state, keep, 16)
+    found = assert_equals_naive(memory, Site(0), hidden, state, keep, 16)
     assert sum(each is not None for each in found) >= 4
 
 
@@ -266,7 +267,7 @@ def test_not_everything_is_zero_at_first(method):
     state = written(memory, torch.randn(2, SEGMENT, 16))
     if memory.behind:
         hidden = torch.randn(2, SEGMENT, 16)
-        output = memory.read(0, hidden, state)
+        output = memory.read(Site(0), hidden, state)
         assert torch.equal(output, hidden)
         zeros = [memory.beta] if method == "cross-attention" else [memory.value]
     else:
@@ -286,11 +287,11 @@ def test_cross_attention_behind_every_block():
     state, hidden = written(memory, torch.randn(2, SEGMENT, 16)), torch.randn(2, 5, 16)
     rows = normed(state["rows"])
     read = F.scaled_dot_product_attention(normed(hidden) @ memory.query, rows @ memory.key, rows @ memory.value)
-    assert memory.read_layers == (0, 1, 2)
+    assert memory.reads == (Site(0), Site(1), Site(2))
     for layer in range(3):
-        assert_near(memory.read(layer, hidden, state), hidden + memory.beta[layer] * (read @ memory.output), 1e-5)
+        assert_near(memory.read(Site(layer), hidden, state), hidden + memory.beta[layer] * (read @ memory.output), 1e-5)
     memory.beta[1] = 0
-    assert torch.equal(memory.read(1, hidden, state), hidden)
+    assert torch.equal(memory.read(Site(1), hidden, state), hidden)
 
 
 @torch.no_grad()
@@ -300,9 +301,9 @@ def test_a_gate_for_every_number():
     rows, z = normed(state["rows"]), normed(hidden)
     read = F.scaled_dot_product_attention(z @ memory.query, rows @ memory.key, rows @ memory.value)
     gate = torch.sigmoid(z @ memory.gate[:16] + read @ memory.gate[16:] + memory.gate_bias)
-    assert_near(memory.read(0, hidden, state), hidden + gate * read, 1e-5)
+    assert_near(memory.read(Site(0), hidden, state), hidden + gate * read, 1e-5)
     memory.gate_bias.fill_(-1e4)
-    assert torch.equal(memory.read(0, hidden, state), hidden)
+    assert torch.equal(memory.read(Site(0), hidden, state), hidden)
     fresh = build("gated", shaken=False)
     assert torch.equal(fresh.gate_bias, torch.full((16,), -2.0))
 

@@ -15,8 +15,8 @@ import mnemic
 from families import COMMON, DECODERS, GROUPED, make
 from helpers import CACHE, SEGMENT, assert_near, feed, random_cuts, refusal, tokens
 from mnemic.bank import CHUNK, Bank
-from mnemic.memories.base import Asked
 from mnemic.memories.recall import RecallConfig, naive
+from mnemic.memory import Asked, Site
 
 SERVED = [name for name in DECODERS if refusal("recall-0", name) is None]
 SMALL = {"segment_length": SEGMENT, "window": 2 * SEGMENT, "sinks": 4, "unit": 4, "recall_in_reading": True}
@@ -51,7 +51,7 @@ def asked_of(kept: int, heads: int = 2, group: int = 3, time: int = 4, reading: 
 def test_fast_equals_naive(choice, by, layout, kept):
     memory = RecallConfig(**SMALL, budget=12, choice=choice, by=by, layout=layout).build(64, 1)
     asked = asked_of(kept)
-    more = memory.further(0, asked)
+    more = memory.further(Site(0, "attention"), asked)
     for head, row in enumerate(naive(memory, asked)):
         for t, seen in enumerate(row):
             there = slice(None) if more.keep_ktm is None else more.keep_ktm[head, t]
@@ -73,9 +73,9 @@ def test_what_is_chosen_holds_the_sinks_and_the_budget():
 
 def test_many_tokens_are_scored_in_parts(monkeypatch):
     memory, asked = RecallConfig(**SMALL, budget=12).build(64, 1), asked_of(48, time=9)
-    expected = memory.further(0, asked)
+    expected = memory.further(Site(0, "attention"), asked)
     monkeypatch.setattr("mnemic.memories.recall.SCORES_AT_ONCE", 1)
-    found = memory.further(0, asked)
+    found = memory.further(Site(0, "attention"), asked)
     assert torch.equal(found.keys_ktms, expected.keys_ktms)
 
 

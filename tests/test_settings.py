@@ -16,7 +16,7 @@ from families import make
 from helpers import CONFIGS, SEGMENT, every_config, host, shake, tokens
 from mnemic.attachment import CONFIG_FILE, WEIGHTS_FILE
 from mnemic.bank import Bank
-from mnemic.memories.base import Asked, UnknownSetting
+from mnemic.memory import Asked, UnknownSetting
 from mnemic.state import from_bytes, read_file, to_bytes, write_file
 from mnemic.trainer import load_memory
 
@@ -60,8 +60,8 @@ def told(config: mnemic.MemoryConfig) -> list[Any]:
     memory = config.build(WIDTH, DEPTH)
     shake(memory, scale=0.02)
     generator = torch.Generator().manual_seed(1)
-    width = WIDTH * len(memory.written_layers)
-    plain: list[Any] = [memory.read_layers, memory.write_layer, memory.beside, memory.span, memory.gradient_reach]
+    width = WIDTH * len(memory.writes)
+    plain: list[Any] = [memory.reads, memory.writes, memory.beside, memory.span, memory.gradient_reach]
     plain += [memory.parameter_dtype(), memory.most_bytes(3), *memory.state_dict()]
     state, found = memory.init_state(2), [*memory.state_dict().values()]
     for _ in range(16 if config.kind == "memoria" else 6):  # until there are long-term engrams
@@ -72,8 +72,8 @@ def told(config: mnemic.MemoryConfig) -> list[Any]:
         length = getattr(config, "tokens", SEGMENT) if memory.writes_tokens_behind else SEGMENT
         kept = None if memory.writes_tokens_behind else torch.arange(SEGMENT).expand(2, -1) < SEGMENT - 1
         trace = {}
-        for layer in memory.read_layers:
-            output, left = memory.read_and_trace(layer, hidden[..., :WIDTH], state)
+        for site in memory.hidden_reads:
+            output, left = memory.read_and_trace(site, hidden[..., :WIDTH], state)
             found.append(output)
             trace = {key: trace.get(key, 0) + value.sum(1) for key, value in left.items()}
         beside = (memory.tokens_before(state), memory.tokens_behind(state))
@@ -98,10 +98,10 @@ def inside(memory: mnemic.Memory, config: mnemic.MemoryConfig) -> list[Any]:
         return x + (-1 if back else 1) * at[:, None] / 64
 
     for reading in (False, True):
-        for place, layer in enumerate(memory.attended):
+        for place, site in enumerate(memory.attention_reads):
             query, position = torch.randn(4, 5, 4, generator=generator), torch.arange(60, 65)
             asked = Asked(query, position, 40, 0.5, bank, place, turn, 16, reading)
-            more = memory.further(layer, asked)
+            more = memory.further(site, asked)
             found += [] if more is None else [more.keys_ktms, more.values_ktmv]
     return found
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import CONFIGS, SEGMENT
+from mnemic.memory import Site
 from mnemic.state import StateError, append_rows, grow
 from mnemic.stream import Piece, Stream, check_finite, cut
 
@@ -162,7 +163,7 @@ def test_detach_cuts_the_gradient(memory, ragged):
 class Diary:
     """A memory in so far as a stream needs it: every write adds one page, the sum of its tokens, and `ink` dries."""
 
-    writes_tokens_behind, written_layers = False, (0,)
+    writes_tokens_behind, writes = False, (Site(0),)
 
     def init_state(self, batch, device=None):
         return {
@@ -239,10 +240,10 @@ def test_scalar_traces_join_too(diary):
 
 def test_check_finite_names_the_place():
     hidden = torch.zeros(2, SEGMENT, 4)
-    check_finite(hidden, None, 1)
+    check_finite(hidden, None, Site(1))
     hidden[1, 3] = torch.nan
     with pytest.raises(StateError, match=r"block 1 are NaN or infinite.*row 1, token 3.*nothing was written"):
-        check_finite(hidden, None, 1)
+        check_finite(hidden, None, Site(1))
     keep = torch.ones(2, SEGMENT, dtype=torch.bool)
     keep[1, 3] = False
-    check_finite(hidden, keep, 1)
+    check_finite(hidden, keep, Site(1))

@@ -28,6 +28,7 @@ from helpers import (
 from mnemic.memories.rules import RULES
 from mnemic.memories.titans import TitansConfig
 from mnemic.memories.titans_network import Pairs, activate, gradients, learn, network, recall, slope
+from mnemic.memory import Site
 from mnemic.state import nbytes
 
 FORMS = [
@@ -151,7 +152,7 @@ def test_the_module_is_its_equations(form, time):
     hidden, keep = torch.randn(2, time, 32, dtype=torch.float64, requires_grad=True), torch.rand(2, time) < 0.7
     state = written(memory, torch.randn(2, 9, 32, dtype=torch.float64))
     state = {name: tensor.detach().double() for name, tensor in state.items()}
-    assert_equals_naive(memory, 0, hidden, state, keep, 32)
+    assert_equals_naive(memory, Site(0), hidden, state, keep, 32)
 
 
 @torch.no_grad()
@@ -318,9 +319,9 @@ def test_it_remembers_more_than_a_linear_memory_of_the_same_keys():
 @torch.no_grad()
 def test_low_precision_is_for_the_projections_only(form):
     memory, hidden = build(**form), torch.randn(2, 20, 32)
-    state, plain = written(memory, hidden), memory.read(0, hidden, written(memory, hidden))
+    state, plain = written(memory, hidden), memory.read(Site(0), hidden, written(memory, hidden))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        after, read = memory.write(hidden, memory.init_state(2)), memory.read(0, hidden, state)
+        after, read = memory.write(hidden, memory.init_state(2)), memory.read(Site(0), hidden, state)
     lowered = copy.deepcopy(memory).bfloat16()
     for found in (after, lowered.write(hidden.bfloat16(), lowered.init_state(2))):
         for name, tensor in found.items():
@@ -343,7 +344,7 @@ def test_long_streams_stay_finite_with_a_limit_to_gradients(layers):
         memory = build(layers=layers, clip=clip)
         torch.nn.init.constant_(memory.writer.rate.bias, 0.0)
         states[clip] = written(memory, *segments)
-        read = memory.read(0, segments[0], states[clip]) - segments[0]
+        read = memory.read(Site(0), segments[0], states[clip]) - segments[0]
         if clip is not None:
             assert bool(read.isfinite().all())
             assert 1e-3 < read.abs().max() < 100
@@ -382,13 +383,13 @@ def test_a_new_memory_says_nothing_and_learned_first_weights_do(form):
     memory, hidden = build(**form, shaken=False), torch.randn(2, SEGMENT, 32)
     reader = memory.readers["0"]
     torch.nn.init.normal_(reader.output.weight)
-    assert torch.equal(memory.read(0, hidden, memory.init_state(2)), hidden)
-    assert_differ(memory.read(0, hidden, written(memory, hidden)), hidden)
+    assert torch.equal(memory.read(Site(0), hidden, memory.init_state(2)), hidden)
+    assert_differ(memory.read(Site(0), hidden, written(memory, hidden)), hidden)
     torch.nn.init.normal_(memory.first[-1])
-    assert_differ(memory.read(0, hidden, memory.init_state(2)), hidden)
+    assert_differ(memory.read(Site(0), hidden, memory.init_state(2)), hidden)
     assert not memory.starts_empty
     torch.nn.init.zeros_(reader.output.weight)
-    assert torch.equal(memory.read(0, hidden, written(memory, hidden)), hidden)
+    assert torch.equal(memory.read(Site(0), hidden, written(memory, hidden)), hidden)
 
 
 @torch.no_grad()
@@ -399,19 +400,19 @@ def test_gate_and_layer():
     state = written(gated, hidden)
     torch.nn.init.zeros_(gated.readers["0"].gate.weight)
     torch.nn.init.constant_(gated.readers["0"].gate.bias, 50.0)
-    torch.testing.assert_close(gated.read(0, hidden, state), plain.read(0, hidden, state))
+    torch.testing.assert_close(gated.read(Site(0), hidden, state), plain.read(Site(0), hidden, state))
     torch.nn.init.constant_(gated.readers["0"].gate.bias, 0.0)
-    added = plain.read(0, hidden, state) - hidden
-    torch.testing.assert_close(gated.read(0, hidden, state), hidden + added / 2, atol=1e-5, rtol=1e-4)
+    added = plain.read(Site(0), hidden, state) - hidden
+    torch.testing.assert_close(gated.read(Site(0), hidden, state), hidden + added / 2, atol=1e-5, rtol=1e-4)
     torch.nn.init.constant_(gated.readers["0"].gate.bias, -200.0)
-    assert torch.equal(gated.read(0, hidden, state), hidden)
+    assert torch.equal(gated.read(Site(0), hidden, state), hidden)
 
 
 @every_form
 def test_every_parameter_gets_a_gradient(form):
     memory, hidden = build(**form), torch.randn(2, SEGMENT, 32)
     state = written(memory, hidden, torch.randn(2, SEGMENT, 32))
-    loss = memory.read(0, hidden, state).square().sum()
+    loss = memory.read(Site(0), hidden, state).square().sum()
     if memory.beside:
         loss = loss + memory.tokens_before(state).embeddings.square().sum()
     loss.backward()
@@ -451,11 +452,11 @@ def test_padding_leaves_no_trace(form):
 def test_placement():
     for depth, middle in ((1, 0), (2, 0), (3, 1), (12, 5)):
         memory = build(depth=depth)
-        assert (memory.read_layers, memory.write_layer) == ((middle,), middle)
+        assert memory.reads == memory.writes == (Site(middle),)
         assert not memory.writes_see_reads
-        assert build(depth=depth, context="tokens", read_layers=[]).write_layer == middle
+        assert build(depth=depth, context="tokens", read_layers=[]).writes == (Site(middle),)
     memory = build(depth=12, read_layers=[-1, 0], write_layer=-12)
-    assert (memory.read_layers, memory.write_layer) == ((0, 11), 0)
+    assert (memory.reads, memory.writes) == ((Site(0), Site(11)), (Site(0),))
     assert build(read_layers=[0], write_layer=1).writes_see_reads
     encoder = TitansConfig(read_layers=[0, 1], write_layer=1).build(64, 2, causal=False)
     assert encoder.reads_own_segment
@@ -555,10 +556,10 @@ def by_hand(model, memory, ids):
     def block(layer):
         def hook(block, args, output):
             hidden = output[0] if isinstance(output, tuple) else output
-            if layer == memory.write_layer:
+            if Site(layer) in memory.writes:
                 seen.append(hidden[:, before:])
-            if layer in memory.read_layers:
-                hidden = memory.read(layer, hidden, state)
+            if Site(layer) in memory.reads:
+                hidden = memory.read(Site(layer), hidden, state)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook
@@ -592,7 +593,7 @@ def test_a_stream_as_context_equals_the_definition(name, reads):
 
 def test_as_context_without_a_closing_gate():
     memory = build(context="tokens", read_layers=[])
-    assert (memory.read_layers, len(memory.readers), memory.writes_see_reads, memory.beside) == ((), 0, True, 20)
+    assert (memory.reads, len(memory.readers), memory.writes_see_reads, memory.beside) == ((), 0, True, 20)
     hidden, state = torch.randn(2, 5, 32), memory.init_state(2)
     output, after = memory.naive(hidden, state)
     assert torch.equal(output, hidden)

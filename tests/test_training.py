@@ -25,6 +25,7 @@ from helpers import (
 )
 from mnemic import training, unrolling
 from mnemic.memories.emt_writers import Whitening
+from mnemic.memory import Site
 from mnemic.tasks.base import generator
 from mnemic.tasks.facts import SymbolRecall
 from mnemic.training import Batch, calibrate, hold_then_fall, train
@@ -143,7 +144,7 @@ def test_read_segments_equals_one_after_another(name, label):
 
 
 def test_read_segments_refuses_where_segments_depend_on_each_other():
-    with pytest.raises(ValueError, match="reads below"):
+    with pytest.raises(ValueError, match="reads before it writes"):
         mnemic.read_segments(host("gpt2", CONFIGS["emt-1"]), tokens(1, 16))
     with pytest.raises(ValueError, match="encoder"):
         mnemic.read_segments(host("bert", CONFIG), tokens(1, 16))
@@ -480,7 +481,7 @@ def test_calibrated_write_features_are_white():
     calibrate(model, batch)
     writer = memory.writers[0]
     silent = batch.input_ids[:, : 2 * SEGMENT].unflatten(1, (-1, SEGMENT)).flatten(0, 1)
-    hidden = mnemic.attached(model).router.watch(training.examine(model), silent, [1])[1].flatten(0, 1)
+    hidden = mnemic.attached(model).router.watch(training.examine(model), silent, [Site(1)])[Site(1)].flatten(0, 1)
     white, plain = writer.prepare(hidden), writer.norm_hidden(hidden)
     covariance, before = torch.cov(white.T), torch.cov(plain.T)
     assert white.mean(0).abs().max() < 1e-2
@@ -503,9 +504,9 @@ def test_readers_are_fitted_where_they_are_asked():
     calibrate(model, batch)
     asking = batch.input_ids[:, -SEGMENT:]
     router = mnemic.attached(model).router
-    seen = router.watch(training.examine(model), asking, list(memory.read_layers))
-    for layer, hidden in seen.items():
-        (reader,) = memory.readers[str(layer)]
+    seen = router.watch(training.examine(model), asking, memory.reads)
+    for site, hidden in seen.items():
+        (reader,) = memory.readers[str(site.layer)]
         # the tokens from which the last four are predicted
         expected = reader.norm_hidden(hidden[:, -5:-1].flatten(0, 1)).mean(0)
         assert_near(reader.whiten.mean, expected, 1e-4)

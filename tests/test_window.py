@@ -102,7 +102,14 @@ def test_positions_never_leave_the_table(name, window):
     model = host(name, CONFIG, **{key: 20})
     seen = []
     trunk = mnemic.attached(model).anatomy.trunk
-    trunk.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
+    guard = vars(trunk)["forward"]
+    base = guard.forward
+
+    def watched(**kwargs):
+        seen.append(kwargs["position_ids"])
+        return base(**kwargs)
+
+    guard.inner = watched
     mask = torch.ones(2, 100, dtype=torch.long)
     mask[0, :5] = 0
     feed(model, tokens(2, 100), [7] * 14 + [2], mask, mnemic.memory_cache(model, window))

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from mnemic.data import SegmentCollator, Streams, collate
     from mnemic.host.cache import MemoryCache
     from mnemic.memories.armt import ARMTConfig
-    from mnemic.memories.base import Memory, MemoryConfig
     from mnemic.memories.compressive import CompressiveConfig
     from mnemic.memories.emt import EMTConfig
     from mnemic.memories.fast_weights import FastWeightsConfig
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from mnemic.memories.several import SeveralConfig
     from mnemic.memories.titans import TitansConfig
     from mnemic.memories.transformer_xl import TransformerXLConfig
+    from mnemic.memory import Memory, MemoryConfig, Site
     from mnemic.session import Session
     from mnemic.state import State, StateError
     from mnemic.store import Conflict, NotStored, SessionStore, StoreError
@@ -64,6 +64,7 @@ __all__ = [
     "SessionBatch",
     "SessionStore",
     "SeveralConfig",
+    "Site",
     "State",
     "StateError",
     "StoreError",
@@ -90,7 +91,7 @@ _HOMES = {
     "checkpoints": ("FetchError", "fetch"),
     "data": ("SegmentCollator", "Streams", "collate"),
     "host.cache": ("MemoryCache",),
-    "memories": ("CONFIGS", "Memory", *(name for name in __all__ if name.endswith("Config"))),
+    "memories": ("CONFIGS", "Memory", "Site", *(name for name in __all__ if name.endswith("Config"))),
     "session": ("Session",),
     "state": ("State", "StateError"),
     "store": ("Conflict", "NotStored", "SessionStore", "StoreError"),

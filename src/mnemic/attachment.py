@@ -21,8 +21,8 @@ from mnemic.host.cache import MemoryCache
 from mnemic.host.opening import refuse_paged
 from mnemic.host.router import Router
 from mnemic.host.wrappers import check_whole, execution_device, misplaced, refuse_late, unwrapped, whole
-from mnemic.memories.base import Memory, MemoryConfig, UnknownSetting
 from mnemic.memories.registry import CONFIGS
+from mnemic.memory import Memory, MemoryConfig, UnknownSetting
 from mnemic.state import META_LIMIT, StateError, is_finite, nbytes, read_file, strict_json, to_bytes, write_all
 
 CONFIG_FILE, WEIGHTS_FILE = "memory_config.json", "memory_model.safetensors"

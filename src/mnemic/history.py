@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnemic.memories.base import Attribution
+from mnemic.memory import Attribution
 from mnemic.state import State, StateError
 
 WRITES = 128

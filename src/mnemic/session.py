@@ -334,7 +334,7 @@ class Session:
             if not self._router.attended:
                 kind = self._router.config.kind
                 raise ValueError(f"a memory of kind {kind!r} keeps no token apart from others; reset() forgets all")
-            if self._router.memory.written_layers:
+            if self._router.memory.writes:
                 raise ValueError(
                     "beside recall another memory has written these tokens, which it cannot take apart again; reset() "
                     "forgets all"

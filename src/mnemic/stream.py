@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mnemic.bank import Bank
 from mnemic.history import Log, told_of
-from mnemic.memories.base import Memory
+from mnemic.memory import Memory, Site
 from mnemic.state import State, StateError, append_rows, concatenate, detach, level, nbytes, put, repeat, select
 
 
@@ -74,7 +74,7 @@ def cut(
 
 def waiting_width(memory: Memory, width: int) -> int:
     """Values kept of a token until its segment is written: none where tokens behind the segment are written instead."""
-    return 0 if memory.writes_tokens_behind else len(memory.written_layers) * width
+    return 0 if memory.writes_tokens_behind else len(memory.writes) * width
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Stream:
     """The carried part of a batch of streams. Immutable: every step returns a new one, so nothing is ever half-done.
 
     `state` is the memory's own; `waiting [b, p, d]` holds the hidden states of tokens that do not fill a segment yet
-    (of several layers joined along d), `counts[b]` of them in row b. `written[b]` counts segments, `seen[b]` tokens.
+    (of several sites joined along d), `counts[b]` of them in row b. `written[b]` counts segments, `seen[b]` tokens.
     `logs[b]` is the row's history, None where nobody keeps one; it has no part in what is computed. `banks[b]` has the
     keys and values that left its window, None where nothing has.
     """
@@ -296,14 +296,14 @@ def note_auxiliary(memory: Memory, hidden_btd: Tensor, state: State, keep_bt: Te
         losses.append(loss)
 
 
-def check_finite(hidden_btd: Tensor, keep_bt: Tensor | None, layer: int) -> None:
+def check_finite(hidden_btd: Tensor, keep_bt: Tensor | None, site: Site) -> None:
     """Raises `StateError` when a real token's hidden state is NaN or infinite, before anything is written."""
     bad = ~torch.isfinite(hidden_btd).all(-1)
     if keep_bt is not None:
         bad = bad & keep_bt
     if bad.any():
         row, time = bad.nonzero()[0].tolist()
-        where = f"after block {layer}" if layer >= 0 else "entering block 0"
+        where = f"entering block {site.layer}" if site.at == "input" else f"after block {site.layer}"
         raise StateError(
             f"hidden states {where} are NaN or infinite (first at row {row}, token {time} of the call), "
             "so nothing was written; check the input and the base's dtype (float16 overflows where bfloat16 does not)"

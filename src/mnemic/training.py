@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mnemic.attachment import router_of
 from mnemic.host.anatomy import base_parameters, examine
+from mnemic.memory import Site
 from mnemic.state import StateError, read_file, write_file
 from mnemic.unrolling import IGNORED, TOKENS_AT_ONCE, FeatureMemo, unroll
 
@@ -21,8 +22,8 @@ from mnemic.unrolling import IGNORED, TOKENS_AT_ONCE, FeatureMemo, unroll
 def calibrate(model: nn.Module, batch: Batch) -> None:
     """Fits what a memory does not train (EMT's `whiten`) to the host, before training, on streams like those to come.
 
-    The write layer is fitted to all tokens of the segments without labels, read layers to the positions from which a
-    labelled token is predicted. The base runs alone, every segment on its own.
+    Writes are fitted to all tokens of the segments without labels, reads to the positions from which a labelled token
+    is predicted. The base runs alone, every segment on its own.
     """
     router = router_of(model)
     ids = batch.input_ids.unflatten(1, (-1, router.segment_length)).flatten(0, 1)
@@ -30,15 +31,15 @@ def calibrate(model: nn.Module, batch: Batch) -> None:
     asked = targets != IGNORED
     silent = ~asked.any(1)
     memory = router.memory
-    parts: dict[int, list[Tensor]] = {layer: [] for layer in {*memory.written_layers, *memory.read_layers}}
+    parts: dict[Site, list[Tensor]] = {site: [] for site in {*memory.writes, *memory.hidden_reads}}
     with torch.no_grad():
         for part in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
-            for layer, hidden in router.watch(examine(model), part, list(parts)).items():
-                parts[layer].append(hidden)
-    hidden = {layer: torch.cat(found) for layer, found in parts.items()}
-    written = torch.cat([hidden[layer] for layer in memory.written_layers], -1)
+            for site, hidden in router.watch(examine(model), part, parts).items():
+                parts[site].append(hidden)
+    hidden = {site: torch.cat(found) for site, found in parts.items()}
+    written = torch.cat([hidden[site] for site in memory.writes], -1)
     written = written[silent] if bool(silent.any()) else written
-    memory.calibrate(written.flatten(0, 1), {layer: hidden[layer][asked] for layer in memory.read_layers})
+    memory.calibrate(written.flatten(0, 1), {site: hidden[site][asked] for site in memory.hidden_reads})
 
 
 @dataclass

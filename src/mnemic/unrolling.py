@@ -161,7 +161,9 @@ def _worth_it(model: nn.Module, router: Router, segments: int, labelled: int) ->
     """
     if not (torch.is_grad_enabled() and base_trains(model)):
         return True
-    return labelled + segments * (router.memory.write_layer + 1) / router.depth <= segments
+    last = router.memory.writes[-1]
+    lower = last.layer + (last.at == "output")
+    return labelled + segments * lower / router.depth <= segments
 
 
 def _by_row(chosen_sbt: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +187,9 @@ def obstacle_to_parallel(model: nn.Module, window: int) -> str | None:
     if router.attended:
         return "keys that leave the window are seen inside attention"
     if router.memory.writes_see_reads:
-        return "a layer reads below the one that writes"
+        return "the memory reads before it writes"
+    if not router.memory.writes:
+        return "the memory writes no hidden states"
     return None
 
 
@@ -324,13 +328,13 @@ def base_trains(model: nn.Module) -> bool:
 
 
 def features(model: nn.Module, ids_sbt: Int[Tensor, "s b t"]) -> Float[Tensor, "s b t d"]:
-    """The hidden states that the write layer puts out, for segments that the base sees each on its own. No gradient."""
+    """The hidden states that are written, for segments that the base sees each on its own. No gradient."""
     router, trunk = router_of(model), examine(model).trunk
     flat = ids_sbt.flatten(0, 1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and base_trains(model)):
         parts = flat.split(max(1, TOKENS_AT_ONCE // flat.shape[1]))
         hidden = torch.cat([router.record(trunk, part) for part in parts])
-    check_finite(hidden, None, router.memory.write_layer)
+    check_finite(hidden, None, router.memory.writes[-1])
     return hidden.unflatten(0, ids_sbt.shape[:2])
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from mnemic.checks import check_description
 from mnemic.history import Log
 from mnemic.memories import CONFIGS
-from mnemic.memories.base import defaults
+from mnemic.memories.settings import defaults
 from mnemic.state import State, StateError, nbytes, read_file
 
 ROWS = {

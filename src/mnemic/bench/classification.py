@@ -34,8 +34,8 @@ from transformers import AutoModel, AutoTokenizer
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.controls import apart, parts
-from mnemic.memories.base import Memory, MemoryConfig
 from mnemic.memories.memoria import MemoriaConfig
+from mnemic.memory import Memory, MemoryConfig, Site
 from mnemic.state import read_file, write_file
 from mnemic.stream import Stream
 from mnemic.tasks.base import generator
@@ -99,9 +99,9 @@ def encode(
     """
     length = config.segment_length
     memory = config.build(model.config.hidden_size, model.config.num_hidden_layers, causal=False)  # pyright: ignore
-    if memory.read_layers != (model.config.num_hidden_layers - 1,):  # pyright: ignore
+    if memory.reads != (Site(model.config.num_hidden_layers - 1),):  # pyright: ignore
         raise ValueError(
-            f"read_layers are {list(memory.read_layers)}; frozen blocks are only kept where the last reads"
+            f"it reads {', '.join(map(str, memory.reads))}; frozen blocks are only kept where the last reads"
         )
     first, end = tokenizer.cls_token_id, tokenizer.sep_token_id
     parts: list[tuple[int, list[int]]] = []
@@ -119,7 +119,7 @@ def encode(
         keep = torch.tensor([len(part) for part in rows])[:, None] > torch.arange(length)
         hidden = model(input_ids=ids, attention_mask=keep.long(), output_hidden_states=True).hidden_states
         for row, place in enumerate(group.tolist()):
-            written, asked = hidden[memory.write_layer + 1][row].half(), hidden[-1][row].half()
+            written, asked = hidden[memory.writes[-1].layer + 1][row].half(), hidden[-1][row].half()
             found[place] = (written.clone(), asked.clone(), len(rows[row]))
         reporter.advance(len(rows))
     articles = []
@@ -186,7 +186,7 @@ def read(memory: Memory, articles: Sequence[Article], way: Way = "memory") -> Fl
         padded = None if bool(keep.all()) else keep
         with torch.set_grad_enabled(torch.is_grad_enabled() and ends):
             stream = stream.append(written.float(), padded).commit(memory, range(len(rows)))
-            output, traces = memory.read_and_trace(memory.read_layers[-1], asked.float(), stream.state)
+            output, traces = memory.read_and_trace(memory.reads[-1], asked.float(), stream.state)
             stream = stream.leave(traces, padded)
             if ends:
                 return mean(output, keep)

@@ -28,8 +28,8 @@ from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.hosts import Host, make_room
 from mnemic.bench.results import Record
 from mnemic.memories import CONFIGS
-from mnemic.memories.base import MemoryConfig
 from mnemic.memories.emt import EMTConfig
+from mnemic.memory import MemoryConfig
 from mnemic.state import read_file, write_file
 from mnemic.tasks.base import TASKS, Task
 from mnemic.training import Batch, train

@@ -19,6 +19,7 @@ from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record
 from mnemic.host.arguments import with_cache
 from mnemic.memories.emt import EMTConfig
+from mnemic.memory import Site
 from mnemic.session import Session
 
 Progress = Callable[[str], None]
@@ -93,8 +94,8 @@ def overhead(
             return model(ids, use_cache=True)
 
     def alone() -> None:
-        for layer in memory.read_layers:
-            memory.read(layer, hidden, state)
+        for site in memory.hidden_reads:
+            memory.read(site, hidden, state)
         memory.write(hidden, state)
 
     reporter = reporter or Silent()
@@ -134,7 +135,7 @@ def against_naive(seed: int = 0) -> Record:
     hidden, state = torch.randn(2, 8, 768), memory.init_state(2)
     times = {}
     begun = time.perf_counter()
-    read, written = memory.read(11, hidden, state), memory.write(hidden, state)
+    read, written = memory.read(Site(11), hidden, state), memory.write(hidden, state)
     times["fast"] = time.perf_counter() - begun
     begun = time.perf_counter()
     naive_read, naive_written = memory.naive(hidden, state)

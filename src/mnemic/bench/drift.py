@@ -24,7 +24,7 @@ from mnemic.attachment import Attachment, attach
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.data import Streams, collate
-from mnemic.memories.base import MemoryConfig
+from mnemic.memory import MemoryConfig
 from mnemic.state import nbytes
 from mnemic.tasks.documents import Tokens, bits_per_byte, tokenize
 from mnemic.trainer import SegmentCurriculum, Trainer, last_checkpoint

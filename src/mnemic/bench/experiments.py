@@ -17,7 +17,7 @@ from mnemic.attachment import Attachment, attach
 from mnemic.bench.hosts import tiny_gpt2
 from mnemic.bench.recall import Places, evaluate
 from mnemic.bench.results import Record, Score
-from mnemic.memories.base import MemoryConfig
+from mnemic.memory import MemoryConfig
 from mnemic.tasks.base import below, generator
 from mnemic.tasks.facts import Episode, LanguageRecall, RecallTask, SymbolRecall, anywhere
 from mnemic.training import Batch, Step, calibrate, hold_then_fall, train

@@ -37,8 +37,8 @@ from mnemic.attachment import Attachment, attach, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.host.arguments import with_cache
-from mnemic.memories.base import MemoryConfig
 from mnemic.memories.memoria import Memoria, MemoriaConfig
+from mnemic.memory import MemoryConfig
 from mnemic.state import StateError, read_file, write_file
 from mnemic.stream import Stream
 from mnemic.tasks.base import generator
@@ -262,7 +262,7 @@ def spread(attachment: Attachment, excerpts: Sequence[Tokens], sharp: float) -> 
     assert isinstance(memory, Memoria)
     ids = torch.cat([excerpt.ids[: 16 * length] for excerpt in excerpts[:16]]).view(-1, length)
     made = memory.abstractor
-    hidden = attachment.router.watch(attachment.anatomy, ids, [memory.write_layer])[memory.write_layer]
+    hidden = attachment.router.watch(attachment.anatomy, ids, memory.writes)[memory.writes[-1]]
     normal = made.norm(hidden)
     made.query.mul_(sharp / (made.query @ made.key.weight @ normal.transpose(1, 2)).std(-1).mean())
     weight = (made.query @ made.key.weight @ normal.transpose(1, 2)).softmax(-1)

@@ -26,7 +26,7 @@ from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.bench.retrieving import bm25
 from mnemic.controls import CONDITIONS, parts
-from mnemic.memories.base import MemoryConfig
+from mnemic.memory import MemoryConfig
 from mnemic.state import nbytes
 from mnemic.tasks.base import seed_of
 from mnemic.tasks.documents import tokenize

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mnemic.attachment import CONFIG_FILE, WEIGHTS_FILE, attach, attached, from_pretrained
-from mnemic.memories.base import CONFIGS, MemoryConfig, is_a
+from mnemic.memories.settings import is_a
+from mnemic.memory import CONFIGS, MemoryConfig
 from mnemic.session import Session
 from mnemic.state import FORMAT, StateError, checksum, from_bytes
 

@@ -27,6 +27,7 @@ from mnemic.memories.emt import EMTConfig
 from mnemic.memories.fast_weights import FastWeightsConfig, read_pairs, write_pairs
 from mnemic.memories.rules import elu_plus_one
 from mnemic.memories.titans import TitansConfig
+from mnemic.memory import Site
 from mnemic.unrolling import unroll
 
 # Shapes: b batch, t time, d width, h heads, k keys' width.
@@ -216,7 +217,7 @@ def our_titans(shape: Shape, chunk: int) -> Side:
         _clear(memory.parameters(), hidden)
         state, reads = memory.init_state(shape.batch), []
         for segment in hidden.split(shape.segment, 1):
-            reads.append(memory.read(0, segment, state))
+            reads.append(memory.read(Site(0), segment, state))
             state = memory.write(segment, state)
         loss = torch.stack([read.square().mean() for read in reads]).mean()
         loss.backward()

@@ -123,6 +123,14 @@ def _check_attention(name: str, blocks: nn.ModuleList) -> None:
         )
 
 
+def attention_of(block: nn.Module) -> nn.Module | None:
+    """The module of a block that calls the attention function; None where there is not exactly one."""
+    found = [
+        m for m in block.modules() if "Attention" in type(m).__name__ and isinstance(m.__dict__.get("layer_idx"), int)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
 def _check_keys(name: str, config: Any) -> None:
     """Raises `ValueError` where some block keeps something other than keys and values from call to call."""
     for place, layer in enumerate(DynamicCache(config=config).layers):

@@ -83,9 +83,9 @@ def refined(pieces: list[Piece], cuts: set[int]) -> list[Piece]:
     return found
 
 
-def part_of(arguments: dict[str, Any], piece: Piece, seen: int, time: int) -> dict[str, Any]:
-    """The arguments of a call for some of its tokens."""
-    part = slice(piece.start, piece.stop)
+def part_of(arguments: dict[str, Any], start: int, stop: int, seen: int, time: int) -> dict[str, Any]:
+    """The arguments of a call for the tokens from `start` to before `stop`."""
+    part = slice(start, stop)
     sliced = dict(arguments)
     for name in ("input_ids", "inputs_embeds", "token_type_ids"):
         if arguments.get(name) is not None:
@@ -96,9 +96,7 @@ def part_of(arguments: dict[str, Any], piece: Piece, seen: int, time: int) -> di
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor):
         two = mask.ndim == 2
-        sliced["attention_mask"] = (
-            mask[:, : mask.shape[1] - time + piece.stop] if two else mask[:, :, part, : seen + piece.stop]
-        )
+        sliced["attention_mask"] = mask[:, : mask.shape[1] - time + stop] if two else mask[:, :, part, : seen + stop]
     return sliced
 
 

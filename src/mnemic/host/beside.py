@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mnemic.host.anatomy import COUNTS_FROM_PADDING
 from mnemic.host.release import ModelOutput
-from mnemic.memories.base import MemoryTokens
+from mnemic.memory import MemoryTokens
 
 
 @dataclass

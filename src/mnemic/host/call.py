@@ -15,6 +15,7 @@ from torch import Tensor
 from mnemic.host.beside import Beside, Wordless
 from mnemic.host.cache import MemoryLayer
 from mnemic.host.release import Cache
+from mnemic.memory import Site
 from mnemic.state import State
 from mnemic.stream import Piece, Stream
 
@@ -22,52 +23,103 @@ if TYPE_CHECKING:
     from mnemic.host.router import Router
 
 
-@dataclass
-class Call:
-    """One pass of the trunk. `states[i]` is the memory as it stands for the tokens of `pieces[i]`."""
+@dataclass(frozen=True)
+class Pass:
+    """Tokens `start <= t < stop` of a call that go through the base at once, in pieces counted from `start`. Behind
+    them the rows `closing` end their segment in the window.
+    """
 
-    router: Router | None = None
-    config: object = None
-    """That of the trunk, by which its attention knows it."""
-    restore: Callable[[], None] = lambda: None
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+    closing: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A call of the trunk before any of it runs: what it was given, what it rides, and how it is cut. `keep [b, t]`
+    marks its real tokens; None for all. `stream` is where it begins, None without a memory. The base had `seen` keys.
+    """
+
+    arguments: dict[str, Any]
+    batch: int
+    time: int
+    passes: tuple[Pass, ...]
+    keep: Tensor | None = None
     cache: Cache | None = None
     layer: MemoryLayer | None = None
-    before: Stream | None = None
     stream: Stream | None = None
-    pieces: list[Piece] = field(default_factory=list)
-    ids: Tensor | None = None
-    keep: Tensor | None = None
-    states: list[State] = field(default_factory=list)
+    wordless: Wordless | None = None
+    checkpointing: bool = False
+    private_cache: bool = False
+    seen: int = 0
+
+
+@dataclass
+class Call:
+    """One pass while it runs. `states[i]` is the memory as it stands for the tokens of `pieces[i]`."""
+
+    router: Router
+    config: object
+    """That of the trunk, by which its attention knows it."""
+    plan: Plan
+    number: int
+    """Of the pass among those of the plan."""
+    arguments: dict[str, Any]
+    keep: Tensor | None
+    before: Stream | None
+    stream: Stream | None
+    states: list[State]
     traces: State = field(default_factory=dict)
-    written: dict[int, Tensor] = field(default_factory=dict)
+    written: dict[Site, Tensor] = field(default_factory=dict)
+    """What passed sites that are written, until the last of them."""
     angles: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines of positions, which are the same in many blocks."""
     beside: Beside | None = None
-    wordless: Wordless | None = None
-    earlier: list[Any] = field(default_factory=list)
-    private_cache: bool = False
-    checkpointing: bool = False
-    time: int = 0
-    opening: bool = False
-    """Whether its earlier segments run, each a call of the trunk within this one."""
+
+    @property
+    def now(self) -> Pass:
+        """Which tokens these are."""
+        return self.plan.passes[self.number]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Its pieces."""
+        return self.now.pieces
+
+    @property
+    def time(self) -> int:
+        """How many tokens."""
+        return self.now.stop - self.now.start
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The tokens, where they were given as such."""
+        ids = self.plan.arguments.get("input_ids")
+        return None if ids is None else ids[:, self.now.start : self.now.stop]
+
+    @property
+    def cache(self) -> Cache | None:
+        """What it rides."""
+        return self.plan.cache
 
 
 @dataclass
 class Watch:
-    """What the base alone puts out at `layers` in the call that this thread makes next: `seen[layer] [b, t, d]`, -1 for
-    what enters the first block. With `leaves` the trunk is left as soon as all of it is there.
+    """The hidden states `seen[site] [b, t, d]` that pass `sites` of the base alone in the call that this thread makes
+    next. With `leaves` the trunk is left as soon as all of them are there.
     """
 
     router: object
-    layers: frozenset[int]
+    sites: frozenset[Site]
     leaves: bool = False
-    seen: dict[int, Tensor] = field(default_factory=dict)
+    seen: dict[Site, Tensor] = field(default_factory=dict)
 
-    def at(self, layer: int, hidden_btd: Tensor) -> None:
+    def at(self, site: Site, hidden_btd: Tensor) -> None:
         """Notes what it waits for; raises `SeenError` where nothing more is wanted of the trunk."""
-        if layer in self.layers:
-            self.seen[layer] = hidden_btd
-            if self.leaves and self.seen.keys() == self.layers:
+        if site in self.sites:
+            self.seen[site] = hidden_btd
+            if self.leaves and self.seen.keys() == self.sites:
                 raise SeenError
 
 
@@ -96,6 +148,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def eager(function: Function) -> Function:
     """Keeps `torch.compile` out: what a call needs depends on its numbers. The base is compiled on both sides."""
     return cast(Function, torch.compiler.disable(function))
+
+
+def aside(function: Function) -> Function:
+    """Keeps `torch.compile` out of this function alone, not out of what it calls: the base."""
+    return cast(Function, torch.compiler.disable(function, recursive=False))
 
 
 class SeenError(Exception):

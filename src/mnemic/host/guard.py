@@ -1,20 +1,19 @@
-"""The trunk's forward, watched for what torch's hooks do not see."""
+"""The trunk's forward with a memory around it."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from mnemic.host.wrappers import MEMORY_NAME
+from mnemic.host.call import aside
+from mnemic.host.wrappers import MEMORY_NAME, misplaced
 
 
 class Guard:
-    """Stands in place of a trunk's `forward`, and lets the router take back a call that is left by something other than
-    an `Exception`: Ctrl-C, a signal handler's `SystemExit`. Torch calls hooks after an `Exception` alone.
+    """Stands in place of a trunk's `forward` and hands a call to the router, which plans it and runs it.
 
     It belongs to the instance, so a copied or unpickled trunk has its own. Whatever stood there before (accelerate's
     forward, which moves inputs) is called inside.
@@ -38,18 +37,22 @@ class Guard:
                 if guard.inner is not None:
                     vars(trunk)[name] = guard.inner
                 elif name != "forward":
-                    vars(trunk)[name] = type(trunk).forward.__get__(trunk)
+                    vars(trunk)[name] = guard.forward
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The trunk's own."""
+        return self.inner or type(self.trunk).forward.__get__(self.trunk)
 
     @property
     def __signature__(self) -> inspect.Signature:
         """The signature of the forward behind it."""
-        return inspect.signature(self.inner or type(self.trunk).forward.__get__(self.trunk))
+        return inspect.signature(self.forward)
 
+    @aside
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The trunk's own forward."""
+        """A call of the trunk."""
         router: Any = self.trunk._modules[MEMORY_NAME]
-        calls = router.calls  # none where somebody goes round the hooks
-        with router.undone_when_interrupted(calls[-1]) if calls else contextlib.nullcontext():
-            if self.inner is not None:
-                return self.inner(*args, **kwargs)
-            return type(self.trunk).forward(self.trunk, *args, **kwargs)
+        if not hasattr(type(router), "run"):
+            raise misplaced(router)
+        return router.run(self.trunk, self.forward, args, kwargs)

@@ -1,43 +1,44 @@
-"""The hooks: what happens to one call of the trunk on its way through a model with a memory.
+"""What happens to one call of the trunk on its way through a model with a memory.
 
-Before the trunk runs, the call is bound to its cache and cut at segment ends. At the write layer the new tokens join
-the running segment and full segments are written; at each read layer tokens read the slots of their segment's start.
-After the trunk, and only if nothing failed, the new stream is stored in the cache.
+The call is planned: bound to its cache and cut at segment ends. Then it runs. Where the memory writes, the new tokens
+join the running segment and full segments are written; where it reads, tokens read the slots of their segment's start.
+Behind it, and only if nothing failed, the new stream stands in the cache.
 
-Where some layer reads below the write layer, or the cache has a window, a segment can only run once the one before it
-is written: the trunk is then called once a segment, and its outputs are joined, so the caller sees one call.
+Where the memory reads before it writes, or the cache has a window, a segment can only run once the one before it
+is written: the plan then has a pass for each, and their outputs are joined, so the caller sees one call.
 
-Memory tokens join the words of such a call as embeddings, before and behind them, and are cut out of its output.
+Memory tokens join the words of such a pass as embeddings, before and behind them, and are cut out of its output.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mnemic.host import attention
+from mnemic.host import sites
 from mnemic.host.anatomy import MEMORY_NAME, Anatomy
-from mnemic.host.arguments import bound, flat_mask, joined, part_of, with_cache
+from mnemic.host.arguments import bound, joined, with_cache
 from mnemic.host.beside import Wordless, words_of
-from mnemic.host.blocks import at_block, before_block
 from mnemic.host.cache import MemoryCache
-from mnemic.host.call import Call, SeenError, Watch, disabling, eager, is_disabled, thread
-from mnemic.host.evaluating import evaluating
+from mnemic.host.call import Call, SeenError, Watch, aside, disabling, eager, is_disabled, thread
 from mnemic.host.guard import Guard
-from mnemic.host.opening import arrange, goes_by_segment, open_call
-from mnemic.host.release import OUTPUT_CACHE, DynamicCache
+from mnemic.host.opening import opened, planned
+from mnemic.host.passing import counted
+from mnemic.host.release import OUTPUT_CACHE
 from mnemic.host.ropes import length_dependent, rotations
-from mnemic.host.turning import Turning
-from mnemic.host.wrappers import check_present, check_whole, gather_for_gradient, misplaced, warn_frozen
-from mnemic.memories.base import Memory, MemoryConfig
+from mnemic.host.sites import attention
+from mnemic.host.sites.input import Input
+from mnemic.host.sites.output import Output
+from mnemic.host.turning import Turning, turnings
+from mnemic.host.wrappers import check_present, check_whole, warn_frozen
+from mnemic.memory import Memory, MemoryConfig, Site
 from mnemic.state import State
-from mnemic.stream import Stream, cut
+from mnemic.stream import Stream
 
 
 class Router(nn.Module):
@@ -64,24 +65,20 @@ class Router(nn.Module):
         self.frozen: list[nn.Parameter] = []
         self.frozen_names: set[str] = set()
         self.made_with: list[float] = []
-        self.attended = attention.served(anatomy, memory.attended)
+        sites.check(memory, self.depth)
+        self.attended = attention.served(anatomy, [site.layer for site in memory.attention_reads])
         self.turnings: list[Turning] = []
-        layers = range(self.depth) if memory.beside else {*memory.read_layers, *memory.written_layers}
-        self.taps = nn.ModuleDict({str(layer): Tap(layer, self) for layer in sorted({max(0, each) for each in layers})})
+        hooks = {"input": Input, "output": Output}
+        self.hooks = nn.ModuleDict(
+            {f"{site.at}_{site.layer}": hooks[site.at](site, self) for site in sites.named(memory, self.depth)}
+        )
 
     def install(self, anatomy: Anatomy) -> None:
         """Registers the hooks."""
-        handles = [
-            anatomy.trunk.register_forward_pre_hook(self.before, with_kwargs=True),
-            anatomy.trunk.register_forward_hook(self.after, with_kwargs=True, always_call=True),
-        ]
-        touched = {*self.memory.read_layers, *self.memory.written_layers}
-        for layer, tap in self.taps.items():
-            assert isinstance(tap, Tap)
-            if self.memory.beside or (layer == "0" and -1 in touched):
-                block = anatomy.blocks[int(layer)]
-                handles.append(block.register_forward_pre_hook(tap.before, with_kwargs=True))
-            handles.append(anatomy.blocks[int(layer)].register_forward_hook(tap.after, with_kwargs=True, prepend=True))
+        handles = []
+        for hook in self.hooks.values():
+            assert isinstance(hook, Input | Output)
+            handles.append(hook.install(anatomy.blocks[hook.site.layer]))
         for rotary in length_dependent(anatomy.trunk):
             handles.append(rotary.register_forward_hook(self.rotate, with_kwargs=True))
         object.__setattr__(self, "handles", handles)
@@ -90,34 +87,19 @@ class Router(nn.Module):
         try:
             if self.attended:
                 attention.install(anatomy)
-                self.turnings = attention.turnings(anatomy, self.attended, functools.partial(self._keys_at, anatomy))
+                self.turnings = turnings(anatomy, self.attended, self.disabled)
         except BaseException:
             self.remove(anatomy)
             raise
 
-    def _keys_at(self, anatomy: Anatomy, ids: Tensor, position_ids: Tensor) -> list[Tensor]:
-        """The keys `[k, t, s]` that each block of the base alone makes of tokens at some positions."""
-        cache = DynamicCache()
-        thread.probe = []
-        try:
-            with self.disabled(), evaluating(anatomy.trunk):
-                anatomy.trunk(input_ids=ids, position_ids=position_ids, **with_cache(anatomy.trunk, cache))
-            return attention.keys_seen(anatomy, self.attended, cache, thread.probe)
-        finally:
-            thread.probe = None
-
     def remove(self, anatomy: Anatomy) -> None:
         """Takes the hooks away again. They are found by their owner, so this works on copies of a model too."""
-        for module in (anatomy.trunk, *anatomy.blocks, *length_dependent(anatomy.trunk)):
+        for module in (*anatomy.blocks, *length_dependent(anatomy.trunk)):
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key, hook in list(hooks.items()):
-                    if getattr(hook, "__self__", None) in (self, *self.taps.values()):
+                    if getattr(hook, "__self__", None) in (self, *self.hooks.values()):
                         del hooks[key]
-                        for marks in (
-                            module._forward_hooks_with_kwargs,
-                            module._forward_hooks_always_called,
-                            module._forward_pre_hooks_with_kwargs,
-                        ):
+                        for marks in (module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs):
                             marks.pop(key, None)
         Guard.remove(anatomy.trunk)
         attention.remove(anatomy.trunk)
@@ -144,109 +126,55 @@ class Router(nn.Module):
         """This thread's running calls, innermost last."""
         return thread.calls.setdefault(id(self), [])
 
-    @eager
-    def before(
-        self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[()], dict[str, Any]]:
-        """The trunk's pre-hook: binds the call, runs all segments but the last, prepares the last."""
-        call, calls = Call(self, trunk.config, opening=True), self.calls
-        while calls and not calls[-1].opening:
-            calls.pop().restore()  # interrupted in somebody else's hook, behind which torch calls none
-        call.wordless, thread.wordless = thread.wordless, None
-        calls.append(call)
-        with self.undone_when_interrupted(call):
-            arguments = self._opened(call, trunk, bound(trunk, args, kwargs))
-        call.opening = False
-        return (), arguments
+    @property
+    def running(self) -> Call | None:
+        """The innermost of them, where the memory takes part in it."""
+        return self.calls[-1] if self.enabled and self.calls else None
 
-    def _opened(self, call: Call, trunk: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the call's last segment, when all before it have run."""
+    @aside
+    def run(self, trunk: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the trunk: planned, carried out pass by pass, joined. Whatever ends it early takes it back."""
+        arguments = bound(trunk, args, kwargs)
         if thread.watch is not None and thread.watch.router is self:
-            return arguments
-        if (found := trunk._modules.get(MEMORY_NAME)) is not self:
-            raise misplaced(found)
+            return forward(**arguments)
         if torch.is_grad_enabled():
             check_whole(self.memory)
             warn_frozen(self.memory, trunk)
-        open_call(self, call, trunk, arguments)
-        if len(call.pieces) > 1 and goes_by_segment(self, call):
-            if call.cache is None:
-                call.cache = arguments[self.cache_name] = DynamicCache(config=trunk.config)  # pyright: ignore
-                arguments["use_cache"] = call.private_cache = True
-            if arguments.get("output_attentions", trunk.config.output_attentions):  # pyright: ignore
-                raise ValueError(
-                    "attention weights cannot be joined across segments; "
-                    "call without output_attentions, or a segment a call"
-                )
-            seen = int(call.cache.get_seq_length())  # a static cache counts in place
-            mask = arguments.get("attention_mask")
-            if isinstance(mask, dict) or call.cache.is_compileable:
-                # masks made for the whole call do not fit its parts; from a flat one the trunk makes its own
-                arguments["attention_mask"] = flat_mask(mask, call.time, call.cache)
-            for piece in call.pieces[:-1]:
-                call.earlier.append(trunk(**part_of(arguments, piece, seen, call.time)))
-            arguments = part_of(arguments, call.pieces[-1], seen, call.time)
-            open_call(self, call, trunk, arguments)
-        if isinstance(call.cache, MemoryCache):
-            if self.attended and self.enabled:
-                attention.check_asked(self, call, trunk)
-            arrange(self, call, trunk, arguments)
-        return arguments
-
-    @contextlib.contextmanager
-    def undone_when_interrupted(self, call: Call) -> Iterator[None]:
-        """Takes a call back when something other than an `Exception` leaves it (Ctrl-C, `SystemExit`): torch's hooks do
-        not run then.
-        """
-        try:
-            yield
-        except Exception:
-            raise
-        except BaseException:
-            if call in self.calls:
-                self.calls.remove(call)
-            call.restore()
-            raise
-
-    @eager
-    def after(self, trunk: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """The trunk's hook: stores the new stream, moves the window, joins outputs. Undoes everything on an error."""
-        call = self.calls.pop()
-        if output is None:
-            call.restore()
-            return None
-        try:
-            return self._closed(call, output)
-        except BaseException:
-            call.restore()
-            raise
-
-    def _closed(self, call: Call, output: Any) -> Any:
-        """The output of the whole call, when its stream and its window have moved on."""
-        if call.layer is not None and call.stream is not None:
-            stream = call.stream
-            if not self.taps:  # no block counts the tokens
-                stream = attention.count(self, call)
-            call.layer.stream = stream.leave(call.traces, call.keep).read(call.ids, call.keep)
-        if isinstance(call.cache, MemoryCache):
-            call.cache.inside = False
-            call.cache.memory.off |= bool(self.attended) and not self.enabled
-            window = call.cache.window
-            assert window is not None
-            pieces = cut(window.running, call.time, self.segment_length, call.keep)
-            beside = call.beside
-            if beside is None:
-                call.cache.window = window.advance(call.keep, call.time)
-            else:
-                call.cache.window = window.advance(beside.keep, beside.width, beside.words)
-            self.close_segment(call.cache, pieces[-1].ended if pieces else call.pieces[-1].ended)
-        if call.beside is not None:
-            output = words_of(output, call.beside.words_in)
-        if call.earlier:
-            output = joined([*call.earlier, output])
-        if call.private_cache:
+        outputs = []
+        with contextlib.ExitStack() as undo:
+            plan = planned(self, trunk, arguments, undo)
+            for number in range(len(plan.passes)):
+                call = opened(self, trunk, plan, number)
+                self.calls.append(call)
+                try:
+                    output = forward(**call.arguments)
+                finally:
+                    self.calls.remove(call)
+                outputs.append(self._closed(call, output))
+            output = joined(outputs) if len(outputs) > 1 else outputs[0]
+            undo.pop_all()
+        if plan.private_cache:
             output[OUTPUT_CACHE] = None
         return output
+
+    @eager
+    def _closed(self, call: Call, output: Any) -> Any:
+        """The output of a pass, when its stream and its window have moved on."""
+        layer, stream, cache, beside = call.plan.layer, call.stream, call.cache, call.beside
+        if layer is not None and stream is not None:
+            if not self.memory.writes:  # where tokens are written they are counted
+                stream = counted(self, call)
+            layer.stream = stream.leave(call.traces, call.keep).read(call.ids, call.keep)
+        if isinstance(cache, MemoryCache):
+            cache.inside = False
+            cache.memory.off |= bool(self.attended) and not self.enabled
+            assert cache.window is not None
+            if beside is None:
+                cache.window = cache.window.advance(call.keep, call.time)
+            else:
+                cache.window = cache.window.advance(beside.keep, beside.width, beside.words)
+            self.close_segment(cache, call.now.closing)
+        return output if beside is None else words_of(output, beside.words_in)
 
     @eager
     def rotate(self, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -297,23 +225,21 @@ class Router(nn.Module):
         stream = Stream.new(self.memory, batch, like)
         return stream if state is None else replace(stream, state=state)
 
-    def watch(self, anatomy: Anatomy, input_ids: Tensor, layers: list[int]) -> dict[int, Tensor]:
-        """What the base alone puts out at some blocks `[b, t, d]`, for rows that it sees on their own; -1 is what
-        enters the first.
-        """
-        seen = self._seen(anatomy.trunk, input_ids, Watch(self, frozenset(layers)))
-        return {layer: hidden_btd.detach() for layer, hidden_btd in seen.items()}
+    def watch(self, anatomy: Anatomy, input_ids: Tensor, watched: Iterable[Site]) -> dict[Site, Tensor]:
+        """The hidden states of the base alone at some sites `[b, t, d]`, for rows that it sees on their own."""
+        seen = self._seen(anatomy.trunk, input_ids, Watch(self, frozenset(watched)))
+        return {site: hidden_btd.detach() for site, hidden_btd in seen.items()}
 
     def record(self, trunk: nn.Module, input_ids: Tensor) -> Tensor:
-        """What is written of rows that the base sees on their own `[b, t, d]`, outputs of several blocks joined; later
-        blocks do not run.
+        """What is written of rows that the base sees on their own `[b, t, d]`, several sites joined; what comes later
+        in the pass does not run.
         """
-        layers = self.memory.written_layers
-        seen = self._seen(trunk, input_ids, Watch(self, frozenset(layers), leaves=True))
-        return torch.cat([seen[layer] for layer in layers], -1)
+        writes = self.memory.writes
+        seen = self._seen(trunk, input_ids, Watch(self, frozenset(writes), leaves=True))
+        return torch.cat([seen[site] for site in writes], -1)
 
-    def _seen(self, trunk: nn.Module, input_ids: Tensor, watch: Watch) -> dict[int, Tensor]:
-        """What a watch saw in a call of the base alone; raises `ValueError` for blocks the memory does not touch."""
+    def _seen(self, trunk: nn.Module, input_ids: Tensor, watch: Watch) -> dict[Site, Tensor]:
+        """What a watch saw in a call of the base alone; raises `ValueError` for sites the memory does not touch."""
         thread.watch = watch
         try:
             trunk(input_ids=input_ids, use_cache=False)
@@ -321,33 +247,13 @@ class Router(nn.Module):
             pass
         finally:
             thread.watch = None
-        if unseen := sorted(watch.layers - watch.seen.keys()):
-            raise ValueError(f"blocks {unseen} cannot be watched: this memory neither reads nor writes there")
+        if unseen := sorted(watch.sites - watch.seen.keys()):
+            raise ValueError(
+                f"{', '.join(map(str, unseen))} cannot be watched: this memory does not read or write there"
+            )
         return watch.seen
 
     @property
     def device(self) -> torch.device:
         """Where the memory lives."""
         return self.memory.place.device
-
-
-class Tap(nn.Module):
-    """The hook of one block."""
-
-    def __init__(self, layer: int, router: Router) -> None:
-        super().__init__()
-        self.layer = layer
-        object.__setattr__(self, "router", router)  # not a submodule: the router owns the tap
-
-    router: Router
-
-    def before(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The block's pre-hook; blocks take hidden states first, by place or by name."""
-        return before_block(self.router, block, self.layer, args, kwargs)
-
-    def after(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """The block's hook; blocks return a tensor or a tuple that begins with one."""
-        hidden_btd, *rest = output if isinstance(output, tuple) else (output,)
-        gather_for_gradient(block, hidden_btd)
-        hidden_btd = at_block(self.router, self.layer, hidden_btd)
-        return (hidden_btd, *rest) if isinstance(output, tuple) else hidden_btd

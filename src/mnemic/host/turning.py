@@ -6,6 +6,7 @@ that rotation, or not at all. A base of which this cannot be shown is refused.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -16,6 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mnemic.host.anatomy import Anatomy, attention_of
+from mnemic.host.arguments import with_cache
+from mnemic.host.call import thread
+from mnemic.host.evaluating import evaluating
+from mnemic.host.release import DynamicCache, newer
 from mnemic.host.ropes import length_dependent
 
 PLACES = (0, 1, 5)
@@ -92,3 +98,76 @@ def _error(turning: Turning, keys: list[Float[Tensor, "k 1 s"]]) -> float:
         return torch.inf
     length = float(plain[0].norm())
     return max(float((each - plain[0]).norm()) for each in plain) / length if length else torch.inf
+
+
+# --- looking at a base ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def turnings(
+    anatomy: Anatomy, layers: list[int], alone: Callable[[], contextlib.AbstractContextManager[None]]
+) -> list[Turning]:
+    """How the blocks `layers` turn their keys, where the base runs by itself within `alone`. Raises `ValueError` for a
+    block whose rotation is not found, or whose attention is not over its keys.
+    """
+    trunk = anatomy.trunk
+    embeddings: Any = trunk.get_input_embeddings()
+    device = embeddings.weight.device
+    # one that is not zero, as that of padding is
+    token = int(embeddings.weight[:256].float().norm(dim=1).argmax())
+    ids = torch.full((1, 1), token, device=device)
+    with alone():
+        looked = [keys_at(anatomy, layers, ids, torch.full((1, 1), place, device=device)) for place in PLACES]
+    rotates = any("Rotary" in type(module).__name__ for module in trunk.modules())
+    found = []
+    for layer in layers:
+        attention = attention_of(anatomy.blocks[layer])
+        assert attention is not None
+        turning = turning_of(candidates(trunk, attention), [keys[layer] for keys in looked]) if rotates else Turning()
+        if turning is None:
+            raise ValueError(
+                newer(
+                    f"{type(trunk).__name__} turns the keys of block {layer} in a way that mnemic cannot undo; this "
+                    "memory needs keys without their positions"
+                )
+            )
+        found.append(turning)
+    return found
+
+
+def keys_at(anatomy: Anatomy, layers: list[int], ids: Tensor, position_ids: Tensor) -> list[Tensor]:
+    """The keys `[k, t, s]` that each block makes of tokens at some positions."""
+    cache = DynamicCache()
+    thread.probe = []
+    try:
+        with evaluating(anatomy.trunk):
+            anatomy.trunk(input_ids=ids, position_ids=position_ids, **with_cache(anatomy.trunk, cache))
+        return keys_seen(anatomy, layers, cache, thread.probe)
+    finally:
+        thread.probe = None
+
+
+def keys_seen(
+    anatomy: Anatomy, layers: list[int], cache: Any, seen: list[tuple[int, Tensor, Tensor, dict[str, Any]]]
+) -> list[Tensor]:
+    """The keys `[k, t, s]` of every block. Raises `ValueError` unless the attention of each of `layers` was called
+    once, over the keys and values that the cache has of it, and these are of one shape.
+    """
+    shapes = set()
+    for layer in layers:
+        its, held = [each for each in seen if each[0] == layer], cache.layers[layer]
+        plain = len(its) == 1 and all(
+            kept is not None and kept.shape == used.shape and torch.equal(kept, used)
+            for kept, used in zip((held.keys, held.values), its[0][1:3], strict=True)
+        )
+        if not plain or its[0][3].get("s_aux") is not None:
+            raise ValueError(
+                newer(
+                    f"{type(anatomy.trunk).__name__} has an attention of its own in block {layer} (latent keys, two of "
+                    "them, sinks among its weights), inside which this memory cannot work"
+                )
+            )
+        shapes |= {(held.keys.shape[1], held.keys.shape[3], held.values.shape[3])}
+    if len(shapes) > 1:
+        raise ValueError(f"{type(anatomy.trunk).__name__} has blocks with keys of different shapes, {sorted(shapes)}")
+    return [layer.keys[0] for layer in cache.layers if getattr(layer, "keys", None) is not None]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from mnemic.lazy import lazily
 
 if TYPE_CHECKING:
-    from mnemic.memories.base import Attribution, Memory, MemoryConfig, MemoryTokens
     from mnemic.memories.registry import CONFIGS, Card
+    from mnemic.memory import Attribution, Memory, MemoryConfig, MemoryTokens, Site
 
 MECHANISMS = {
     "armt": "ARMTConfig",
@@ -28,12 +28,12 @@ MECHANISMS = {
 }
 """The mechanisms of this package: their kinds, after which their files are named, and their configs."""
 
-__all__ = ["CONFIGS", "MECHANISMS", "Attribution", "Card", "Memory", "MemoryConfig", "MemoryTokens"]
+__all__ = ["CONFIGS", "MECHANISMS", "Attribution", "Card", "Memory", "MemoryConfig", "MemoryTokens", "Site"]
 
 _find = lazily(
     __name__,
     {
-        **dict.fromkeys(("Attribution", "Memory", "MemoryConfig", "MemoryTokens"), "mnemic.memories.base"),
+        **dict.fromkeys(("Attribution", "Memory", "MemoryConfig", "MemoryTokens", "Site"), "mnemic.memory"),
         **dict.fromkeys(("CONFIGS", "Card"), "mnemic.memories.registry"),
         **{config: f"{__name__}.{kind.replace('-', '_')}" for kind, config in MECHANISMS.items()},
     },

@@ -44,9 +44,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens
 from mnemic.memories.fast_weights import wide
 from mnemic.memories.rules import dpfp3
+from mnemic.memory import Card, Memory, MemoryConfig, MemoryTokens, Site
 from mnemic.state import State
 
 # Shapes: b batch, t time, n memory tokens, d host width, f features.
@@ -114,8 +114,8 @@ class ARMT(Memory):
     def __init__(self, config: ARMTConfig, width: int, depth: int) -> None:
         super().__init__()
         self.config, self.width, self.depth = config, width, depth
-        # before block l is after block l - 1
-        self.read_layers, self.write_layer = tuple(range(-1, depth - 1)), depth - 1
+        self.reads = tuple(Site(block, "input") for block in range(depth))
+        self.writes = tuple(Site(block) for block in range(depth))
         self.beside = config.tokens
         self.tokens = nn.Parameter(config.deviation * torch.randn(config.tokens, width))
         self.blocks = nn.ModuleList(Association(width, config.dim, config.norm) for _ in range(depth))
@@ -123,11 +123,6 @@ class ARMT(Memory):
     def block(self, index: int) -> Association:
         """What reads and writes the matrix of a block."""
         return cast(Association, self.blocks[index])
-
-    @property
-    def written_layers(self) -> tuple[int, ...]:
-        """What every block puts out."""
-        return tuple(range(self.depth))
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """Zeros, float32: for every block l `matrix_l [b, f, d]` and `normaliser_l [b, f]`."""
@@ -143,9 +138,9 @@ class ARMT(Memory):
         rows = len(state["normaliser_0"])
         return MemoryTokens(self.tokens.to(self.parameter_dtype()).expand(rows, -1, -1))
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """h for what enters block `layer + 1`."""
-        block = layer + 1
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """h for what enters a block."""
+        block = site.layer
         feature_btf = self.block(block).ask(hidden_btd.to(self.parameter_dtype()))
         matrix, normaliser = state[f"matrix_{block}"], state[f"normaliser_{block}"]
         return hidden_btd + look_up(feature_btf, matrix, normaliser).to(hidden_btd.dtype)

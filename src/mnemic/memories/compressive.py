@@ -44,8 +44,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens
 from mnemic.memories.compressive_naive import compressive_naive
+from mnemic.memory import Card, Memory, MemoryConfig, MemoryTokens, Site
 from mnemic.state import State, append_rows, check_range, drop_rows
 
 # Shapes: b batch, t time, l blocks, d host width, D = l * d, m and n tokens, g groups, c tokens of a group.
@@ -141,18 +141,13 @@ class Compressive(Memory):
     def __init__(self, config: CompressiveConfig, width: int, depth: int) -> None:
         super().__init__()
         self.config, self.width, self.depth = config, width, depth
-        self.read_layers, self.write_layer = (), depth - 2
+        self.reads, self.writes = (), tuple(Site(block, "input") for block in range(depth))
         self.beside = config.size + config.rate - 1 + config.compressed
         self.gradient_reach = None if config.learns_from_task else 0
         learned = config.compression == "convolution"
         self.convolution = Filter(depth, config.rate, width, 1 / config.rate) if learned else None
         decodes = learned and config.objective == "auto-encoding"
         self.decoder = Filter(depth, config.rate, width, 1.0) if decodes else None
-
-    @property
-    def written_layers(self) -> tuple[int, ...]:
-        """What enters every block: the embeddings, and what every block but the last puts out."""
-        return tuple(range(-1, self.depth - 1))
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """Nothing."""
@@ -185,7 +180,7 @@ class Compressive(Memory):
         """cm, a constant unless the task's loss trains the compression."""
         return state["compressed"] if self.config.learns_from_task else state["compressed"].detach()
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """Nothing is read after a block: the base attends to the memory itself."""
         return hidden_btd
 

@@ -64,10 +64,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, resolve_layers
 from mnemic.memories.emt_naive import emt_naive
 from mnemic.memories.emt_readers import AllocationReader, Reader
 from mnemic.memories.emt_writers import AllocationWriter, SegmentWriter, TokenWriter, Whitening, write_tokens
+from mnemic.memories.layers import resolve_sites
+from mnemic.memory import Attribution, Card, Memory, MemoryConfig, Site
 from mnemic.state import State
 
 # Shapes: b batch, t time, s slots, d host width, m memory width (`dim`), k stacked memories.
@@ -186,9 +187,11 @@ class EMT(Memory):
     def __init__(self, config: EMTConfig, width: int, depth: int) -> None:
         super().__init__()
         self.config, self.width = config, width
-        self.write_layer, self.read_layers = resolve_layers(config.write_layer, config.read_layers, depth)
+        self.writes, self.reads = resolve_sites(config.write_layer, config.read_layers, depth)
+        if config.write == "allocation":
+            self.writes = Site(0, "input"), *self.writes  # what enters the first block, too
         self.output_layer = depth - 1
-        if self.output_layer not in self.read_layers and config.final_blend != EMTConfig.final_blend:
+        if Site(self.output_layer) not in self.reads and config.final_blend != EMTConfig.final_blend:
             raise ValueError(
                 f"final_blend is {config.final_blend}, but nothing is read after the last block; leave it out, or put "
                 "-1 into read_layers"
@@ -198,17 +201,9 @@ class EMT(Memory):
         reader = AllocationReader if config.write == "allocation" else Reader
         self.writers = nn.ModuleList(writer(config, width) for _ in range(config.stack))
         self.readers = nn.ModuleDict(
-            {
-                str(layer): nn.ModuleList(reader(config, width) for _ in range(config.stack))
-                for layer in self.read_layers
-            }
+            {str(site.layer): nn.ModuleList(reader(config, width) for _ in range(config.stack)) for site in self.reads}
         )
         self._tie()
-
-    @property
-    def written_layers(self) -> tuple[int, ...]:
-        """Allocation writes what enters the first block, too."""
-        return (-1, self.write_layer) if self.config.write == "allocation" else (self.write_layer,)
 
     def _tie(self) -> None:
         """Where slots are written by allocation, readers begin as the inverse of their writer."""
@@ -232,13 +227,13 @@ class EMT(Memory):
         zeros = torch.zeros(slots.shape[:-1], device=slots.device)
         return {"slots": slots, "usage": zeros, "age": zeros}
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """h' for one read layer; the slots are those of the segment's start."""
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """h' at one site; the slots are those of the segment's start."""
         dtype = self.parameter_dtype()
         read_btd = hidden_btd.to(dtype)
-        for reader, slots_bsm in zip(self.readers[str(layer)], state["slots"].to(dtype).unbind(1), strict=True):  # pyright: ignore[reportArgumentType]
+        for reader, slots_bsm in zip(self.readers[str(site.layer)], state["slots"].to(dtype).unbind(1), strict=True):  # pyright: ignore[reportArgumentType]
             read_btd = reader(read_btd, slots_bsm)
-        if layer == self.output_layer:
+        if site.layer == self.output_layer:
             read_btd = hidden_btd + self.config.final_blend * (read_btd - hidden_btd)
         return read_btd.to(hidden_btd.dtype)
 
@@ -275,8 +270,8 @@ class EMT(Memory):
         place_s = torch.arange(gate_bs.shape[1], device=gate_bs.device)
         return after, Attribution(place_s.expand(len(gate_bs), -1), gate_bs, weight_bst)
 
-    def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[int, Float[Tensor, "n d"]]) -> None:
-        """Fits the whitening to hidden states as the write layer meets them, and as each read layer does where it is
+    def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[Site, Float[Tensor, "n d"]]) -> None:
+        """Fits the whitening to hidden states as the write meets them, and as each read does where it is
         asked. Without `whiten` there is nothing to fit.
         """
         if not self.config.whiten:
@@ -289,8 +284,8 @@ class EMT(Memory):
                 entered_nd, hidden_nd = written_nd.chunk(2, -1)
                 _fit(writer.whiten, writer.norm_hidden(hidden_nd))
                 _fit(writer.whiten_entered, writer.norm_entered(entered_nd))
-        for layer, hidden_nd in asked_nd.items():
-            for reader in self.readers[str(layer)]:  # pyright: ignore[reportGeneralTypeIssues]
+        for site, hidden_nd in asked_nd.items():
+            for reader in self.readers[str(site.layer)]:  # pyright: ignore[reportGeneralTypeIssues]
                 _fit(reader.whiten, reader.norm_hidden(hidden_nd.to(self.parameter_dtype())))
         self._tie()
 

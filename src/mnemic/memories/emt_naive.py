@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def emt_naive(memory: EMT, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> tuple[Tensor, State]:
-    """Reads every token of one segment at the first read layer, then writes the segment; shapes as in `Memory`."""
-    layer, width = memory.read_layers[0], memory.width
+    """Reads every token of one segment where it reads first, then writes the segment; shapes as in `Memory`."""
+    layer, width = memory.reads[0].layer, memory.width
     write = {"segment": _write_segment, "token": _write_tokens, "allocation": _write_allocated}[memory.config.write]
     outputs, rows = [], []
     for b in range(hidden_btd.shape[0]):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import latest, shifted
+from mnemic.memories.layers import latest, shifted
 from mnemic.state import State
 
 if TYPE_CHECKING:

@@ -49,8 +49,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, resolve_layers, shifted
+from mnemic.memories.layers import resolve_sites, shifted
 from mnemic.memories.rules import elu_plus_one
+from mnemic.memory import Attribution, Card, Memory, MemoryConfig, Site
 from mnemic.state import State
 
 # Shapes: b batch, t time, d host width, h heads, k keys' width, v values' width (both dim / heads).
@@ -173,11 +174,11 @@ class FastWeights(Memory):
         self.config = config
         self.reads_own_segment, self.starts_empty = not causal, causal
         block = None if isinstance(config.write_layer, str) else config.write_layer
-        self.write_layer, self.read_layers = resolve_layers(block, config.read_layers, depth)
+        self.writes, self.reads = resolve_sites(block, config.read_layers, depth)
         if config.write_layer == "embeddings":
-            self.write_layer = -1  # what enters the first block
+            self.writes = (Site(0, "input"),)
         self.writer = Writer(config, width)
-        self.readers = nn.ModuleDict({str(layer): Reader(config, width) for layer in self.read_layers})
+        self.readers = nn.ModuleDict({str(site.layer): Reader(config, width) for site in self.reads})
         for reader in self.readers.values():
             asked = self.writer.key if self.writer.previous is None else self.writer.previous
             reader.query.load_state_dict(asked.state_dict())  # pyright: ignore[reportAttributeAccessIssue]
@@ -195,9 +196,11 @@ class FastWeights(Memory):
             state["normaliser"] = torch.zeros(batch, self.config.heads, size, device=device)
         return state
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """h' for one read layer; the matrix is that of the segment's start."""
-        return hidden_btd + self.readers[str(layer)](hidden_btd.to(self.parameter_dtype()), state).to(hidden_btd.dtype)
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """h' at one site; the matrix is that of the segment's start."""
+        return hidden_btd + self.readers[str(site.layer)](hidden_btd.to(self.parameter_dtype()), state).to(
+            hidden_btd.dtype
+        )
 
     def write(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
@@ -410,7 +413,7 @@ def _write_chunk(
 
 
 def _naive(memory: FastWeights, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> tuple[Tensor, State]:
-    config, reader = memory.config, memory.readers[str(memory.read_layers[0])]
+    config, reader = memory.config, memory.readers[str(memory.reads[0].layer)]
     size = config.dim // config.heads
     outputs, rows = [], []
     for b in range(hidden_btd.shape[0]):

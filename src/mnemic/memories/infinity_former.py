@@ -46,9 +46,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layers
 from mnemic.memories.fast_weights import wide
 from mnemic.memories.infinity_former_naive import infinity_former_naive
+from mnemic.memories.layers import resolve_sites
+from mnemic.memory import Card, Memory, MemoryConfig, Site
 from mnemic.state import State, check_range
 
 # Shapes: b batch, t time, d host width, h heads, e a head's width, n basis functions, m samples, p places of a fit.
@@ -155,13 +156,13 @@ class InfinityFormer(Memory):
         self.config, self.width = config, width
         self.reads_own_segment, self.starts_empty = not causal, causal
         self.gradient_reach = 1 if config.detach else None
-        self.write_layer, self.read_layers = resolve_layers(config.write_layer, config.read_layers, depth)
-        if causal and config.sticky and max(self.read_layers) > self.write_layer:
+        self.writes, self.reads = resolve_sites(config.write_layer, config.read_layers, depth)
+        if causal and config.sticky and self.reads[-1] > self.writes[-1]:
             raise ValueError(
-                f"read layer {max(self.read_layers)} lies above write_layer {self.write_layer}: a sticky memory is "
+                f"read layer {self.reads[-1].layer} lies above write_layer {self.writes[-1].layer}: a sticky memory is "
                 "written after all its reads, whose attention it needs; read at or below the write, or set sticky=False"
             )
-        self.readers = nn.ModuleDict({str(layer): Reader(config, width) for layer in self.read_layers})
+        self.readers = nn.ModuleDict({str(site.layer): Reader(config, width) for site in self.reads})
         self.gate = nn.Conv1d(width, width, 3, padding=1) if config.gate else None
 
     @property
@@ -185,15 +186,15 @@ class InfinityFormer(Memory):
         """The segments that it counts."""
         check_range("written", state["written"], 0, written)
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """h' for one read layer; the signal is that of the segment's start."""
-        return self.read_and_trace(layer, hidden_btd, state)[0]
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """h' at one site; the signal is that of the segment's start."""
+        return self.read_and_trace(site, hidden_btd, state)[0]
 
     def read_and_trace(
-        self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State
+        self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """h', and if sticky the share of its attention that each token pays to each bin: `attention [b, t, bins]`."""
-        added_btd, mean_bht, variance_bht = self.readers[str(layer)](hidden_btd.to(self.parameter_dtype()), state)
+        added_btd, mean_bht, variance_bht = self.readers[str(site.layer)](hidden_btd.to(self.parameter_dtype()), state)
         read_btd = hidden_btd + added_btd.to(hidden_btd.dtype)
         if not self.config.sticky:
             return read_btd, {}

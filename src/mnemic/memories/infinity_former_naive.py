@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def infinity_former_naive(
     memory: InfinityFormer, hidden_btd: Tensor, state: State, keep_bt: Tensor | None
 ) -> tuple[Tensor, State]:
-    """Reads every token of one segment at the first read layer with its traces, then writes; shapes as in `Memory`."""
+    """Reads every token of one segment where it reads first with its traces, then writes; shapes as in `Memory`."""
     config, outputs, rows = memory.config, [], []
     for b in range(hidden_btd.shape[0]):
         row = {name: tensor[b] for name, tensor in state.items()}
         kept = [t for t in range(hidden_btd.shape[1]) if keep_bt is None or keep_bt[b, t]]
         attention, output = row.get("attention"), []
         for t, token in enumerate(hidden_btd[b]):
-            read, densities = _read(memory.readers[str(memory.read_layers[0])], config, token, row)
+            read, densities = _read(memory.readers[str(memory.reads[0].layer)], config, token, row)
             output.append(read)
             if attention is not None and t in kept and row["written"] > 0:
                 attention = attention + _masses(densities, config.bins)

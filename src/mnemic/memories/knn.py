@@ -43,8 +43,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, resolve_layer, shifted
 from mnemic.memories.fast_weights import unit, wide
+from mnemic.memories.layers import resolve_layer, shifted
+from mnemic.memory import Card, Memory, MemoryConfig, Site
 from mnemic.state import State, check_range, push_rows
 
 # Shapes: b batch, t time, d host width, h heads, s width of a head (dim / heads), n entries, m entries that are found.
@@ -140,7 +141,7 @@ class KNN(Memory):
             )
         self.config = config
         layer = max(0, depth * 3 // 4 - 1) if config.layer is None else resolve_layer(config.layer, depth, "layer")
-        self.write_layer, self.read_layers = layer, (layer,)
+        self.reads = self.writes = (Site(layer),)
         self.reads_own_segment, self.starts_empty = not causal, causal
         # of the segments that fit, an encoder's own is one
         self.reach = config.segments if causal else config.segments - 1
@@ -172,7 +173,7 @@ class KNN(Memory):
         check_range("values", torch.tensor(state["values"].shape[1]), *(2 * [state["keys"].shape[1]]))
         check_range("count", state["count"], 0, state["keys"].shape[1])
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """h'; the entries are those of the segment's start."""
         if not state["keys"].shape[1]:
             return hidden_btd

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens
+from mnemic.memory import Card, Memory, MemoryConfig, MemoryTokens, Site
 from mnemic.state import State, check_range
 
 # Shapes: b batch, t time, d host width, n prompts, u units of the LSTM.
@@ -92,7 +92,7 @@ class MemoryPrompt(Memory):
     def __init__(self, config: MemoryPromptConfig, width: int, depth: int) -> None:
         super().__init__()
         self.config, self.width = config, width
-        self.read_layers, self.write_layer, self.beside = (), depth - 1, config.tokens
+        self.reads, self.writes, self.beside = (), (Site(depth - 1),), config.tokens
         numbers = config.tokens * width
         self.norm = nn.LayerNorm(width)
         self.first, self.second = nn.Linear(width, config.hidden), nn.Linear(config.hidden, config.hidden)
@@ -116,7 +116,7 @@ class MemoryPrompt(Memory):
         """The segments that it counts."""
         check_range("count", state["count"], 0, written)
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """Nothing is read after a block: the base attends to the prompts itself."""
         return hidden_btd
 

@@ -56,8 +56,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, MemoryTokens
 from mnemic.memories.fast_weights import by_head
+from mnemic.memory import Attribution, Card, Memory, MemoryConfig, MemoryTokens, Site
 from mnemic.state import State, detach
 
 # Shapes: b batch, t time, d host width, n rows, k rows and columns of the Hebbian matrix.
@@ -163,7 +163,7 @@ class Persistent(Memory):
         self.reads_own_segment = not causal
         self.starts_empty = causal and config.keys == "rows"
         self.gradient_reach = None if config.trained_write else 0
-        self.write_layer, self.read_layers = depth - 1, tuple(range(depth)) if self.behind else ()
+        self.reads, self.writes = tuple(map(Site, range(depth))) if self.behind else (), (Site(depth - 1),)
         self.beside = 0 if self.behind else config.rows
         self.name = "matrix" if config.method == "hebbian" else "rows"
         self.writer = WRITERS.get(config.method, RowWriter)(config, width)
@@ -210,8 +210,8 @@ class Persistent(Memory):
         blocks = () if self.config.method == "prefix" else range(self.depth)
         return MemoryTokens(tokens, there[:, None].expand(-1, self.beside), dict.fromkeys(blocks, tokens))
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """h + β c W_O or h + g c behind block `layer`; h itself where the base attends to tokens."""
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """h + β c W_O or h + g c behind a block; h itself where the base attends to tokens."""
         if not self.behind:
             return hidden_btd
         held, asks = normed(self.held(state)), normed(hidden_btd.to(self.parameter_dtype()))
@@ -220,7 +220,7 @@ class Persistent(Memory):
         if self.config.method == "gated":
             read = torch.sigmoid(torch.cat([asks, read], -1) @ self.gate + self.gate_bias) * read
         else:
-            read = self.beta[layer] * (read @ self.output)
+            read = self.beta[site.layer] * (read @ self.output)
         return hidden_btd + read.to(hidden_btd.dtype)
 
     def write(
@@ -266,7 +266,7 @@ class Persistent(Memory):
         total = torch.stack(weights).sum()
         read = torch.stack([w / total * (row @ self.value) for w, row in zip(weights, held_nd, strict=True)]).sum(0)
         if self.config.method == "cross-attention":
-            return hidden_d + self.beta[self.read_layers[0]] * (read @ self.output)
+            return hidden_d + self.beta[self.reads[0].layer] * (read @ self.output)
         logits = torch.cat([normed(hidden_d), read]) @ self.gate + self.gate_bias
         return hidden_d + read / (1 + (-logits).exp())
 

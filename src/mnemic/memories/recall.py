@@ -40,7 +40,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mnemic.bank import CHUNK
-from mnemic.memories.base import Asked, Card, Further, Memory, MemoryConfig
+from mnemic.memory import Asked, Card, Further, Memory, MemoryConfig, Site
 from mnemic.state import State
 
 # Shapes: h heads of queries, k heads of keys, g = h / k, t tokens, n kept, m chosen, s width of a head, u blocks.
@@ -118,19 +118,13 @@ class Recall(Memory):
     def __init__(self, config: RecallConfig, depth: int) -> None:
         super().__init__()
         self.config = config
-        self.attended = tuple(range(depth))
-        self.read_layers, self.write_layer = (), 0
-
-    @property
-    def written_layers(self) -> tuple[int, ...]:
-        """None: hidden states are not written."""
-        return ()
+        self.reads, self.writes = tuple(Site(layer, "attention") for layer in range(depth)), ()
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """Nothing: what is kept is in the bank."""
         return {}
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """As they came."""
         return hidden_btd
 
@@ -146,7 +140,7 @@ class Recall(Memory):
         """As `read` and `write`; of what happens in attention see `naive` below."""
         return hidden_btd, state
 
-    def further(self, layer: int, asked: Asked) -> Further | None:
+    def further(self, site: Site, asked: Asked) -> Further | None:
         """What is seen before the window: all that is kept where it fits, else what each token chooses."""
         config, kept = self.config, asked.bank.length
         only_sinks = not config.budget or (asked.reading and not config.recall_in_reading)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mnemic.memories import MECHANISMS
 
 if TYPE_CHECKING:
-    from mnemic.memories.base import MemoryConfig
+    from mnemic.memory import MemoryConfig
 
 
 @dataclass(frozen=True)

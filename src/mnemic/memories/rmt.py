@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens
+from mnemic.memory import Card, Memory, MemoryConfig, MemoryTokens, Site
 from mnemic.state import State
 
 
@@ -73,7 +73,7 @@ class RMT(Memory):
     def __init__(self, config: RMTConfig, width: int, depth: int, causal: bool) -> None:
         super().__init__()
         self.config, self.causal = config, causal
-        self.read_layers, self.write_layer = (), depth - 1
+        self.reads, self.writes = (), (Site(depth - 1),)
         self.beside = (2 if causal else 1) * config.tokens
         self.first = nn.Parameter(config.deviation * torch.randn(config.tokens, width))
         self.norm = nn.LayerNorm(width) if config.norm else nn.Identity()
@@ -90,7 +90,7 @@ class RMT(Memory):
         """The write tokens, which begin as the read tokens do."""
         return MemoryTokens(state["tokens"].to(self.parameter_dtype()))
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """Nothing is read after a block: the base attends to the tokens itself."""
         return hidden_btd
 

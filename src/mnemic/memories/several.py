@@ -2,8 +2,8 @@
 
 Each memory reads and writes where it would alone, from and into a state of its own:
 
-    h'     = read_n(... read_1(h))           at a block where several read, in their order
-    S_i   <- write_i(h_i, S_i)               h_i the outputs of the blocks that memory i writes, before any read there
+    h'     = read_n(... read_1(h))           at a site where several read, in their order
+    S_i   <- write_i(h_i, S_i)               h_i what passes the sites that memory i writes, before any read there
     before the window: what the memory inside attention gives, if one of them is
 
 All have one segment length and one window, as segments and keys are the host's. At most one may put memory tokens
@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Asked, Attribution, Card, Further, Memory, MemoryConfig, MemoryTokens
 from mnemic.memories.registry import CONFIGS
+from mnemic.memory import Asked, Attribution, Card, Further, Memory, MemoryConfig, MemoryTokens, Site
 from mnemic.state import State
 
 
@@ -110,14 +110,12 @@ class Several(Memory):
     def __init__(self, members: list[Memory], width: int) -> None:
         super().__init__()
         self.members, self.width = nn.ModuleList(members), width
-        self.read_layers = tuple(sorted({layer for each in members for layer in each.read_layers}))
-        self.attended = tuple(sorted({layer for each in members for layer in each.attended}))
-        self._written = tuple(sorted({layer for each in members for layer in each.written_layers}))
-        self.write_layer = max(0, *self._written) if self._written else 0
+        self.reads = tuple(sorted({site for each in members for site in each.reads}))
+        self.writes = tuple(sorted({site for each in members for site in each.writes}))
         beside = [each for each in members if each.beside]
         if len(beside) > 1:
             raise ValueError("two of the memories put tokens beside a segment; at most one can")
-        inside = [each for each in members if each.attended]
+        inside = [each for each in members if each.attention_reads]
         if len(inside) > 1:
             raise ValueError("two of the memories keep the keys that leave the window; one is enough")
         if inside and beside:
@@ -130,7 +128,7 @@ class Several(Memory):
         if self.writes_tokens_behind:
             raise ValueError("a memory that writes tokens behind a segment stands alone")
         self.span = next((each.span for each in members if each.span is not None), None)
-        reaches = [each.reach for each in members if each.read_layers or each.beside]
+        reaches = [each.reach for each in members if each.hidden_reads or each.beside]
         self.reach = None if None in reaches or not reaches else max(each for each in reaches if each is not None)
         scopes = [each.gradient_reach for each in members]
         self.gradient_reach = None if None in scopes else max(each for each in scopes if each is not None)
@@ -145,11 +143,6 @@ class Several(Memory):
             yield f"{number}.", member
 
     @property
-    def written_layers(self) -> tuple[int, ...]:
-        """Every block that one of them writes."""
-        return self._written
-
-    @property
     def writes_see_reads(self) -> bool:
         """Where it is so for one of them, or one reads below where another one writes."""
         return super().writes_see_reads or any(each.writes_see_reads for _, each in self.all)
@@ -158,24 +151,24 @@ class Several(Memory):
         """The state of each, side by side."""
         return {start + name: t for start, each in self.all for name, t in each.init_state(batch, device).items()}
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """h'."""
-        return self.read_and_trace(layer, hidden_btd, state)[0]
+        return self.read_and_trace(site, hidden_btd, state)[0]
 
     def read_and_trace(
-        self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State
+        self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """h', and what the reads of each leave."""
         traces: State = {}
         for start, each in self.all:
-            if layer in each.read_layers:
-                hidden_btd, left = each.read_and_trace(layer, hidden_btd, own(state, start))
+            if site in each.reads:
+                hidden_btd, left = each.read_and_trace(site, hidden_btd, own(state, start))
                 traces |= {start + name: trace for name, trace in left.items()}
         return hidden_btd, traces
 
-    def further(self, layer: int, asked: Asked) -> Further | None:
+    def further(self, site: Site, asked: Asked) -> Further | None:
         """What the one memory inside attention gives."""
-        return next((each.further(layer, asked) for _, each in self.all if layer in each.attended), None)
+        return next((each.further(site, asked) for _, each in self.all if site in each.reads), None)
 
     def tokens_before(self, state: State) -> MemoryTokens | None:
         """Those of the one memory that has any."""
@@ -208,10 +201,8 @@ class Several(Memory):
         """That of each, one after another."""
         read_btd, after = hidden_btd[..., : self.width], {}
         for start, each in self.all:
-            if each.read_layers and each.read_layers[0] == self.read_layers[0]:
-                read_btd, _ = each.naive(
-                    torch.cat([read_btd] * len(each.written_layers), -1), own(state, start), keep_bt
-                )
+            if each.hidden_reads and each.hidden_reads[0] == self.hidden_reads[0]:
+                read_btd, _ = each.naive(torch.cat([read_btd] * len(each.writes), -1), own(state, start), keep_bt)
             _, written = each.naive(self._of(each, hidden_btd), own(state, start), keep_bt)
             after |= {start + name: tensor for name, tensor in written.items()}
         return read_btd, after
@@ -224,10 +215,10 @@ class Several(Memory):
         found = [loss for loss in losses if loss is not None]
         return torch.stack(found).sum(0) if found else None
 
-    def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[int, Float[Tensor, "n d"]]) -> None:
+    def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[Site, Float[Tensor, "n d"]]) -> None:
         """Each by what it writes and reads."""
         for _, each in self.all:
-            asked = {layer: hidden for layer, hidden in asked_nd.items() if layer in each.read_layers}
+            asked = {site: hidden for site, hidden in asked_nd.items() if site in each.reads}
             each.calibrate(self._of(each, written_nd), asked)
 
     def most_bytes(self, written: int) -> int:
@@ -247,11 +238,11 @@ class Several(Memory):
             each.check_state(own(state, start), written)
 
     def _of(self, member: Memory, hidden: Tensor) -> Tensor:
-        """Of the outputs that are written, joined, those that one memory writes."""
-        places = [self._written.index(layer) for layer in member.written_layers]
-        if len(places) == len(self._written):
+        """Of what is written, joined, what one memory writes."""
+        places = [self.writes.index(site) for site in member.writes]
+        if len(places) == len(self.writes):
             return hidden
-        parts = hidden.unflatten(-1, (len(self._written), -1)) if self._written else hidden[..., None, :]
+        parts = hidden.unflatten(-1, (len(self.writes), -1)) if self.writes else hidden[..., None, :]
         return parts[..., places, :].flatten(-2)
 
 

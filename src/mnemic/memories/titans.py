@@ -66,10 +66,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Attribution, Card, Memory, MemoryConfig, MemoryTokens, resolve_layers
 from mnemic.memories.fast_weights import by_head, scaled, unit, wide
+from mnemic.memories.layers import resolve_sites
 from mnemic.memories.titans_naive import titans_naive
 from mnemic.memories.titans_network import Pairs, learn, recall
+from mnemic.memory import Attribution, Card, Memory, MemoryConfig, MemoryTokens, Site
 from mnemic.state import State
 
 # Shapes: b batch, t time, d host width, h heads, k keys' and values' width (dim / heads).
@@ -214,10 +215,10 @@ class Titans(Memory):
         super().__init__()
         self.config = config
         self.reads_own_segment = not causal
-        self.write_layer, self.read_layers = resolve_layers(config.write_layer, config.read_layers, depth)
+        self.writes, self.reads = resolve_sites(config.write_layer, config.read_layers, depth)
         self.writer = Writer(config, width)
         gated = config.context != "layer"
-        self.readers = nn.ModuleDict({str(layer): Reader(config, width, gated) for layer in self.read_layers})
+        self.readers = nn.ModuleDict({str(site.layer): Reader(config, width, gated) for site in self.reads})
         self.beside = config.persistent + config.queries if config.context == "tokens" else 0
         self.asker = Reader(config, width, gated=False) if self.beside else None
         for reader in (*self.readers.values(), *([] if self.asker is None else [self.asker])):
@@ -251,9 +252,9 @@ class Titans(Memory):
         memory_bnd = asking_bnd + self.asker(asking_bnd, state, list(self.first))
         return MemoryTokens(torch.cat([persistent_bnd, memory_bnd], 1))
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """h' for one read layer; the network is that of the segment's start."""
-        added_btd = self.readers[str(layer)](hidden_btd.to(self.parameter_dtype()), state, list(self.first))
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """h' at one site; the network is that of the segment's start."""
+        added_btd = self.readers[str(site.layer)](hidden_btd.to(self.parameter_dtype()), state, list(self.first))
         return hidden_btd + added_btd.to(hidden_btd.dtype)
 
     def write(

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def titans_naive(memory: Titans, hidden_btd: Tensor, state: State, keep_bt: Tensor | None) -> tuple[Tensor, State]:
-    """Reads every token of one segment at the first read layer, if there is one, then writes the segment; shapes as in
+    """Reads every token of one segment where it reads first, if it does, then writes the segment; shapes as in
     `Memory`.
     """
     config = memory.config
-    reader = memory.readers[str(memory.read_layers[0])] if memory.read_layers else None
+    reader = memory.readers[str(memory.reads[0].layer)] if memory.reads else None
     size, count = config.dim // config.heads, config.layers
     outputs, rows = [], []
     for b in range(hidden_btd.shape[0]):

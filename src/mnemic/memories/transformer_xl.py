@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mnemic.memories.base import Card, Memory, MemoryConfig, MemoryTokens
+from mnemic.memory import Card, Memory, MemoryConfig, MemoryTokens, Site
 from mnemic.state import State, check_range, push_rows
 
 
@@ -83,14 +83,10 @@ class TransformerXL(Memory):
     def __init__(self, config: TransformerXLConfig, width: int, depth: int) -> None:
         super().__init__()
         self.config, self.width, self.depth = config, width, depth
-        self.read_layers, self.write_layer, self.beside = (), depth - 2, config.size
+        self.reads, self.writes = (), tuple(Site(block, "input") for block in range(depth))
+        self.beside = config.size
         self.span = config.size if config.same_length else None
         self.reach = depth * -(-config.size // config.segment_length)
-
-    @property
-    def written_layers(self) -> tuple[int, ...]:
-        """What enters every block: the embeddings, and what every block but the last puts out."""
-        return tuple(range(-1, self.depth - 1))
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """Nothing."""
@@ -110,7 +106,7 @@ class TransformerXL(Memory):
             {block: layers[:, :, block] for block in range(self.depth)},
         )
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """Nothing is read after a block: the base attends to the memory itself."""
         return hidden_btd
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from mnemic.memories.base import Card, MemoryConfig
+from mnemic.memory import Card, MemoryConfig
 
 if TYPE_CHECKING:
     from mnemic.memories.memoria.memoria import Memoria

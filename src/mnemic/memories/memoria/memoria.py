@@ -30,12 +30,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.base import Attribution, Memory, distinct_layers, resolve_layer
+from mnemic.memories.layers import distinct_layers, resolve_layer
 from mnemic.memories.memoria import engrams, graph, reservoir
 from mnemic.memories.memoria.attention import Abstractor, Reader
 from mnemic.memories.memoria.config import MemoriaConfig
 from mnemic.memories.memoria.naive import naive_read, naive_write
 from mnemic.memories.memoria.remind import advance
+from mnemic.memory import Attribution, Memory, Site
 from mnemic.state import State, StateError, check_range
 
 
@@ -46,33 +47,28 @@ class Memoria(Memory):
         super().__init__()
         self.config, self.width = config, width
         last = depth - 1 if causal else max(0, depth * 3 // 4 - 1)
-        self.write_layer = resolve_layer(
-            last if config.write_layer is None else config.write_layer, depth, "write_layer"
-        )
-        layers = (
-            range(0 if causal else self.write_layer + 1, depth) if config.read_layers is None else config.read_layers
-        )
-        self.read_layers = distinct_layers(layers, depth, "read_layers")
+        write = resolve_layer(last if config.write_layer is None else config.write_layer, depth, "write_layer")
+        layers = range(0 if causal else write + 1, depth) if config.read_layers is None else config.read_layers
+        reads = distinct_layers(layers, depth, "read_layers")
+        self.reads, self.writes = tuple(map(Site, reads)), (Site(write),)
         self.reads_own_segment, self.starts_empty = not causal, causal
         # working memory is of the last write; where hidden states are no constants a gradient goes on through them
         self.gradient_reach = None if config.grad_segments else 1
-        if causal and max(self.read_layers) > self.write_layer:
+        if causal and max(reads) > write:
             raise ValueError(
-                f"read layer {max(self.read_layers)} lies above write_layer {self.write_layer}: a decoder's segment is "
+                f"read layer {max(reads)} lies above write_layer {write}: a decoder's segment is "
                 "written after all its reads, which lifespans need; leave write_layer out"
             )
-        if not causal and (not self.read_layers or min(self.read_layers) <= self.write_layer):
+        if not causal and (not reads or min(reads) <= write):
             raise ValueError(
-                f"an encoder reads above the block that writes, here {self.write_layer} of {depth}: set write_layer to "
-                f"at most {depth - 2} and read_layers above it, not {list(self.read_layers)}"
+                f"an encoder reads above the block that writes, here {write} of {depth}: set write_layer to "
+                f"at most {depth - 2} and read_layers above it, not {list(reads)}"
             )
         inner = config.dim or width
         if inner % config.heads:
             raise ValueError(f"dim {inner} is not divisible by {config.heads} heads; set heads= to a divisor")
         self.abstractor = Abstractor(config.working, width, config.feed_forward or 4 * width)
-        self.readers = nn.ModuleDict(
-            {str(layer): Reader(width, inner, config.heads, config.null) for layer in self.read_layers}
-        )
+        self.readers = nn.ModuleDict({str(layer): Reader(width, inner, config.heads, config.null) for layer in reads})
 
     @property
     def writes_see_reads(self) -> bool:
@@ -119,12 +115,12 @@ class Memoria(Memory):
         elders = slots if written > graph.COLUMNS else 0
         return fixed + slots * (4 * self.width + 8 + graph.COLUMNS // 8) + 4 * elders**2
 
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
         """Hidden states with what the engrams add."""
-        return self.read_and_trace(layer, hidden_btd, state)[0]
+        return self.read_and_trace(site, hidden_btd, state)[0]
 
     def read_and_trace(
-        self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State
+        self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """Hidden states, and the attention that each token paid to each reminded engram: `use [b, t, k]`."""
         if not state["id"].shape[1]:
@@ -138,7 +134,7 @@ class Memoria(Memory):
         if self.config.reservoir:
             recalled_bkd = torch.cat([recalled_bkd, state["sample"]], 1)
             real_bk = torch.cat([real_bk, state["sample_key"] > 0], 1)
-        begun_b, reader = working[:, 0] >= 0, self.readers[str(layer)]
+        begun_b, reader = working[:, 0] >= 0, self.readers[str(site.layer)]
         read_btd, use_btk = reader(
             hidden_btd.to(dtype), working_bwd.to(dtype), recalled_bkd.to(dtype), begun_b, real_bk
         )
@@ -174,5 +170,5 @@ class Memoria(Memory):
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """The equations above with dictionaries and loops, one engram, token and head at a time."""
-        output, traces = naive_read(self, self.read_layers[0], hidden_btd, state, keep_bt)
+        output, traces = naive_read(self, self.reads[0].layer, hidden_btd, state, keep_bt)
         return output, naive_write(self, hidden_btd, {**state, "use": state["use"] + traces["use"]}, keep_bt)

@@ -1,4 +1,5 @@
-"""What a mechanism is: a config that names it, and a module with two methods, `read` and `write`, over explicit state.
+"""The contract of a mechanism: a config that names it, and a module that reads and writes at sites of a host's forward
+pass, over explicit state.
 
 The core does the rest: it cuts every stream into segments, keeps the tokens of an unfinished segment waiting, carries
 the state in the cache, and places the hooks. A mechanism knows nothing of Hugging Face.
@@ -8,21 +9,42 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mnemic.bank import Bank
 from mnemic.memories.registry import CONFIGS, Card
+from mnemic.memories.settings import defaults, hints, is_a, readable
 from mnemic.state import State, nbytes
+
+At = Literal["input", "attention", "ffn", "output", "logits"]
+"""What enters a block, its attention, its feed-forward, what it puts out, and the distribution behind the last one."""
+
+
+@functools.total_ordering
+@dataclass(frozen=True)
+class Site:
+    """A place in a host's forward pass: block `layer`, counted from 0, and where in it. The earlier one is the smaller.
+
+    At "input" and "output" hidden states pass. At "attention" a memory gives keys and values of its own. The others
+    are names: the host serves them with the first mechanism that needs them.
+    """
+
+    layer: int
+    at: At = "output"
+
+    def __lt__(self, other: Site) -> bool:
+        places = get_args(At)
+        return (self.layer, places.index(self.at)) < (other.layer, places.index(other.at))
+
+    def __str__(self) -> str:
+        return f"{self.at} of block {self.layer}"
 
 
 @dataclass(frozen=True)
@@ -121,12 +143,12 @@ class MemoryConfig(ABC):
             CONFIGS[cls.kind] = cls
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
+        for name, hint in hints(type(self)).items():
             if isinstance(value := getattr(self, name), tuple):
                 value = list(value)  # which is what a file gives back
                 setattr(self, name, value)
             if not is_a(value, hint):
-                raise ValueError(f"{name} is {value!r}; use {_readable(hint)}")
+                raise ValueError(f"{name} is {value!r}; use {readable(hint)}")
         for name, mend in self.unused().items():
             if (value := getattr(self, name)) != defaults(type(self))[name]:
                 raise ValueError(f"{name} is {value!r}, but nothing here uses it; leave it out, or {mend}")
@@ -187,10 +209,9 @@ class MemoryConfig(ABC):
         raw = object.__new__(cls)
         vars(raw).update(defaults(cls) | settings)
         unused = raw.unused()
-        hints = get_type_hints(cls)
         for name in unused.keys() & settings.keys():  # left out, but not taken on trust
-            if not is_a(settings[name], hints[name]):
-                raise ValueError(f"{name} is {settings[name]!r}; use {_readable(hints[name])}")
+            if not is_a(settings[name], hints(cls)[name]):
+                raise ValueError(f"{name} is {settings[name]!r}; use {readable(hints(cls)[name])}")
         return cls(**{name: value for name, value in settings.items() if name not in unused})
 
     def replace(self, **changes: Any) -> Self:
@@ -201,16 +222,17 @@ class MemoryConfig(ABC):
 class Memory(nn.Module, ABC):
     """A recurrent layer over segments of hidden states, with its state outside itself.
 
-    `read` is called at every layer of `read_layers`, on tokens of one segment, with the state as it stood at that
-    segment's start. `write` is called once at a segment's end with the hidden states that `write_layer` put out
-    (before any read at that same layer), and returns the next state. Both are pure: nothing is kept on the module.
+    `read` is called at every site of `reads` where hidden states pass, on tokens of one segment, with the state as it
+    stood at that segment's start. `write` is called once at a segment's end with the hidden states that passed the
+    `writes` (before any read there), and returns the next state. Both are pure: nothing is kept on the module.
     """
 
-    read_layers: tuple[int, ...]
-    write_layer: int
-    attended: tuple[int, ...] = ()
-    """The blocks whose keys and values the memory keeps when they leave the window, and gives back in their attention.
+    reads: tuple[Site, ...]
+    """Where the memory reads, in order. At an "attention" site it is asked by `further`, and the keys and values that
+    leave the window there are kept for it.
     """
+    writes: tuple[Site, ...]
+    """The sites whose hidden states `write` gets, in order, joined along d. The write happens at the last of them."""
     beside: int = 0
     """The most memory tokens that stand beside a segment, before and behind it. With any, a memory alters what the base
     puts out from the start, and the base keeps its keys in a `MemoryCache`, whatever cache it is given.
@@ -224,7 +246,7 @@ class Memory(nn.Module, ABC):
     gradient_reach: int | None = None
     """Through how many writes a gradient can pass; None for no bound."""
     reads_own_segment: bool = False
-    """True where reads above the write layer see what the running segment wrote: encoders, which look both ways."""
+    """True where reads after the write see what the running segment wrote: encoders, which look both ways."""
     starts_empty: bool = False
     """True where a new stream has nothing to read: its first segment is the base's own and trains nothing."""
     place: Tensor
@@ -243,19 +265,19 @@ class Memory(nn.Module, ABC):
         """
 
     @abstractmethod
-    def read(self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """Hidden states of `layer` with what the memory adds; same shape and dtype."""
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """The hidden states at `site` with what the memory adds; same shape and dtype."""
 
     def read_and_trace(
-        self, layer: int, hidden_btd: Float[Tensor, "b t d"], state: State
+        self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """`read`, and what it leaves behind for the segment's write: for some names of the state values `[b, t, ...]`,
         which the core sums over real tokens and adds to the state. Only where `writes_see_reads`.
         """
-        return self.read(layer, hidden_btd, state), {}
+        return self.read(site, hidden_btd, state), {}
 
-    def further(self, layer: int, asked: Asked) -> Further | None:
-        """What the attention of block `layer`, one of `attended`, sees before the window; None for nothing."""
+    def further(self, site: Site, asked: Asked) -> Further | None:
+        """What the attention at `site`, one of `reads`, sees before the window; None for nothing."""
         return None
 
     def tokens_before(self, state: State) -> MemoryTokens | None:
@@ -272,17 +294,17 @@ class Memory(nn.Module, ABC):
     ) -> State:
         """The state after a segment; tokens where `keep_bt` is False are padding and leave no trace.
 
-        `hidden_btd` has the outputs of the `written_layers`, joined along d where there are several.
+        `hidden_btd` has what passed the `writes`, joined along d where there are several.
         """
 
     @abstractmethod
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> tuple[Float[Tensor, "b t d"], State]:
-        """`read` at the first read layer, then `write`, as plain loops over the equations: the tests' oracle.
+        """`read` at the first site where it reads, then `write`, as plain loops over the equations: the tests' oracle.
 
-        Where nothing is read after a block, the first result is the hidden states as they came; where several blocks
-        are written, it is the read of the first one's.
+        Where it reads nothing, the first result is the hidden states as they came; where several sites are written, it
+        is the read of the first one's.
         """
 
     def auxiliary(
@@ -304,8 +326,8 @@ class Memory(nn.Module, ABC):
         """
         return self.write(hidden_btd, state, keep_bt), None
 
-    def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[int, Float[Tensor, "n d"]]) -> None:
-        """Fits what does not train to the host's hidden states, as `write` gets them and at each read layer by index.
+    def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[Site, Float[Tensor, "n d"]]) -> None:
+        """Fits what does not train to the host's hidden states, as `write` gets them and at each site where it reads.
 
         Does nothing unless a mechanism has something to fit. See `mnemic.calibrate`.
         """
@@ -324,16 +346,21 @@ class Memory(nn.Module, ABC):
         """
 
     @property
-    def written_layers(self) -> tuple[int, ...]:
-        """The blocks whose outputs `write` gets, in order; -1 is what enters the first. The last is `write_layer`."""
-        return (self.write_layer,)
+    def hidden_reads(self) -> tuple[Site, ...]:
+        """The sites where `read` is called."""
+        return tuple(site for site in self.reads if site.at != "attention")
+
+    @property
+    def attention_reads(self) -> tuple[Site, ...]:
+        """The sites where `further` is called."""
+        return tuple(site for site in self.reads if site.at == "attention")
 
     @property
     def writes_see_reads(self) -> bool:
         """True when what is written depends on what was read in the same segment, so that segments can only run one
-        after another: some layer reads below where the memory writes, or memory tokens stand beside the segment.
+        after another: it reads before it writes, or memory tokens stand beside the segment.
         """
-        return self.beside > 0 or min(self.read_layers, default=self.write_layer) < self.write_layer
+        return self.beside > 0 or any(site < self.writes[-1] for site in self.hidden_reads if self.writes)
 
     def parameter_dtype(self) -> torch.dtype:
         """The dtype the memory computes in; its state is float32 whatever this is."""
@@ -350,95 +377,3 @@ def _known(values: Mapping[str, Any]) -> tuple[type[MemoryConfig], dict[str, Any
     if unknown := sorted(settings.keys() - known):
         raise UnknownSetting(f"{cls.__name__} has no setting {', '.join(unknown)}; known: {sorted(known)}")
     return cls, settings
-
-
-@functools.cache
-def _hints(cls: type[MemoryConfig]) -> dict[str, Any]:
-    """The type of every setting."""
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def defaults(cls: type[MemoryConfig]) -> dict[str, Any]:
-    """The default of every setting that has one."""
-    found = {}
-    for each in dataclasses.fields(cls):
-        if each.default is not dataclasses.MISSING:
-            found[each.name] = each.default
-        elif each.default_factory is not dataclasses.MISSING:
-            found[each.name] = each.default_factory()
-    return found
-
-
-def is_a(value: object, hint: Any) -> bool:
-    """Whether a plain value is of a setting's type."""
-    if get_origin(hint) in (Union, UnionType):
-        return any(is_a(value, each) for each in get_args(hint))
-    if get_origin(hint) is Literal:
-        return any(type(value) is type(each) and value == each for each in get_args(hint))
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(is_a(each, get_args(hint)[0]) for each in value)
-    if get_origin(hint) is dict:
-        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)  # pyright: ignore[reportArgumentType]
-    return type(value) is hint
-
-
-def _readable(hint: Any) -> str:
-    if get_origin(hint) in (Union, UnionType, Literal):
-        return " or ".join("None" if each is NoneType else _readable(each) for each in get_args(hint))
-    return hint.__name__ if isinstance(hint, type) else repr(hint)
-
-
-def resolve_layer(index: int, depth: int, name: str) -> int:
-    """A block index in `0 .. depth - 1`, negative ones counted from the end; raises `ValueError` out of range."""
-    if not -depth <= index < depth:
-        raise ValueError(f"{name} is {index}, but the model has {depth} blocks; use {-depth} .. {depth - 1}")
-    return index % depth
-
-
-def resolve_layers(
-    write_layer: int | None, read_layers: Sequence[int] | None, depth: int
-) -> tuple[int, tuple[int, ...]]:
-    """Where a memory writes and where it reads, in order: the middle block, and where it writes, unless said otherwise.
-
-    Raises `ValueError` for a block that the model does not have or that is named twice.
-    """
-    write = resolve_layer((depth - 1) // 2 if write_layer is None else write_layer, depth, "write_layer")
-    return write, (write,) if read_layers is None else distinct_layers(read_layers, depth, "read_layers")
-
-
-def distinct_layers(layers: Sequence[int], depth: int, name: str) -> tuple[int, ...]:
-    """Block indices in order; raises `ValueError` for a block that the model does not have, and for one named twice."""
-    found = [resolve_layer(layer, depth, name) for layer in layers]
-    if len(set(found)) < len(found):
-        twice = next(layer for layer in found if found.count(layer) > 1)
-        raise ValueError(f"{name} is {list(layers)}, which names block {twice} of {depth} twice; name each block once")
-    return tuple(sorted(found))
-
-
-def shifted(
-    hidden_btd: Float[Tensor, "b t d"],
-    keep_bt: Bool[Tensor, "b t"] | None,
-    first_bd: Float[Tensor, "b d"] | None = None,
-) -> Float[Tensor, "b t d"]:
-    """For every token the one before it in its row, padding skipped; where there is none, `first_bd`, or zero."""
-    first_b1d = (hidden_btd.new_zeros(hidden_btd[:, 0].shape) if first_bd is None else first_bd)[:, None]
-    if keep_bt is None:
-        return torch.cat([first_b1d, hidden_btd[:, :-1]], 1)
-    place_t = torch.arange(hidden_btd.shape[1], device=hidden_btd.device)
-    latest_bt = F.pad(place_t.where(keep_bt, -1).cummax(1).values, (1, -1), value=-1)
-    before_btd = hidden_btd.gather(1, latest_bt.clamp_min(0)[..., None].expand_as(hidden_btd))
-    return before_btd.where((latest_bt >= 0)[..., None], first_b1d)
-
-
-def latest(
-    hidden_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | None, first_bd: Float[Tensor, "b d"]
-) -> Float[Tensor, "b d"]:
-    """The last token of every row that is no padding; `first_bd` where all are."""
-    if keep_bt is None:
-        return hidden_btd[:, -1]
-    place_t = torch.arange(hidden_btd.shape[1], device=hidden_btd.device)
-    latest_b = place_t.where(keep_bt, -1).amax(1)
-    return hidden_btd[torch.arange(len(hidden_btd)), latest_b.clamp_min(0)].where((latest_b >= 0)[:, None], first_bd)

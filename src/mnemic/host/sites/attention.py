@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from mnemic.bank import Bank
+from mnemic.host.anatomy import attention_of
 from mnemic.host.cache import MemoryCache, Window
 from mnemic.host.call import Call, eager, thread
+from mnemic.host.further import with_own, with_shared
 from mnemic.host.release import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, DynamicLayer, newer
-from mnemic.host.turning import PLACES, Turning, candidates, turning_of
-from mnemic.memories.base import Asked, Further
+from mnemic.memory import Asked, Further, Site
 from mnemic.state import StateError
-from mnemic.stream import Stream, cut
 
 if TYPE_CHECKING:
     from mnemic.host.anatomy import Anatomy
@@ -32,15 +32,7 @@ PREFIX = "mnemic_"
 SERVED = ("sdpa", "eager")
 
 
-def attention_of(block: nn.Module) -> nn.Module | None:
-    """The module of a block that calls the attention function; None where there is not exactly one."""
-    found = [
-        m for m in block.modules() if "Attention" in type(m).__name__ and isinstance(m.__dict__.get("layer_idx"), int)
-    ]
-    return found[0] if len(found) == 1 else None
-
-
-def served(anatomy: Anatomy, wanted: tuple[int, ...]) -> list[int]:
+def served(anatomy: Anatomy, wanted: Sequence[int]) -> list[int]:
     """Of the blocks that a memory wants to serve those whose attention sees all keys of the window: what sliding layers
     see is the base's own affair. Raises `ValueError` where there is none of them, and for an encoder.
     """
@@ -93,61 +85,6 @@ def base_function(own: str, module: nn.Module) -> Callable[..., Any]:
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
-def keys_seen(
-    anatomy: Anatomy, layers: list[int], cache: Any, seen: list[tuple[int, Tensor, Tensor, dict[str, Any]]]
-) -> list[Tensor]:
-    """The keys `[k, t, s]` of every block. Raises `ValueError` unless the attention of each of `layers` was called
-    once, over the keys and values that the cache has of it, and these are of one shape.
-    """
-    shapes = set()
-    for layer in layers:
-        its, held = [each for each in seen if each[0] == layer], cache.layers[layer]
-        plain = len(its) == 1 and all(
-            kept is not None and kept.shape == used.shape and torch.equal(kept, used)
-            for kept, used in zip((held.keys, held.values), its[0][1:3], strict=True)
-        )
-        if not plain or its[0][3].get("s_aux") is not None:
-            raise ValueError(
-                newer(
-                    f"{type(anatomy.trunk).__name__} has an attention of its own in block {layer} (latent keys, two of "
-                    "them, sinks among its weights), inside which this memory cannot work"
-                )
-            )
-        shapes |= {(held.keys.shape[1], held.keys.shape[3], held.values.shape[3])}
-    if len(shapes) > 1:
-        raise ValueError(f"{type(anatomy.trunk).__name__} has blocks with keys of different shapes, {sorted(shapes)}")
-    return [layer.keys[0] for layer in cache.layers if getattr(layer, "keys", None) is not None]
-
-
-@torch.no_grad()
-def turnings(anatomy: Anatomy, layers: list[int], run: Callable[[Tensor, Tensor], list[Tensor]]) -> list[Turning]:
-    """How the blocks `layers` turn their keys. `run(ids, positions)` gives the keys `[k, 1, s]` of one token in each
-    block. Raises `ValueError` for a block whose rotation is not found, or whose attention is not over its keys.
-    """
-    trunk = anatomy.trunk
-    embeddings: Any = trunk.get_input_embeddings()
-    device = embeddings.weight.device
-    # one that is not zero, as that of padding is
-    token = int(embeddings.weight[:256].float().norm(dim=1).argmax())
-    ids = torch.full((1, 1), token, device=device)
-    looked = [run(ids, torch.full((1, 1), place, device=device)) for place in PLACES]
-    rotates = any("Rotary" in type(module).__name__ for module in trunk.modules())
-    found = []
-    for layer in layers:
-        attention = attention_of(anatomy.blocks[layer])
-        assert attention is not None
-        turning = turning_of(candidates(trunk, attention), [keys[layer] for keys in looked]) if rotates else Turning()
-        if turning is None:
-            raise ValueError(
-                newer(
-                    f"{type(trunk).__name__} turns the keys of block {layer} in a way that mnemic cannot undo; this "
-                    "memory needs keys without their positions"
-                )
-            )
-        found.append(turning)
-    return found
-
-
 @eager
 def attend(
     own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -174,9 +111,9 @@ def attend(
         if more is None:
             rows.append(base(module, query[one], key[one], value[one], mask, **kwargs)[0])
         elif more.shared:
-            rows.append(_beside(base, module, query[one], key[one], value[one], mask, more, kwargs))
+            rows.append(with_shared(base, module, query[one], key[one], value[one], mask, more, kwargs))
         else:
-            rows.append(_one_softmax(query[row], key[row], value[row], mask, more, kwargs))
+            rows.append(with_own(query[row], key[row], value[row], mask, more, kwargs))
     return torch.cat(rows), None
 
 
@@ -184,7 +121,7 @@ def _call_of(module: nn.Module) -> tuple[Router, Call] | None:
     """The running call that a module's attention is part of, where its memory has something to say there."""
     for calls in thread.calls.values():
         call = calls[-1] if calls else None
-        if call is not None and call.router is not None and call.config is module.config:
+        if call is not None and call.config is module.config:
             router = call.router
             stands = router.enabled and isinstance(call.cache, MemoryCache) and call.stream is not None
             return (router, call) if stands and module.layer_idx in router.attended else None
@@ -225,67 +162,13 @@ def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwar
         window=call.cache.settings[0] or router.segment_length,
         reading=thread.reading,
     )
-    return router.memory.further(layer, asked)
+    return router.memory.further(Site(layer, "attention"), asked)
 
 
 def _positions(window: Window, call: Call, row: int, time: int, device: torch.device) -> Tensor:
     if call.keep is None:
         return window.position[row] + torch.arange(time, device=device)
     return window.position[row] + (call.keep[row].long().cumsum(0) - 1).clamp_min(0).to(device)
-
-
-def _beside(
-    base: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    more: Further,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """The host's own function over further keys that all tokens share, and the window's."""
-    count, time = more.keys_ktms.shape[2], query.shape[2]
-    if mask is None and time > 1:
-        held = key.shape[2]
-        mask = torch.ones(time, held, dtype=torch.bool, device=key.device).tril(held - time)[None, None]
-        if module.config._attn_implementation != PREFIX + "sdpa":  # pyright: ignore
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    if mask is not None:
-        seen = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
-        mask = torch.cat([seen.expand(*mask.shape[:3], count), mask], -1)
-    key = torch.cat([more.keys_ktms[:, 0][None].to(key.dtype), key], 2)
-    value = torch.cat([more.values_ktmv[:, 0][None].to(value.dtype), value], 2)
-    return base(module, query, key, value, mask, **kwargs)[0]
-
-
-def _one_softmax(
-    query_hts: Tensor, key_kns: Tensor, value_knv: Tensor, mask: Tensor | None, more: Further, kwargs: dict[str, Any]
-) -> Tensor:
-    """Attention of one row in which every token has further keys of its own: `[1, t, h, v]`, as the host gives it."""
-    heads, time, _ = query_hts.shape
-    own = heads // len(key_kns)
-    scale = float(kwargs.get("scaling") or query_hts.shape[-1] ** -0.5)
-    query_kgts = query_hts.unflatten(0, (-1, own)).float()
-    near = (query_kgts @ key_kns[:, None].float().transpose(-1, -2)) * scale
-    # [k, t, g, s] @ [k, t, s, m]
-    far = (query_kgts.transpose(1, 2) @ more.keys_ktms.float().transpose(-1, -2)).transpose(1, 2) * scale
-    if (cap := kwargs.get("softcap")) is not None:
-        near, far = (torch.tanh(score / cap) * cap for score in (near, far))
-    held = key_kns.shape[1]
-    if mask is None:
-        mask = torch.ones(time, held, dtype=torch.bool, device=near.device).tril(held - time)
-        near = near.masked_fill(~mask, -torch.inf)
-    else:
-        mask = mask[0, 0] if mask.shape[1] == 1 else mask[0].unflatten(0, (-1, own))
-        near = near.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else near + mask.float()
-    if more.keep_ktm is not None:
-        far = far.masked_fill(~more.keep_ktm[:, None], -torch.inf)
-    weight = torch.cat([far, near], -1).softmax(-1)
-    count = far.shape[-1]
-    read = (weight[..., :count].transpose(1, 2) @ more.values_ktmv.float()).transpose(1, 2)
-    read = read + weight[..., count:] @ value_knv[:, None].float()
-    return read.flatten(0, 1).transpose(0, 1)[None].to(query_hts.dtype)
 
 
 for _own in SERVED:  # when this is imported: a pickled model finds its function, too
@@ -301,7 +184,7 @@ def check_asked(router: Router, call: Call, trunk: Any) -> None:
             f"the model's attention was set to {trunk.config._attn_implementation!r} after its memory was attached, "
             "which works inside it; detach the memory, set the attention, and attach it again"
         )
-    if call.checkpointing:
+    if call.plan.checkpointing:
         raise ValueError(
             "gradient checkpointing runs attention twice, the second time without the memory inside it; turn it off"
         )
@@ -310,26 +193,6 @@ def check_asked(router: Router, call: Call, trunk: Any) -> None:
             "tokens were read while the memory was off, and stand in the window, whose keys it keeps; go on with the "
             "memory off, or do such things with session.fork()"
         )
-
-
-def count(router: Router, call: Call) -> Stream:
-    """The stream after a call of which no hidden states are written, and how to take back some of its tokens."""
-    before, keep, time = call.stream, call.keep, call.time
-    assert before is not None
-    assert call.layer is not None
-    previous = call.layer.replay if (router.calls[-1] if router.calls else call).earlier else None
-
-    def replay(count: int) -> Stream:
-        if count > time and previous is not None:
-            return previous(count - time)
-        if count > time:
-            raise ValueError(f"cannot take back {count - time} tokens more than the last call had")
-        kept = None if keep is None else keep[:, : time - count]
-        pieces = cut(before.counts, time - count, router.segment_length, kept) if time > count else []
-        return before.passed(router.memory, pieces, time - count, kept)
-
-    call.layer.replay = replay
-    return before.passed(router.memory, call.pieces, time, keep)
 
 
 # --- keys that leave the window --------------------------------------------------------------------------------------

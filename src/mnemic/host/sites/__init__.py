@@ -1,0 +1,32 @@
+"""The sites of a forward pass, a file each: what is installed there and what happens. What is named is installed."""
+
+from __future__ import annotations
+
+from mnemic.memory import Memory, Site
+
+READ, WRITTEN = ("input", "attention", "output"), ("input", "output")
+"""Where a memory can read and where it can write."""
+
+
+def check(memory: Memory, depth: int) -> None:
+    """Raises `ValueError` for a site that a host of `depth` blocks does not have or does not serve."""
+    for doing, sites, served in (("reads", memory.reads, READ), ("writes", memory.writes, WRITTEN)):
+        for before, site in zip((*sites[:1], *sites), sites, strict=False):
+            said = f"{type(memory).__name__} {doing} {site}"
+            if site.at not in served:
+                yet = (
+                    "keys and values are kept for what reads there" if site.at in READ else "no mechanism needs it yet"
+                )
+                raise ValueError(f"{said}, which is not served: {yet}; there are {', '.join(served)}")
+            if not 0 <= site.layer < depth:
+                raise ValueError(f"{said}, but the model has blocks 0 .. {depth - 1}")
+            if site < before:
+                raise ValueError(f"{said} after {before}; name sites in their order in a forward pass")
+
+
+def named(memory: Memory, depth: int) -> list[Site]:
+    """The sites between blocks where something has to be installed."""
+    sites = {*memory.hidden_reads, *memory.writes}
+    if memory.beside:  # memory tokens enter every block, and leave with the last
+        sites |= {*(Site(block, "input") for block in range(depth)), Site(depth - 1)}
+    return sorted(sites)

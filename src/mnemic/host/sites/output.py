@@ -1,0 +1,38 @@
+"""What a block puts out: hidden states pass the memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from mnemic.host.passing import passed
+from mnemic.host.wrappers import gather_for_gradient
+from mnemic.memory import Site
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from mnemic.host.router import Router
+
+
+class Output(nn.Module):
+    """The hook of a block; blocks return a tensor or a tuple that begins with one."""
+
+    router: Router
+
+    def __init__(self, site: Site, router: Router) -> None:
+        super().__init__()
+        self.site = site
+        object.__setattr__(self, "router", router)  # not a submodule: the router owns the hook
+
+    def install(self, block: nn.Module) -> RemovableHandle:
+        """Registers it, before those of others."""
+        return block.register_forward_hook(self.leave, with_kwargs=True, prepend=True)
+
+    def leave(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """The block's output, when its hidden states have passed."""
+        hidden_btd, *rest = output if isinstance(output, tuple) else (output,)
+        gather_for_gradient(block, hidden_btd)
+        hidden_btd = passed(self.router, self.site, hidden_btd)
+        return (hidden_btd, *rest) if isinstance(output, tuple) else hidden_btd
