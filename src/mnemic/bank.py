@@ -114,9 +114,11 @@ class Bank:
 
     def first(self, place: int, count: int) -> tuple[Float[Tensor, "k n s"], Float[Tensor, "k n v"]]:
         """Keys and values of the first `count` tokens, or of as many as there are."""
-        most = -(-count // CHUNK)
-        keys, values = self.keys(place)[:most], self.values(place)[:most]
-        return torch.cat(keys, 1)[:, :count], torch.cat(values, 1)[:, :count]
+        keys, values = (
+            torch.cat([part[:, : count - start] for start, part in zip(range(0, count, CHUNK), parts, strict=False)], 1)
+            for parts in (self.keys(place), self.values(place))
+        )
+        return keys, values
 
     def runs(
         self, place: int, start_ktm: Int[Tensor, "k t m"], run: int

@@ -191,9 +191,8 @@ class Recall(Memory):
 
     def _far(self, asked: Asked) -> Float[Tensor, "h t s"]:
         """R_D q: queries as they meet keys without positions."""
-        distance = torch.full_like(asked.position_t, asked.window)
-        # turned to 0 as the keys would be: some kinds of scaling make both longer
-        return asked.turn(asked.turn(asked.query_hts, distance), torch.zeros_like(distance))
+        # by the difference, as some kinds of scaling make what is turned longer, and keys would be turned to 0
+        return asked.turn(asked.turned_hts, asked.window - asked.position_t)
 
     def _placed(self, asked: Asked, start: Int[Tensor, "k t u"], keep_ktm: Bool[Tensor, "k t m"] | None) -> Further:
         """The keys and values of the blocks that begin at `start`."""
