@@ -249,7 +249,7 @@ class Recall(Memory):
         if bank.length % config.unit:
             keep_ktm = (start[..., None] + torch.arange(config.unit, device=start.device) < bank.length).flatten(2)
         if config.layout == "line":
-            position = asked.first - count + torch.arange(count, device=keys_ktms.device)
+            position = torch.arange(asked.first - count, asked.first, device=keys_ktms.device)
             return Further(asked.turn(keys_ktms, position), values_ktmv, keep_ktm)
         # at one distance from each token
         position_t = asked.position_t - asked.window
