@@ -17,7 +17,8 @@ from families import COMMON, DECODERS, GROUPED, make
 from helpers import CACHE, SEGMENT, assert_near, feed, random_cuts, refusal, tokens
 from mnemic.bank import CHUNK, Bank
 from mnemic.memories.base import Asked
-from mnemic.memories.recall import RecallConfig, by_mass, naive
+from mnemic.memories.recall import RecallConfig, by_mass
+from mnemic.memories.recall_naive import naive
 
 SERVED = [name for name in DECODERS if refusal("recall-0", name) is None]
 SMALL = {"segment_length": SEGMENT, "window": 2 * SEGMENT, "sinks": 4, "unit": 4, "recall_in_reading": True}
@@ -129,7 +130,9 @@ def test_everything_in_line_is_the_base_with_everything_in_its_window(name, impl
     assert (cut_off - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("settings", [{}, {"search": "exact"}, {"choice": "mean", "by": "layer", "layout": "capped"}, {"choice": "bounds"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"search": "exact"}, {"choice": "mean", "by": "layer", "layout": "capped"}, {"choice": "bounds"}]
+)
 @torch.no_grad()
 def test_cuts_rows_and_padding_change_nothing(settings, monkeypatch):
     monkeypatch.setattr("mnemic.bank.LEAST", SEGMENT)
@@ -297,7 +300,9 @@ def test_scaled_rotations_choose_as_attention_would():
     far, near = turn(asked.query_hts, torch.full((3,), 16)), turn(keys[0], torch.zeros(40, dtype=torch.long))
     found = attachment.memory._far(asked)
     assert_near(found @ keys[0].repeat_interleave(2, 0).mT, far @ near.repeat_interleave(2, 0).mT, 1e-4)
-    worth = attachment.memory._voted(by_mass([keys[0]], 4)(0.25 * found.unflatten(0, (2, 2)).flatten(1, 2)).unflatten(1, (2, 3)))
+    worth = attachment.memory._voted(
+        by_mass([keys[0]], 4)(0.25 * found.unflatten(0, (2, 2)).flatten(1, 2)).unflatten(1, (2, 3))
+    )
     shares = (0.25 * far.unflatten(0, (2, 2)) @ near[:, None].transpose(-1, -2)).softmax(-1)
     assert_near(worth, shares.unflatten(-1, (-1, 4)).sum(-1).amax(1), 1e-5)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -206,4 +206,3 @@ class Bank:
         keys = torch.cat([chunk.keys[:, :, :there] for chunk, there in parts], 2)
         values = torch.cat([chunk.values[:, :, :there] for chunk, there in parts], 2)
         return keys[None], values[None]
-
