@@ -1,8 +1,8 @@
-"""Keys and values of what was read, kept for good: chunks that are appended to and never copied by a write.
+"""Keys and values of what was read, kept for good: chunks that are appended to, and copied only into more room.
 
 A bank belongs to one stream and is immutable: `append` gives another that shares all chunks with it. The last chunk has
 room behind what a bank knows of; the first who appends fills that room in place, and whoever else appends to the same
-bank, a fork, gets a chunk of its own.
+bank, a fork, gets a chunk of its own and shares what is whole.
 """
 
 from __future__ import annotations
