@@ -54,7 +54,7 @@ def _voted(config: RecallConfig, group: int, rows: list[list[float]]) -> list[li
     """What blocks are worth to each head of keys, from what they are to each head of queries."""
     add = sum if config.choice == "mean" else max
     parts = [rows] if config.by == "layer" else [rows[h : h + group] for h in range(0, len(rows), group)]
-    found = [[add(column) for column in zip(*part, strict=True)] for part in parts]
+    found = [[float(add(column)) for column in zip(*part, strict=True)] for part in parts]
     return found * (len(rows) // group) if config.by == "layer" else found
 
 
