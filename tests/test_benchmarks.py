@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from families import make
+from helpers import tokens
 from mnemic.analysis import real_tables
 from mnemic.bench.experiments import Silent
 from mnemic.bench.results import Record, problems
 from mnemic.memories import MemoryConfig
+from mnemic.memories.recall import RecallConfig
 from mnemic.tasks.told import pool_of
 from runs import characters, prose, tiny_host
 
@@ -77,3 +80,14 @@ def test_an_untied_reader_begins_elsewhere(copying):
     assert not torch.equal(reader.query.weight, query)
     assert reader.alpha.item() == 1
     assert not reader.output.weight.any()
+
+
+def test_what_recall_costs():
+    """Every side decodes and reads beside as many tokens as were asked for."""
+    speed, model = script("recall_speed"), make("llama")
+    config = RecallConfig(segment_length=8, window=16, budget=8, sinks=4, unit=4)
+    found = speed.measured(model, config, tokens(1, 64), [24, 100], 2, 1, 20)
+    for length in ("24", "100"):
+        assert found[length]["clock / base"].keys() == speed.SIDES.keys()
+        assert found[length]["reading"]["clock / base"].keys() == {"recall"}
+    assert found["100"]["bytes"] * 24 == found["24"]["bytes"] * 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ import mnemic
 from families import COMMON, DECODERS, GROUPED, make
 from helpers import CACHE, SEGMENT, assert_near, feed, random_cuts, refusal, tokens
 from mnemic.bank import CHUNK, Bank
-from mnemic.memories.recall import RecallConfig, naive
+from mnemic.memories.recall import RecallConfig, by_mass
+from mnemic.memories.recall_naive import naive
 from mnemic.memory import Asked, Site
 
 SERVED = [name for name in DECODERS if refusal("recall-0", name) is None]
@@ -45,12 +47,37 @@ def asked_of(kept: int, heads: int = 2, group: int = 3, time: int = 4, reading: 
 
 
 @pytest.mark.parametrize("kept", [40, 41, 47])
+@pytest.mark.parametrize("by", ["head", "layer"])
+@pytest.mark.parametrize("wider", [1, 2])
+def test_candidates_equal_naive(wider, by, kept, monkeypatch):
+    monkeypatch.setattr("mnemic.bank.LEAST", 8)
+    memory, asked = RecallConfig(**SMALL, budget=12, by=by, wider=wider).build(64, 1), asked_of(kept)
+    assert_equals_naive(memory, asked)
+    if (by, wider, kept) == ("head", 1, 40):
+        few = memory.further(Site(0, "attention"), asked).keys_ktms
+        memory.config = memory.config.replace(search="exact")
+        assert not torch.equal(few, memory.further(Site(0, "attention"), asked).keys_ktms)
+
+
+def test_where_all_are_candidates_the_choice_is_exact():
+    asked = asked_of(48)
+    found, exact = (
+        RecallConfig(**SMALL, budget=12, search=search).build(64, 1).further(Site(0, "attention"), asked)
+        for search in ("candidates", "exact")
+    )
+    assert torch.equal(found.keys_ktms, exact.keys_ktms)
+
+
+@pytest.mark.parametrize("kept", [40, 41, 47])
 @pytest.mark.parametrize("layout", ["line", "capped"])
 @pytest.mark.parametrize("by", ["head", "layer"])
 @pytest.mark.parametrize("choice", ["mass", "mean", "bounds"])
 def test_fast_equals_naive(choice, by, layout, kept):
     memory = RecallConfig(**SMALL, budget=12, choice=choice, by=by, layout=layout).build(64, 1)
-    asked = asked_of(kept)
+    assert_equals_naive(memory, asked_of(kept))
+
+
+def assert_equals_naive(memory, asked):
     more = memory.further(Site(0, "attention"), asked)
     for head, row in enumerate(naive(memory, asked)):
         for t, seen in enumerate(row):
@@ -103,9 +130,12 @@ def test_everything_in_line_is_the_base_with_everything_in_its_window(name, impl
     assert (cut_off - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("settings", [{}, {"choice": "mean", "by": "layer", "layout": "capped"}, {"choice": "bounds"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"search": "exact"}, {"choice": "mean", "by": "layer", "layout": "capped"}, {"choice": "bounds"}]
+)
 @torch.no_grad()
-def test_cuts_rows_and_padding_change_nothing(settings):
+def test_cuts_rows_and_padding_change_nothing(settings, monkeypatch):
+    monkeypatch.setattr("mnemic.bank.LEAST", SEGMENT)
     model, ids = recalling(**settings), tokens(3, 11 * SEGMENT + 3)
     expected = feed(model, ids)
     assert_near(feed(model, ids, random_cuts(ids.shape[1], 2)), expected, 1e-4)
@@ -267,10 +297,14 @@ def test_scaled_rotations_choose_as_attention_would():
     keys, values = torch.randn(2, 1, 2, 40, 16, generator=generator)
     query, position = torch.randn(4, 3, 16, generator=generator), torch.arange(60, 63)
     asked = Asked(query, position, 40, 0.25, Bank().append(keys, values), 0, turn, 16)
-    (mass,) = attachment.memory._masses(asked)
     far, near = turn(asked.query_hts, torch.full((3,), 16)), turn(keys[0], torch.zeros(40, dtype=torch.long))
+    found = attachment.memory._far(asked)
+    assert_near(found @ keys[0].repeat_interleave(2, 0).mT, far @ near.repeat_interleave(2, 0).mT, 1e-4)
+    worth = attachment.memory._voted(
+        by_mass([keys[0]], 4)(0.25 * found.unflatten(0, (2, 2)).flatten(1, 2)).unflatten(1, (2, 3))
+    )
     shares = (0.25 * far.unflatten(0, (2, 2)) @ near[:, None].transpose(-1, -2)).softmax(-1)
-    assert_near(mass, shares.unflatten(-1, (-1, 4)).sum(-1).amax(1), 1e-5)
+    assert_near(worth, shares.unflatten(-1, (-1, 4)).sum(-1).amax(1), 1e-5)
 
 
 @torch.no_grad()
@@ -352,7 +386,7 @@ def test_a_bank_holds_what_was_appended_across_chunks():
     assert torch.equal(keys[0], numbered(0, sum(sizes)))
     assert torch.equal(torch.cat(bank.values(1), 1), -numbered(0, sum(sizes))[1])
     starts = torch.tensor([[[0, CHUNK - 4, CHUNK, 2 * CHUNK + 8]]]).expand(3, 2, -1)
-    found, values = bank.runs(0, starts, 4)
+    found, values = (bank.runs(name, 0, starts, 4) for name in ("keys", "values"))
     wanted = (starts[..., None] + torch.arange(4)).flatten(2)
     assert torch.equal(found[..., 0], wanted.float())
     assert torch.equal(values[..., 0], -wanted.float())
@@ -379,11 +413,56 @@ def test_forks_of_a_bank_share_chunks_and_do_not_see_each_other():
     assert torch.equal(copied.append(numbered(9, 1), numbered(9, 1)).tensors()["keys"], longer.tensors()["keys"])
 
 
+def test_any_forks_of_forks_hold_their_own(monkeypatch):
+    for name, value in {"CHUNK": 64, "LEAST": 4, "STEP": 16}.items():
+        monkeypatch.setattr(f"mnemic.bank.{name}", value)
+    source = random.Random(0)
+    known = [(Bank(), torch.zeros(2, 3, 0, 4))]
+    for number in range(40):
+        bank, keys = source.choice(known)
+        more = torch.randn(2, 3, source.choice([1, 3, 4, 17, 40, 90]), 4, generator=torch.manual_seed(number))
+        known.append((bank.append(more, -more), torch.cat([keys, more], 2)))
+        if number % 2:
+            known[-1][0].means(1, 2)
+    for bank, keys in known[1:]:
+        count, whole = keys.shape[2], keys.shape[2] // 4 * 4
+        assert torch.equal(bank.tensors()["keys"][0], keys)
+        assert torch.equal(bank.tensors()["values"][0], -keys)
+        assert torch.equal(bank.means(1, 2), keys[1, :, :whole].unflatten(1, (-1, 2)).mean(2).mT)
+        assert torch.equal(bank.first(0, 21)[0], keys[0, :, :21])
+        start = torch.randint(0, -(-count // 2), (3, 2, 5), generator=torch.manual_seed(count)) * 2
+        found = bank.runs("keys", 1, start, 2)
+        for head in range(3):
+            place = (start[head, ..., None] + torch.arange(2)).flatten(1).clamp_max(count - 1)
+            there = (start[head, ..., None] + torch.arange(2)).flatten(1) < count
+            assert torch.equal(found[head][there], keys[1, head][place][there])
+
+
 # --- sessions --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_a_saved_session_goes_on_to_the_bit(tmp_path):
+def test_forks_find_what_each_has_read(monkeypatch):
+    monkeypatch.setattr("mnemic.bank.LEAST", SEGMENT)
+    model, question = recalling(wider=1), tokens(1, 5, 3)
+    first = mnemic.Session(model)
+    first.read(tokens(1, 12 * SEGMENT))
+    before = first.fork().forward(question).logits
+    for seed, session in enumerate([first.fork(), first.fork()]):
+        more, alone = tokens(1, 5 * SEGMENT, 7 + seed), mnemic.Session(model)
+        session.read(more)
+        assert session.stream.banks[0].chunks[0] is first.stream.banks[0].chunks[0]
+        assert len(session.stream.banks[0].chunks) == 1 + seed
+        alone.read(torch.cat([tokens(1, 12 * SEGMENT), more], 1))
+        assert_near(session.forward(question).logits, alone.forward(question).logits, 1e-4)
+        again = mnemic.Session.from_bytes(session.to_bytes(), model)
+        assert torch.equal(again.forward(question).logits, session.forward(question).logits)
+    assert torch.equal(first.fork().forward(question).logits, before)
+
+
+@torch.no_grad()
+def test_a_saved_session_goes_on_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr("mnemic.bank.LEAST", SEGMENT)
     model, question = recalling(), tokens(1, 5, 3)
     session = mnemic.Session(model)
     session.read(tokens(1, 12 * SEGMENT + 3))
@@ -483,6 +562,7 @@ def test_a_failed_call_keeps_nothing():
         ({"unit": 0}, "unit is 0"),
         ({"budget": 9}, "budget is 9"),
         ({"sinks": -4}, "sinks is -4"),
+        ({"wider": 0}, "wider is 0"),
     ],
 )
 def test_settings_that_cannot_be(settings, said):

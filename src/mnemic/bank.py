@@ -1,37 +1,46 @@
-"""Keys and values of what was read, kept for good: chunks that are appended to and never copied by a write.
+"""Keys and values of what was read, kept for good: chunks that are appended to, and copied only into more room.
 
 A bank belongs to one stream and is immutable: `append` gives another that shares all chunks with it. The last chunk has
 room behind what a bank knows of; the first who appends fills that room in place, and whoever else appends to the same
-bank, a fork, gets a chunk of its own.
+bank, a fork, gets a chunk of its own and shares what is whole.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK = 4096
-"""Tokens of a full chunk."""
+CHUNK = 65_536
+"""Tokens of a full chunk. Within one, runs are found by a single look-up."""
 LEAST = 256
-"""Tokens that the first chunk of a bank has room for; until it is full, chunks double."""
+"""Tokens that a chunk has room for at first, a divisor of every room."""
+STEP = 16_384
+"""A chunk that is full but for `CHUNK` is copied into one of twice the room, or of that much more."""
 
 
 class Chunk:
-    """Room for `room` tokens, of which `used` are there: `keys [l, k, room, s]` and `values [l, k, room, v]`."""
+    """Room for `room` tokens, of which `used` are there: `keys [l, k, room, s]` and `values [l, k, room, v]`. `means`
+    are made of `LEAST` tokens each that are there, and stay as they are.
+    """
 
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, count: int) -> None:
+        """An empty one with room for `count` tokens such as these."""
+        self.room, self.used = LEAST, 0
+        while self.room < count:
+            self.room += min(self.room, STEP)
         with torch.inference_mode(False):  # whoever comes later may write outside of it
             self.keys, self.values = (
-                torch.empty(*new.shape[:2], room, new.shape[3], dtype=new.dtype, device=new.device)
+                torch.zeros(*new.shape[:2], self.room, new.shape[3], dtype=new.dtype, device=new.device)
                 for new in (keys, values)
             )
-        self.room, self.used = room, 0
         self.lock = threading.Lock()
+        self.means: dict[tuple[int, int], list[Tensor]] = {}
 
     def fill(self, known: int, keys: Tensor, values: Tensor) -> bool:
         """Puts tokens behind the `known` first ones; False, and nothing done, where somebody else has done so, or there
@@ -48,13 +57,19 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Bank:
-    """The first `length` tokens in `chunks`, of which all but the last are full. `positions [n]` int64 says where in
-    the stream they stood.
+    """The first `counts[i]` tokens of each of the `chunks`, whole `LEAST` tokens of all but the last. `positions [n]`
+    int64 says where in the stream they stood.
     """
 
     chunks: tuple[Chunk, ...] = ()
-    length: int = 0
+    counts: tuple[int, ...] = ()
     positions: Int[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    joined: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def length(self) -> int:
+        """Tokens that are there."""
+        return sum(self.counts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Bank.of, (self.tensors(),)  # a chunk may hold what forks have read
@@ -66,28 +81,34 @@ class Bank:
         positions_n: Int[Tensor, " n"] | None = None,
     ) -> Bank:
         """The bank with `n` more tokens, by default those behind its last one. The first ones decide the dtype."""
-        bank, start, count = self, 0, keys_lkns.shape[2]
-        keys_lkns, values_lknv = keys_lkns.detach(), values_lknv.detach()
+        keys_lkns, values_lknv, count = keys_lkns.detach(), values_lknv.detach(), keys_lkns.shape[2]
         if self.chunks:
             keys_lkns, values_lknv = keys_lkns.to(self.chunks[0].keys), values_lknv.to(self.chunks[0].values)
         if positions_n is None:
             positions_n = torch.arange(count) + (int(self.positions[-1]) + 1 if self.length else 0)
-        while start < count:
-            known = bank.length % CHUNK
-            stop = start + min(count - start, CHUNK - known)
-            keys, values = keys_lkns[:, :, start:stop], values_lknv[:, :, start:stop]
-            chunks = bank.chunks
-            if not known or not chunks[-1].fill(known, keys, values):
-                room = CHUNK if bank.length >= CHUNK else LEAST
-                while room < known + stop - start:
-                    room *= 2
-                own = Chunk(keys, values, room)
-                if known:
-                    own.fill(0, chunks[-1].keys[:, :, :known], chunks[-1].values[:, :, :known])
-                own.fill(known, keys, values)
-                chunks = (*chunks[:-1], own) if known else (*chunks, own)
-            bank, start = Bank(chunks, bank.length + stop - start), stop
-        return replace(bank, positions=torch.cat([self.positions, positions_n.cpu()]))
+        chunks, counts = list(self.chunks), list(self.counts)
+        while count:
+            last, known = (chunks.pop(), counts.pop()) if counts and counts[-1] < CHUNK else (None, 0)
+            new = min(count, CHUNK - known)
+            # slicing from the end, where -0 is not
+            keys, values = (each[:, :, each.shape[2] - count :][:, :, :new] for each in (keys_lkns, values_lknv))
+            if last is None or not last.fill(known, keys, values):
+                # where a fork has read on, it has another end; else it has no room
+                share = known // LEAST * LEAST if last is not None and last.used != known else 0
+                own = Chunk(keys, values, known - share + new)
+                if last is not None:
+                    own.fill(0, last.keys[:, :, share:known], last.values[:, :, share:known])
+                    if share:
+                        chunks.append(last)
+                        counts.append(share)
+                    else:
+                        own.means = {key: made[: known // LEAST] for key, made in last.means.items()}
+                own.fill(known - share, keys, values)
+                last, known = own, known - share
+            chunks.append(last)
+            counts.append(known + new)
+            count -= new
+        return Bank(tuple(chunks), tuple(counts), torch.cat([self.positions, positions_n.cpu()]))
 
     def without(self, first: int, last: int) -> Bank:
         """The bank without the tokens that stood at `first` to `last`, in chunks of its own."""
@@ -114,24 +135,48 @@ class Bank:
 
     def first(self, place: int, count: int) -> tuple[Float[Tensor, "k n s"], Float[Tensor, "k n v"]]:
         """Keys and values of the first `count` tokens, or of as many as there are."""
-        most = -(-count // CHUNK)
-        keys, values = self.keys(place)[:most], self.values(place)[:most]
-        return torch.cat(keys, 1)[:, :count], torch.cat(values, 1)[:, :count]
-
-    def runs(
-        self, place: int, start_ktm: Int[Tensor, "k t m"], run: int
-    ) -> tuple[Float[Tensor, "k t n s"], Float[Tensor, "k t n v"]]:
-        """Keys and values of runs of `run` tokens from the given starts on, `n = m * run`, head by head. A run that
-        begins at a multiple of `run` lies in one chunk, as `run` divides `CHUNK`; what is behind the end is anything.
-        """
-        chunk_ktm, found = start_ktm // CHUNK, []
+        found = []
         for parts in (self.keys(place), self.values(place)):
-            whole = parts[0].new_empty(*start_ktm.shape, run, parts[0].shape[2])
-            for number in chunk_ktm.unique().tolist() if len(parts) > 1 else [0]:
-                here = (chunk_ktm == number).nonzero(as_tuple=True)
-                whole[here] = _rows(parts[number], here[0], start_ktm[here] - number * CHUNK, run)
-            found.append(whole.flatten(2, 3))
-        return found[0], found[1]
+            begins = itertools.accumulate(self.counts, initial=0)
+            found.append([part[:, : max(0, count - begin)] for begin, part in zip(begins, parts, strict=False)])
+        keys, values = (torch.cat(parts, 1) for parts in found)
+        return keys, values
+
+    def runs(self, name: str, place: int, start_ktm: Int[Tensor, "k t m"], run: int) -> Float[Tensor, "k t n s"]:
+        """`keys` or `values` of runs of `run` tokens from the given starts on, `n = m * run`, head by head. A start is
+        a multiple of `run`, which divides `LEAST`; what is behind the end is zero, or what a fork has read.
+        """
+        tables = [getattr(chunk, name)[place] for chunk in self.chunks]
+        heads, room, width = tables[0].shape
+        tables = [table.view(-1, run * width) for table in tables]
+        if len(tables) == 1:
+            first_k = torch.arange(0, heads * room, room, device=start_ktm.device)
+            found = tables[0].index_select(0, (start_ktm + first_k[:, None, None]).flatten() // run)
+        else:
+            found = tables[0].new_empty(start_ktm.numel(), run * width)
+            begins = itertools.accumulate(self.counts, initial=0)
+            for chunk, table, begin, count in zip(self.chunks, tables, begins, self.counts, strict=False):
+                first_k = torch.arange(0, heads * chunk.room, chunk.room, device=start_ktm.device) - begin
+                here = ((begin <= start_ktm) & (start_ktm < begin + count)).flatten().nonzero()[:, 0]
+                row = (start_ktm + first_k[:, None, None]).flatten()[here] // run
+                found.index_copy_(0, here, table.index_select(0, row))
+        return found.view(*start_ktm.shape[:2], -1, width)
+
+    def means(self, place: int, run: int) -> Float[Tensor, "k s u"]:
+        """The mean keys of runs of `run` tokens, as far as `LEAST` tokens are whole. They are made of `LEAST` tokens at
+        a time and once, so they are the same however tokens came; forks share them.
+        """
+        key, found = (place, run), []
+        if key not in self.joined:
+            with torch.inference_mode(False), torch.no_grad():
+                for chunk, there in self._parts():
+                    made, whole = chunk.means.get(key, []), there // LEAST
+                    for part in chunk.keys[place, :, : whole * LEAST].split(LEAST, 1)[len(made) : whole]:
+                        made = [*made, part.float().unflatten(1, (-1, run)).mean(2).transpose(1, 2)]
+                    chunk.means[key] = made
+                    found += made[:whole]
+                self.joined[key] = torch.cat(found, -1) if found else self.chunks[0].keys[place].mT[..., :0].float()
+        return self.joined[key]
 
     @property
     def nbytes(self) -> int:
@@ -154,16 +199,10 @@ class Bank:
         return Bank().append(tensors["keys"][0], tensors["values"][0], tensors["positions"][0])
 
     def _parts(self) -> list[tuple[Chunk, int]]:
-        return [(chunk, min(CHUNK, self.length - first * CHUNK)) for first, chunk in enumerate(self.chunks)]
+        return list(zip(self.chunks, self.counts, strict=True))
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
         parts = self._parts()
         keys = torch.cat([chunk.keys[:, :, :there] for chunk, there in parts], 2)
         values = torch.cat([chunk.values[:, :, :there] for chunk, there in parts], 2)
         return keys[None], values[None]
-
-
-def _rows(part_kns: Tensor, head: Tensor, start: Tensor, run: int) -> Tensor:
-    """`[len(start), run, s]`: the runs of some heads; at the end of a chunk the last token again."""
-    place = (start[:, None] + torch.arange(run, device=start.device)).clamp_max(part_kns.shape[1] - 1)
-    return part_kns[head[:, None], place]

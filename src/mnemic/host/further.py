@@ -40,26 +40,24 @@ def with_own(
     query_hts: Tensor, key_kns: Tensor, value_knv: Tensor, mask: Tensor | None, more: Further, kwargs: dict[str, Any]
 ) -> Tensor:
     """Attention of one row in which every token has further keys of its own: `[1, t, h, v]`, as the host gives it."""
-    heads, time, _ = query_hts.shape
-    own = heads // len(key_kns)
+    time, held, own = query_hts.shape[1], key_kns.shape[1], len(query_hts) // len(key_kns)
     scale = float(kwargs.get("scaling") or query_hts.shape[-1] ** -0.5)
-    query_kgts = query_hts.unflatten(0, (-1, own)).float()
-    near = (query_kgts @ key_kns[:, None].float().transpose(-1, -2)) * scale
+    query_kgts = query_hts.unflatten(0, (-1, own)).float() * scale
+    near = (query_kgts.flatten(1, 2) @ key_kns.float().transpose(-1, -2)).unflatten(1, (own, time))
     # [k, t, g, s] @ [k, t, s, m]
-    far = (query_kgts.transpose(1, 2) @ more.keys_ktms.float().transpose(-1, -2)).transpose(1, 2) * scale
+    far = (query_kgts.transpose(1, 2) @ more.keys_ktms.float().transpose(-1, -2)).transpose(1, 2)
     if (cap := kwargs.get("softcap")) is not None:
         near, far = (torch.tanh(score / cap) * cap for score in (near, far))
-    held = key_kns.shape[1]
-    if mask is None:
-        mask = torch.ones(time, held, dtype=torch.bool, device=near.device).tril(held - time)
-        near = near.masked_fill(~mask, -torch.inf)
-    else:
+    if mask is not None:
         mask = mask[0, 0] if mask.shape[1] == 1 else mask[0].unflatten(0, (-1, own))
         near = near.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else near + mask.float()
+    elif time > 1:  # one token sees all
+        mask = torch.ones(time, held, dtype=torch.bool, device=near.device).tril(held - time)
+        near = near.masked_fill(~mask, -torch.inf)
     if more.keep_ktm is not None:
         far = far.masked_fill(~more.keep_ktm[:, None], -torch.inf)
-    weight = torch.cat([far, near], -1).softmax(-1)
-    count = far.shape[-1]
-    read = (weight[..., :count].transpose(1, 2) @ more.values_ktmv.float()).transpose(1, 2)
-    read = read + weight[..., count:] @ value_knv[:, None].float()
+    weight_kgtn = torch.cat([far, near], -1).softmax(-1)
+    far, near = weight_kgtn.split([far.shape[-1], held], -1)
+    read = (far.transpose(1, 2) @ more.values_ktmv.float()).transpose(1, 2)
+    read = read + (near.flatten(1, 2) @ value_knv.float()).unflatten(1, (own, time))
     return read.flatten(0, 1).transpose(0, 1)[None].to(query_hts.dtype)

@@ -59,10 +59,13 @@ class Turning:
         cos, sin = memo[key]
         width = cos.shape[-1]
         flat = x.reshape(1, -1, *x.shape[-2:])
-        turned, _ = self.apply(flat[..., :width], flat[..., :width], cos, -sin if back else sin)
+        # it turns queries and keys, of which there are none here
+        turned, _ = self.apply(flat[..., :width], flat[:, :0, :, :width], cos, -sin if back else sin)
         if back:  # some kinds of scaling make cosines and sines longer than 1
             turned = turned / (cos[0, 0, 0] ** 2 + sin[0, 0, 0] ** 2)
-        return torch.cat([turned, flat[..., width:]], -1).view(x.shape)
+        if width < flat.shape[-1]:
+            turned = torch.cat([turned, flat[..., width:]], -1)
+        return turned.view(x.shape)
 
 
 def candidates(trunk: nn.Module, attention: nn.Module) -> list[Turning]:

@@ -15,6 +15,15 @@ and the chosen keys stand in line before the window, whose first key stands at f
 f - M. Every token chooses for itself, from what was kept when its segment began, so nothing
 depends on what comes later nor on how calls are cut.
 
+To score every key costs more than the model does. With `search="candidates"` the mass is that among candidates C alone:
+
+    c_B    = max_h  softmax_B(s R_D q_h . mean_{i in B} k_i)    over all blocks
+    C      = the first `sinks` tokens, the blocks of the greatest c, `wider x budget` tokens of them, and those so new
+             that they have no mean yet
+    p_h,i  = softmax_i(s R_D q_h . k_i)                         over C
+
+The mean keys are made once of whole `LEAST` tokens, from the kept keys alone, and are not saved.
+
 Where we depart. InfLLM's blocks have a few keys each that stand for them, a block's score is the mean of its products,
 one choice serves all heads and a chunk of 512 queries (tokens early in a chunk choose by later ones), and all that is
 retrieved stands at one distance. `choice="mean"`, `by="layer"` and `layout="capped"` are these, but for the chunk and
@@ -39,7 +48,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mnemic.bank import CHUNK
+from mnemic.bank import LEAST
 from mnemic.memory import Asked, Card, Further, Memory, MemoryConfig, Site
 from mnemic.state import State
 
@@ -57,7 +66,8 @@ class RecallConfig(MemoryConfig):
     stand or fall together. `choice` says how blocks are scored: by probability "mass", by the product with the "mean"
     key, or by "bounds" of its channels; `by` whether each "head" of keys chooses for itself or a "layer" as one. In
     `layout` "line" chosen keys stand one behind another before the window; "capped", all at the distance of the window.
-    `recall_in_reading` lets a session retrieve while it reads, too.
+    `recall_in_reading` lets a session retrieve while it reads, too. `search` says whose mass is known: that of all that
+    is kept ("exact") or of "candidates", `wider` times the budget, which costs a fraction of it.
     """
 
     kind: ClassVar[str] = "recall"
@@ -82,15 +92,19 @@ class RecallConfig(MemoryConfig):
     by: Literal["head", "layer"] = "head"
     layout: Literal["line", "capped"] = "line"
     recall_in_reading: bool = False
+    search: Literal["exact", "candidates"] = "candidates"
+    wider: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.unit < 1 or CHUNK % self.unit:
-            raise ValueError(f"unit is {self.unit}; use a power of 2 up to {CHUNK}")
+        if self.unit < 1 or LEAST % self.unit:
+            raise ValueError(f"unit is {self.unit}; use a power of 2 up to {LEAST}")
         for name in ("budget", "sinks"):
             value = getattr(self, name)
             if value < 0 or value % self.unit:
                 raise ValueError(f"{name} is {value}; use a multiple of unit={self.unit}, or 0")
+        if self.wider < 1:
+            raise ValueError(f"wider is {self.wider}; use 1 or more")
 
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
@@ -137,7 +151,7 @@ class Recall(Memory):
     def naive(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> tuple[Float[Tensor, "b t d"], State]:
-        """As `read` and `write`; of what happens in attention see `naive` below."""
+        """As `read` and `write`; of what happens in attention see `recall_naive`."""
         return hidden_btd, state
 
     def further(self, site: Site, asked: Asked) -> Further | None:
@@ -155,47 +169,82 @@ class Recall(Memory):
         position = asked.first - count + torch.arange(count, device=keys.device)
         return Further(asked.turn(keys, position), values)
 
-    def _chosen(self, asked: Asked) -> tuple[Int[Tensor, "k t u"], Bool[Tensor, "k t m"] | None]:
-        """The first tokens of the chosen blocks, in order of time, and which of all their tokens there are."""
-        config, kept = self.config, asked.bank.length
-        first = config.sinks // config.unit
-        parts = []
-        for mass_ktu in self._masses(asked):
-            mass_ktu[..., :first] = torch.inf
-            parts.append(mass_ktu.topk(first + config.budget // config.unit).indices.sort(-1).values)
-        block_ktu = torch.cat(parts, 1)
-        if not kept % config.unit:
-            return block_ktu * config.unit, None
-        there = (block_ktu[..., None] * config.unit + torch.arange(config.unit, device=block_ktu.device)) < kept
-        return block_ktu * config.unit, there.flatten(2)
+    @torch.no_grad()
+    def _chosen(self, asked: Asked) -> tuple[Float[Tensor, "k t m s"], Int[Tensor, "k t u"]]:
+        """The keys of the chosen blocks, in order of time, and where these begin."""
+        bank, unit = asked.bank, self.config.unit
+        query_kgts = self._far(asked).unflatten(0, (bank.chunks[0].keys.shape[1], -1)) * asked.scale
+        if self.config.choice == "mass" and self.config.search == "candidates":
+            choose, most = self._among_candidates, self.config.wider * self.config.budget
+            at_once = most * query_kgts[:, 0, 0].numel()
+        else:
+            choose, at_once = self._among_all, len(asked.turned_hts) * bank.length
+        found = [choose(asked, query) for query in query_kgts.split(max(1, SCORES_AT_ONCE // at_once), 2)]
+        keys, blocks = found[0] if len(found) == 1 else (torch.cat(part, 1) for part in zip(*found, strict=True))
+        return keys, blocks * unit
 
-    def _masses(self, asked: Asked) -> Iterator[Float[Tensor, "k t u"]]:
-        """What each block is worth to each head of keys, for some of the tokens at a time."""
-        config, keys = self.config, asked.bank.keys(asked.place)
-        query_kgts = self._far(asked).unflatten(0, (len(keys[0]), -1)) * asked.scale
-        score = SCORES[config.choice](keys, config.unit)
-        for query in query_kgts.split(max(1, SCORES_AT_ONCE // (len(asked.query_hts) * asked.bank.length)), 2):
-            worth_kgtu = score(query.flatten(1, 2)).unflatten(1, query.shape[1:3])
-            # InfLLM adds up products; of probabilities the greatest counts
-            worth_ktu = worth_kgtu.sum(1) if config.choice == "mean" else worth_kgtu.amax(1)
-            if config.by == "layer":
-                one = worth_ktu.sum(0) if config.choice == "mean" else worth_ktu.amax(0)
-                worth_ktu = one.repeat(len(worth_ktu), 1, 1)
-            yield worth_ktu
+    def _among_all(
+        self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]
+    ) -> tuple[Float[Tensor, "k t m s"], Int[Tensor, "k t u"]]:
+        """The choice of some tokens: keys and numbers of their blocks."""
+        config, bank = self.config, asked.bank
+        score = SCORES[config.choice](bank.keys(asked.place), config.unit)
+        block_ktu = self._best(self._voted(score(query_kgts.flatten(1, 2)).unflatten(1, query_kgts.shape[1:3])), 1)
+        return bank.runs("keys", asked.place, block_ktu * config.unit, config.unit), block_ktu
+
+    def _among_candidates(
+        self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]
+    ) -> tuple[Float[Tensor, "k t m s"], Int[Tensor, "k t u"]]:
+        """The same, where few keys are looked at."""
+        config, bank, unit = self.config, asked.bank, self.config.unit
+        mean_ksu = bank.means(asked.place, unit)
+        worth_ktu = self._voted((query_kgts.flatten(1, 2) @ mean_ksu).softmax(-1).unflatten(1, query_kgts.shape[1:3]))
+        if behind := -(-bank.length // unit) - mean_ksu.shape[-1]:
+            worth_ktu = F.pad(worth_ktu, (0, behind), value=torch.inf)
+        block_ktc = self._best(worth_ktu, config.wider, behind)
+        keys_ktns = bank.runs("keys", asked.place, block_ktc * unit, unit)
+        product_ktgn = query_kgts.transpose(1, 2) @ keys_ktns.float().transpose(-1, -2)
+        if bank.length % unit:
+            left_ktc1 = bank.length - block_ktc[..., None] * unit
+            gone_ktn = (torch.arange(unit, device=left_ktc1.device) >= left_ktc1).flatten(2)
+            product_ktgn = product_ktgn.masked_fill(gone_ktn[:, :, None], -torch.inf)
+        share_ktgc = product_ktgn.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
+        place_ktu = self._best(self._voted(share_ktgc.transpose(1, 2)), 1)
+        # as rows of all candidates
+        first_kt1 = torch.arange(0, block_ktc.numel(), block_ktc.shape[-1], device=place_ktu.device)
+        row = (place_ktu + first_kt1.view(*place_ktu.shape[:2], 1)).flatten()
+        keys_ktms = keys_ktns.view(block_ktc.numel(), -1).index_select(0, row)
+        return keys_ktms.view(*place_ktu.shape[:2], -1, keys_ktns.shape[-1]), block_ktc.gather(-1, place_ktu)
+
+    def _best(self, worth_ktu: Float[Tensor, "k t u"], times: int, more: int = 0) -> Int[Tensor, "k t m"]:
+        """In order of time the first blocks of the stream, and the best others: `times` the budget and `more`."""
+        first = self.config.sinks // self.config.unit
+        worth_ktu[..., :first] = torch.inf
+        count = first + times * self.config.budget // self.config.unit + more
+        return worth_ktu.topk(min(count, worth_ktu.shape[-1])).indices.sort(-1).values
+
+    def _voted(self, worth_kgtu: Float[Tensor, "k g t u"]) -> Float[Tensor, "k t u"]:
+        """Of all heads of queries together: InfLLM adds up products; of probabilities the greatest counts."""
+        mean = self.config.choice == "mean"
+        worth_ktu = worth_kgtu.sum(1) if mean else worth_kgtu.amax(1)
+        if self.config.by == "layer":
+            one = worth_ktu.sum(0) if mean else worth_ktu.amax(0)
+            worth_ktu = one.repeat(len(worth_ktu), 1, 1)
+        return worth_ktu
 
     def _far(self, asked: Asked) -> Float[Tensor, "h t s"]:
         """R_D q: queries as they meet keys without positions."""
-        distance = torch.full_like(asked.position_t, asked.window)
-        # turned to 0 as the keys would be: some kinds of scaling make both longer
-        return asked.turn(asked.turn(asked.query_hts, distance), torch.zeros_like(distance))
+        # by the difference, as some kinds of scaling make what is turned longer, and keys would be turned to 0
+        return asked.turn(asked.turned_hts, asked.window - asked.position_t)
 
-    def _placed(self, asked: Asked, start: Int[Tensor, "k t u"], keep_ktm: Bool[Tensor, "k t m"] | None) -> Further:
-        """The keys and values of the blocks that begin at `start`."""
-        config, bank = self.config, asked.bank
-        keys_ktms, values_ktmv = bank.runs(asked.place, start, config.unit)
-        count = keys_ktms.shape[2]
+    def _placed(self, asked: Asked, keys_ktms: Float[Tensor, "k t m s"], start: Int[Tensor, "k t u"]) -> Further:
+        """The keys of the blocks that begin at `start` where they are to stand, and their values."""
+        config, bank, count, keep_ktm = self.config, asked.bank, keys_ktms.shape[2], None
+        values_ktmv = bank.runs("values", asked.place, start, config.unit)
+        if bank.length % config.unit:
+            keep_ktm = (start[..., None] + torch.arange(config.unit, device=start.device) < bank.length).flatten(2)
         if config.layout == "line":
-            position = asked.first - count + torch.arange(count, device=keys_ktms.device)
+            position = torch.arange(asked.first - count, asked.first, device=keys_ktms.device)
             return Further(asked.turn(keys_ktms, position), values_ktmv, keep_ktm)
         # at one distance from each token
         position_t = asked.position_t - asked.window
@@ -237,54 +286,3 @@ def _blocks(keys: list[Tensor], unit: int) -> Iterator[Float[Tensor, "k u unit s
     for part in keys:
         last = part[:, -1:].expand(-1, -part.shape[1] % unit, -1)
         yield torch.cat([part, last], 1).float().unflatten(1, (-1, unit))
-
-
-# --- the equations in plain loops ------------------------------------------------------------------------------------
-
-Seen = tuple[int, Tensor, Tensor]
-"""What is seen of a kept token: its number in the stream, its key turned to where it stands, its value."""
-
-
-def naive(memory: Recall, asked: Asked) -> list[list[list[Seen]]]:
-    """What each token `[t]` of each head of keys `[k]` chooses, where not all that is kept fits."""
-    config = memory.config
-    keys, values = (torch.cat(parts(asked.place), 1).float() for parts in (asked.bank.keys, asked.bank.values))
-    (heads, kept, _), window, unit = keys.shape, asked.window, config.unit
-    group, always = len(asked.query_hts) // heads, config.sinks // unit
-    blocks = [list(range(start, min(start + unit, kept))) for start in range(0, kept, unit)]
-    seen: list[list[list[Seen]]] = [[] for _ in range(heads)]
-    for t, position in enumerate(asked.position_t.tolist()):
-        worths = []
-        for head in range(heads):
-            queries = asked.query_hts[head * group : (head + 1) * group, t]
-            far = [_turned(asked, _turned(asked, query, window), 0) for query in queries]
-            worths.append(
-                [[_worth(config, asked.scale, query, keys[head], block) for block in blocks] for query in far]
-            )
-        add = sum if config.choice == "mean" else max
-        worth = [[add(row[u] for row in rows) for u in range(len(blocks))] for rows in worths]
-        if config.by == "layer":
-            worth = [[add(row[u] for row in worth) for u in range(len(blocks))]] * heads
-        for head, row in enumerate(worth):
-            order = sorted(range(always, len(blocks)), key=lambda u, row=row: -row[u])
-            chosen = sorted([*range(always), *order[: config.budget // unit]])
-            first, found = asked.first - len(chosen) * unit, []
-            for place, i in enumerate(i for u in chosen for i in blocks[u]):
-                stands = first + place if config.layout == "line" else position - window
-                found.append((i, _turned(asked, keys[head, i], stands), values[head, i]))
-            seen[head].append(found)
-    return seen
-
-
-def _turned(asked: Asked, vector: Tensor, position: int) -> Tensor:
-    return asked.turn(vector[None], asked.position_t.new_tensor([position]))[0]
-
-
-def _worth(config: RecallConfig, scale: float, query: Tensor, keys: Tensor, block: list[int]) -> float:
-    if config.choice == "mass":
-        powers = (scale * keys @ query).double().exp()
-        return float(powers[block].sum() / powers.sum())
-    part = keys[[*block, *[block[-1]] * (config.unit - len(block))]]
-    if config.choice == "mean":
-        return float(scale * torch.dot(part.mean(0), query))
-    return float(scale * torch.maximum(part.amax(0) * query, part.amin(0) * query).sum())

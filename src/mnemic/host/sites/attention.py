@@ -110,7 +110,7 @@ def attend(
         mask = None if attention_mask is None else attention_mask[one if len(attention_mask) > 1 else slice(0, 1)]
         if more is None:
             rows.append(base(module, query[one], key[one], value[one], mask, **kwargs)[0])
-        elif more.shared:
+        elif more.shared and query.shape[2] > 1:
             rows.append(with_shared(base, module, query[one], key[one], value[one], mask, more, kwargs))
         else:
             rows.append(with_own(query[row], key[row], value[row], mask, more, kwargs))

@@ -1,0 +1,140 @@
+"""What recall costs: a decoded token, and a token that is read, against the base with the same window.
+
+The first 5,120 tokens of a novel are read once. A session of N remembered tokens is made of them without reading: the
+4,096 that left the window are repeated, keys and values, until there are N. What they say is of no interest here, and
+costs what other keys would. Then tokens are decoded one by one in turns: by the base (memory disabled), by the sinks
+and the window alone (budget 0), and by recall under each search; then segments are read in turns. On a machine that
+does other things, too, ratios hold and seconds do not; processor time is given beside the time on the clock.
+
+    taskset -c 1 python benchmarks/recall_speed.py --data novels.tar.xz --out results
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mnemic
+from mnemic.bank import Bank
+from mnemic.bench.results import Record
+from mnemic.checkpoints import fetch
+from mnemic.memories.recall import RecallConfig
+from mnemic.tasks.documents import novels, tokenize
+
+READ = 4096
+"""Tokens whose keys are repeated."""
+BASE = "base"
+SIDES: dict[str, dict[str, Any]] = {
+    "sinks + window": {"budget": 0},
+    "recall": {},
+    "recall, exact": {"search": "exact"},
+}
+"""Beside the base, with what is changed of recall's settings."""
+
+Clock = tuple[float, float]
+
+
+def main(
+    data: Annotated[Path | None, typer.Option(help="Text: a folder or a tar archive of .txt files.")] = None,
+    model: Annotated[str, typer.Option(help="A causal model: a folder, or smollm2.")] = "smollm2",
+    lengths: Annotated[str, typer.Option(help="Tokens that are remembered, by commas.")] = "4096,16384,65536",
+    turns: Annotated[int, typer.Option(min=1, help="Decoded tokens of each side.")] = 24,
+    segments: Annotated[int, typer.Option(min=0, help="Segments that each side reads.")] = 2,
+    out: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("runs"),
+) -> None:
+    """Times all sides and writes a record."""
+    if data is None:
+        raise typer.BadParameter("give --data, a text")
+    torch.set_num_threads(1)
+    folder = str(fetch(model)) if model == "smollm2" else model
+    host: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = novels(data)[0][1]
+    ids = tokenize(text[len(text) // 4 :][:60_000], AutoTokenizer.from_pretrained(folder)).ids[None]
+    config = RecallConfig()
+    counts = [int(length) for length in lengths.split(",")]
+    measures = measured(host, config, ids, counts, turns, segments, READ)
+    record = Record("recall-speed", "recall", f"{Path(folder).name}, untrained", 0, {"memory": config.to_dict()})
+    record.config |= {"turns": turns, "segments": segments, "repeated": READ, "threads": torch.get_num_threads()}
+    record.measures = measures
+    record.command = f"python benchmarks/recall_speed.py --data {data.name} --lengths {lengths} --turns {turns}"
+    print(record.save(out, "recall-speed.json"))
+
+
+@torch.no_grad()
+def measured(
+    host: Any, config: RecallConfig, ids: torch.Tensor, lengths: list[int], turns: int, segments: int, read: int
+) -> dict[str, Any]:
+    """Of every number of remembered tokens what each side costs, and as a multiple of the base."""
+    attachment = mnemic.attach(host, config)
+    memory: Any = attachment.memory
+    first, found = mnemic.Session(host), {}
+    first.read(ids[:, : read + (config.window or 0)])
+    assert first.stream is not None
+    kept = (first.stream.banks[0] or Bank()).tensors()
+    keys, values = kept["keys"][0][:, :, :read], kept["values"][0][:, :, :read]
+
+    def under(side: str) -> contextlib.AbstractContextManager[Any]:
+        memory.config = config.replace(**SIDES.get(side, {}))
+        return attachment.disabled() if side == BASE else contextlib.nullcontext()
+
+    for length in lengths:
+        bank = Bank()
+        while bank.length < length:
+            bank = bank.append(keys[:, :, : length - bank.length], values[:, :, : length - bank.length])
+        filled = first.fork()
+        filled._layer.stream = first.stream.with_banks([bank])
+        sessions = {side: filled.fork() for side in (BASE, *SIDES)}
+        tokens = ids[:, -turns - 1 :].split(1, 1)
+        spent: dict[str, list[Clock]] = {side: [] for side in sessions}
+        for number, token in enumerate(tokens):
+            for side, session in sessions.items():
+                with under(side):
+                    clock = timed(lambda session=session, token=token: session.forward(token))
+                if number:  # the first one makes what a bank derives from its keys
+                    spent[side].append(clock)
+        measures = summed(spent)
+        measures["bytes"] = bank.nbytes
+        # a base that has read could not go on with the memory
+        readers = {side: filled.fork() for side in (BASE, "recall")}
+        spent = {side: [] for side in readers}
+        for number in range(segments):
+            part = ids[:, number * config.segment_length :][:, : config.segment_length]
+            for side, session in readers.items():
+                with under(side):
+                    spent[side].append(timed(lambda session=session, part=part: session.read(part)))
+        found[f"{length}"] = measures | ({"reading": summed(spent)} if segments else {})
+        ratios = ", ".join(f"{side} {ratio:.2f}" for side, ratio in measures["clock / base"].items())
+        print(f"{length:,} remembered, a decoded token / base: {ratios}", flush=True)
+    memory.config = config
+    return found
+
+
+def timed(step: Callable[[], Any]) -> Clock:
+    """Seconds on the clock, and of the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
+    step()
+    return time.perf_counter() - clock, time.process_time() - processor
+
+
+def summed(spent: dict[str, list[Clock]]) -> dict[str, Any]:
+    """Medians, and these as multiples of the base's."""
+    found: dict[str, Any] = {}
+    for place, name in enumerate(("clock", "processor")):
+        seconds = {side: statistics.median(clock[place] for clock in clocks) for side, clocks in spent.items()}
+        found[f"seconds, {name}"] = seconds
+        found[f"{name} / base"] = {side: value / seconds[BASE] for side, value in seconds.items() if side != BASE}
+    return found
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    typer.run(main)
