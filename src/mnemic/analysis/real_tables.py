@@ -67,22 +67,40 @@ def needles(found: Sequence[Record]) -> str:
     return f"{markdown(header, rows)}\n\n{note}{', '.join(dict.fromkeys(commands))}."
 
 
+def recall_speed(found: Sequence[Record]) -> str:
+    """A decoded token and reading as multiples of the base's, by what is remembered."""
+    if not found:
+        return missing("the speed of recall")
+    measures, config = found[0].measures, found[0].config
+    rows, names = [], next(iter(measures.values()))["processor / base"]
+    for remembered, measured in measures.items():
+        ratios = [measured["processor / base"], measured["clock / base"]]
+        cells = [f"{ratios[0][name]:.2f} ({ratios[1][name]:.2f})" for name in names]
+        rows.append([f"{int(remembered):,}", *cells, f"{measured['reading']['processor / base']['recall']:.2f}"])
+    header = ["tokens remembered", *(f"a token, {name}" for name in names), "reading"]
+    note = f"Multiples of the base's time with the same window of {config['memory']['window']:,} and the memory off, "
+    note += f"{found[0].host}, {config['threads']} thread; processor time, in brackets by the clock; medians of "
+    note += f"{config['turns']} turns. Keys are those of {config['repeated']:,} tokens, again and again. Made by "
+    return f"{markdown(header, rows)}\n\n{note}`{found[0].command}`."
+
+
 def told(found: Sequence[Record]) -> str:
     """Whole values right, one row for each question of each run."""
     if not found:
         return missing("told things")
     rows, commands = [], []
-    names, floors = found[0].scores[0].controls, found[0].scores[0].floors
+    names = list(dict.fromkeys(name for record in found for name in record.scores[0].controls))
+    floors = found[0].scores[0].floors
     for record in sorted(found, key=lambda record: -record.scores[0].score):
         for score in record.scores:
-            shown = [score.score, *(score.controls[name] for name in names), *score.floors.values()]
+            shown = [score.score, *(score.controls.get(name) for name in names), *score.floors.values()]
             rows.append(
                 [
                     f"`{record.mechanism}`",
                     f"{score.details['facts']:.0f}",
                     f"{'1 to ' if score.length < 64 else ''}{score.length}",
                     "new" if score.details["held-out relations"] else "known",
-                    *(f"{100 * value:.1f}" for value in shown),
+                    *("-" if value is None else f"{100 * value:.1f}" for value in shown),
                     f"{record.measures['loss'][-1][0]:,}",
                     f"{record.seconds['training'] / 60:.0f}",
                 ]
