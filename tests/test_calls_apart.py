@@ -113,6 +113,28 @@ def test_memory_tokens_leave_the_process_compiling_as_it_did(monkeypatch):
     feed(host("llama", CONFIGS["transformer-xl-0"]), tokens(1, 3 * SEGMENT))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["emt-0", "rmt-0", "recall-0"])
+def test_a_call_inside_of_another_is_one_of_its_own(kind):
+    model, ids = host("llama", CONFIGS[kind]), tokens(2, 3 * SEGMENT + 1)
+    inner = [tokens(1, 4 * SEGMENT, seed=5), ids]
+    expected, its = feed(model, ids), [feed(model, each) for each in inner]
+    found, busy = [], []
+
+    def ask(*_):
+        if not busy:
+            busy.append(True)
+            found.append([feed(model, each) for each in inner])
+            busy.clear()
+
+    handle = mnemic.attached(model).anatomy.blocks[1].register_forward_hook(ask)
+    assert torch.equal(feed(model, ids), expected)
+    handle.remove()
+    assert found
+    assert all(torch.equal(one, other) for each in found for one, other in zip(each, its, strict=True))
+    assert mnemic.attached(model).router.calls == []
+
+
 # --- however it ends -------------------------------------------------------------------------------------------------
 
 

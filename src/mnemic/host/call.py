@@ -35,7 +35,7 @@ class Pass:
     closing: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A call of the trunk before any of it runs: what it was given, what it rides, and how it is cut. `keep [b, t]`
     marks its real tokens; None for all. `stream` is where it begins, None without a memory. The base had `seen` keys.
@@ -55,9 +55,11 @@ class Plan:
     seen: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
-    """One pass while it runs. `states[i]` is the memory as it stands for the tokens of `pieces[i]`."""
+    """One pass while it runs. `states[i]` is the memory as it stands for the tokens of `pieces[i]`. No two are equal:
+    a call inside of another one may be of the same tokens.
+    """
 
     router: Router
     config: object
