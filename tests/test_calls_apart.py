@@ -135,6 +135,22 @@ def test_a_call_inside_of_another_is_one_of_its_own(kind):
     assert mnemic.attached(model).router.calls == []
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["emt-0", "emt-1", "rmt-0", "transformer-xl-0", "recall-0"])
+def test_a_tuple_holds_what_an_output_with_names_does(kind):
+    model, ids = host("llama", CONFIGS[kind]), tokens(2, 3 * SEGMENT + 1)
+
+    def outputs(**settings):
+        ways = {"use_cache": False}, {CACHE: mnemic.memory_cache(model, 2 * SEGMENT)}
+        return [model.model(ids, output_hidden_states=True, **way, **settings) for way in ways]
+
+    for named, found in zip(outputs(), outputs(return_dict=False), strict=True):
+        assert isinstance(found, tuple)
+        assert torch.equal(found[0], named.last_hidden_state)
+        assert {hidden.shape[1] for hidden in found[-1]} == {ids.shape[1]}
+        assert all(torch.equal(one, other) for one, other in zip(found[-1], named.hidden_states, strict=True))
+
+
 # --- however it ends -------------------------------------------------------------------------------------------------
 
 

@@ -96,7 +96,8 @@ def planned(router: Router, trunk: Any, given: dict[str, Any], undo: contextlib.
         cache = arguments[router.cache_name] = DynamicCache(config=trunk.config)
         arguments["use_cache"], layer = True, memory_layer(cache, router.depth)
         plan = replace(plan, cache=cache, layer=layer, private_cache=True)
-    if arguments.get("output_attentions", trunk.config.output_attentions):
+    attentions = arguments.get("output_attentions")
+    if trunk.config.output_attentions if attentions is None else attentions:
         raise ValueError(
             "attention weights cannot be joined across segments; call without output_attentions, or a segment a call"
         )

@@ -140,6 +140,11 @@ class Router(nn.Module):
         if torch.is_grad_enabled():
             check_whole(self.memory)
             warn_frozen(self.memory, trunk)
+        # inside, outputs have names: what stands where in a tuple depends on what was asked for
+        named = arguments.get("return_dict")
+        named = getattr(trunk.config, "return_dict", True) if named is None else named
+        if not named:
+            arguments["return_dict"] = True
         outputs = []
         with contextlib.ExitStack() as undo:
             plan = planned(self, trunk, arguments, undo)
@@ -155,7 +160,7 @@ class Router(nn.Module):
             undo.pop_all()
         if plan.private_cache:
             output[OUTPUT_CACHE] = None
-        return output
+        return output if named or isinstance(output, tuple) else output.to_tuple()
 
     @eager
     def _closed(self, call: Call, output: Any) -> Any:
