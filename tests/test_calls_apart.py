@@ -232,6 +232,22 @@ def test_what_stood_in_place_of_forward_stands_there_again():
     assert model.model.forward is moved
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["emt-0", "recall-0"])
+def test_what_was_put_around_forward_since_outlives_the_memory(kind):
+    model, ids = make("llama"), tokens(1, 4 * SEGMENT + 1)
+    expected = model(ids).logits
+    remembers = feed(host("llama", CONFIGS[kind]), ids)
+    trained(model, CONFIGS[kind])
+    inner = model.model.forward
+    model.model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    for _ in range(2):
+        assert torch.equal(feed(model, ids), remembers)
+        mnemic.attached(model).detach()
+        assert torch.equal(model(ids).logits, expected)
+        trained(model, CONFIGS[kind])
+
+
 # --- paged generation ------------------------------------------------------------------------------------------------
 
 

@@ -16,16 +16,18 @@ class Guard:
     """Stands in place of a trunk's `forward` and hands a call to the router, which plans it and runs it.
 
     It belongs to the instance, so a copied or unpickled trunk has its own. Whatever stood there before (accelerate's
-    forward, which moves inputs) is called inside.
+    forward, which moves inputs) is called inside. Who wrapped it in something of theirs still calls it when its memory
+    is gone: then it is what it stands for.
     """
 
     def __init__(self, trunk: nn.Module, inner: Callable[..., Any] | None) -> None:
         self.trunk, self.inner = trunk, inner
 
     @staticmethod
-    def install(trunk: nn.Module) -> None:
+    def install(trunk: nn.Module) -> Guard:
         """Puts one in place."""
-        vars(trunk)["forward"] = Guard(trunk, vars(trunk).get("forward"))
+        guard = vars(trunk)["forward"] = Guard(trunk, vars(trunk).get("forward"))
+        return guard
 
     @staticmethod
     def remove(trunk: nn.Module) -> None:
@@ -52,7 +54,9 @@ class Guard:
     @aside
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A call of the trunk."""
-        router: Any = self.trunk._modules[MEMORY_NAME]
-        if not hasattr(type(router), "run"):
+        router: Any = self.trunk._modules.get(MEMORY_NAME)
+        if router is not None and not hasattr(type(router), "run"):
             raise misplaced(router)
+        if router is None or router.guard is not self:
+            return self.forward(*args, **kwargs)
         return router.run(self.trunk, self.forward, args, kwargs)

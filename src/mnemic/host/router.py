@@ -47,6 +47,7 @@ class Router(nn.Module):
     """
 
     like: Tensor
+    guard: Guard
 
     def __init__(self, memory: Memory, config: MemoryConfig, anatomy: Anatomy) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class Router(nn.Module):
             handles.append(rotary.register_forward_hook(self.rotate, with_kwargs=True))
         object.__setattr__(self, "handles", handles)
         setattr(anatomy.trunk, MEMORY_NAME, self)
-        Guard.install(anatomy.trunk)
+        object.__setattr__(self, "guard", Guard.install(anatomy.trunk))
         try:
             if self.attended:
                 attention.install(anatomy)
