@@ -248,6 +248,22 @@ def test_what_was_put_around_forward_since_outlives_the_memory(kind):
         trained(model, CONFIGS[kind])
 
 
+@torch.no_grad()
+def test_a_session_says_so_where_calls_pass_its_memory_by():
+    model = make("llama")
+    model.model.forward = model.model.forward
+    trained(model, EMT)
+    session = mnemic.Session(model)
+    session.read(tokens(1, 3 * SEGMENT))
+    expected, guard = session.fork().forward(tokens(1, 5)).logits, model.model.forward
+    del model.model.forward  # as accelerate does where its hook was there before the memory
+    for call in (lambda: session.read(tokens(1, 5)), lambda: session.generate(tokens(1, 5), max_new_tokens=2)):
+        with pytest.raises(RuntimeError, match="runs without its memory"):
+            call()
+    model.model.forward = guard
+    assert torch.equal(session.forward(tokens(1, 5)).logits, expected)
+
+
 # --- paged generation ------------------------------------------------------------------------------------------------
 
 

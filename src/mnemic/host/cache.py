@@ -262,7 +262,16 @@ class MemoryCache(DynamicCache):
         return super().get_seq_length(layer_idx) if self.inside else 0
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """As every cache; while `taking`, raises `KeysTakenError` when it is done, outside of compiled code."""
+        """As every cache; while `taking`, raises `KeysTakenError` when it is done, outside of compiled code.
+
+        Raises:
+            RuntimeError: a call that did not come through the memory, which alone knows what the window holds.
+        """
+        if not torch.compiler.is_compiling() and not self.inside:
+            raise RuntimeError(
+                "the model runs without its memory, which this cache is for: it was detached, or its forward replaced "
+                "since (accelerate's remove_hook_from_module puts back what stood there before); attach it again"
+            )
         keys_and_values = super().update(*args, **kwargs)
         if not torch.compiler.is_compiling() and self.taking:
             raise KeysTakenError
