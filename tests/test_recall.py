@@ -438,6 +438,23 @@ def test_any_forks_of_forks_hold_their_own(monkeypatch):
             assert torch.equal(found[head][there], keys[1, head][place][there])
 
 
+def test_forks_that_read_on_first_leave_few_chunks(monkeypatch):
+    for name, value in {"CHUNK": 512, "LEAST": 4, "STEP": 128}.items():
+        monkeypatch.setattr(f"mnemic.bank.{name}", value)
+    bank, source = Bank(), random.Random(0)
+    for _ in range(300):
+        more = numbered(bank.length, source.choice([1, 4, 5, 30]))
+        bank.append(-more, more)
+        before, bank = bank, bank.append(more, -more)
+        if source.random() < 0.3:
+            bank.means(0, 2)
+            before.append(-more, more)
+    assert bank.length > 2000
+    assert len(bank.chunks) < 2 * bank.length / 512 + 7
+    assert torch.equal(bank.tensors()["keys"][0], numbered(0, bank.length))
+    assert torch.equal(bank.means(0, 2), Bank.of(bank.tensors()).means(0, 2))
+
+
 # --- sessions --------------------------------------------------------------------------------------------------------
 
 

@@ -2,13 +2,15 @@
 
 A bank belongs to one stream and is immutable: `append` gives another that shares all chunks with it. The last chunk has
 room behind what a bank knows of; the first who appends fills that room in place, and whoever else appends to the same
-bank, a fork, gets a chunk of its own and shares what is whole.
+bank, a fork, gets a chunk of its own and shares what is whole, unless what it reads is as long as that: so a bank has
+few chunks, however often forks read on first.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +56,20 @@ class Chunk:
         self.keys[:, :, known:stop], self.values[:, :, known:stop] = keys, values
         return True
 
+    def copy(self, parts: Sequence[tuple[Chunk, int, int]]) -> None:
+        """Fills an empty one with tokens of others, each from a first one on, of which it has whole `LEAST` before, to
+        before another; and with their means.
+        """
+        for chunk, start, stop in parts:
+            self.fill(self.used, chunk.keys[:, :, start:stop], chunk.values[:, :, start:stop])
+        for key in {key for chunk, *_ in parts for key in tuple(chunk.means)}:  # another thread may make more
+            made = self.means[key] = []
+            for chunk, start, stop in parts:
+                whole = chunk.means.get(key, [])[start // LEAST : stop // LEAST]
+                made += whole
+                if len(whole) < stop // LEAST - start // LEAST:
+                    break
+
 
 @dataclass(frozen=True)
 class Bank:
@@ -95,16 +111,17 @@ class Bank:
             if last is None or not last.fill(known, keys, values):
                 # where a fork has read on, it has another end; else it has no room
                 share = known // LEAST * LEAST if last is not None and last.used != known else 0
-                own = Chunk(keys, values, known - share + new)
-                if last is not None:
-                    own.fill(0, last.keys[:, :, share:known], last.values[:, :, share:known])
-                    if share:
-                        chunks.append(last)
-                        counts.append(share)
-                    else:
-                        own.means = {key: made[: known // LEAST] for key, made in last.means.items()}
-                own.fill(known - share, keys, values)
-                last, known = own, known - share
+                parts, size = [] if last is None else [(last, share, known)], known - share + new
+                if last is not None and share:
+                    chunks.append(last)
+                    counts.append(share)
+                # those before that are no longer are copied too, or every fork would leave one for good
+                while counts and counts[-1] <= size <= CHUNK - counts[-1]:
+                    parts.insert(0, (chunks.pop(), 0, counts[-1]))
+                    size += counts.pop()
+                last, known = Chunk(keys, values, size), size - new
+                last.copy(parts)
+                last.fill(known, keys, values)
             chunks.append(last)
             counts.append(known + new)
             count -= new
