@@ -151,6 +151,27 @@ def test_a_tuple_holds_what_an_output_with_names_does(kind):
         assert all(torch.equal(one, other) for one, other in zip(found[-1], named.hidden_states, strict=True))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["emt-0", "emt-1", "rmt-0", "transformer-xl-0"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_what_routers_of_experts_put_out_is_that_of_all_tokens(name, kind):
+    model, ids = make(name), tokens(2, 3 * SEGMENT + 1)
+    mnemic.attach(model, CONFIGS[kind])
+    output = model(ids, attention_mask=torch.ones_like(ids), labels=ids, output_router_logits=True)
+    rows = [model(ids[row : row + 1], labels=ids[:1], output_router_logits=True) for row in range(2)]
+    for place, logits in enumerate(output.router_logits):
+        assert_near(logits, torch.cat([row.router_logits[place] for row in rows]), 1e-5)
+    # in calls of a segment each they come as they do without a memory
+    cache = mnemic.memory_cache(model)
+    parts = [
+        model(part, output_router_logits=True, **{CACHE: cache}).router_logits[0].view(2, -1, logits.shape[-1])
+        for part in ids.split(SEGMENT, 1)
+    ]
+    window = {CACHE: mnemic.memory_cache(model)}
+    whole = model(ids, output_router_logits=True, **window).router_logits[0]
+    assert_near(torch.cat(parts, 1).flatten(0, 1), whole, 1e-5)
+
+
 # --- however it ends -------------------------------------------------------------------------------------------------
 
 

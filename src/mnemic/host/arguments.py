@@ -109,4 +109,15 @@ def joined(outputs: list[Any]) -> Any:
     if last.get("hidden_states") is not None:
         layers = zip(*(output["hidden_states"] for output in outputs), strict=True)
         last["hidden_states"] = tuple(torch.cat(layer, 1) for layer in layers)
+    if last.get("router_logits") is not None:
+        batch = len(last["last_hidden_state"])
+        layers = zip(*(output["router_logits"] for output in outputs), strict=True)
+        last["router_logits"] = tuple(
+            torch.cat([by_row(part, batch) for part in layer], 1).flatten(0, 1) for layer in layers
+        )
     return last
+
+
+def by_row(logits: Tensor, batch: int) -> Tensor:
+    """What the routers of experts put out, a row for each token of all rows, as `[b, t, experts]`."""
+    return logits.reshape(batch, -1, logits.shape[-1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mnemic.host.anatomy import COUNTS_FROM_PADDING
+from mnemic.host.arguments import by_row
 from mnemic.host.release import ModelOutput
 from mnemic.memory import MemoryTokens
 
@@ -137,4 +138,7 @@ def words_of(output: Any, words: Callable[[Tensor], slice]) -> Any:
     output["last_hidden_state"] = output["last_hidden_state"][:, words(output["last_hidden_state"])]
     if output.get("hidden_states") is not None:
         output["hidden_states"] = tuple(hidden[:, words(hidden)] for hidden in output["hidden_states"])
+    if output.get("router_logits") is not None:
+        layers = (by_row(logits, len(output["last_hidden_state"])) for logits in output["router_logits"])
+        output["router_logits"] = tuple(layer[:, words(layer)].flatten(0, 1) for layer in layers)
     return output
