@@ -336,6 +336,21 @@ def test_models_of_one_config_each_have_their_own():
 
 
 @torch.no_grad()
+def test_a_model_inside_of_another_of_its_config_is_left_alone():
+    config, ids = hf.LlamaConfig(**COMMON), tokens(1, 9 * SEGMENT)
+    outer, bare, other = (hf.LlamaForCausalLM(config).eval() for _ in range(3))
+    for model in (outer, other):
+        mnemic.attach(model, RecallConfig(**SMALL, budget=8))
+    calls = [lambda: bare(ids).logits, lambda: feed(other, ids)]
+    expected, found = [feed(outer, ids), *(call() for call in calls)], []
+    handle = outer.model.layers[0].register_forward_pre_hook(lambda *_: found.append([call() for call in calls]))
+    assert torch.equal(feed(outer, ids), expected[0])
+    handle.remove()
+    assert len(found) == 9
+    assert all(torch.equal(one, its) for each in found for one, its in zip(each, expected[1:], strict=True))
+
+
+@torch.no_grad()
 def test_what_the_window_must_not_hold_is_refused(tmp_path):
     model = recalling()
     attachment, session = mnemic.attached(model), mnemic.Session(model)

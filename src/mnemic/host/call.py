@@ -62,8 +62,6 @@ class Call:
     """
 
     router: Router
-    config: object
-    """That of the trunk, by which its attention knows it."""
     plan: Plan
     number: int
     """Of the pass among those of the plan."""

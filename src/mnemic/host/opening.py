@@ -121,7 +121,7 @@ def opened(router: Router, trunk: Any, plan: Plan, number: int) -> Call:
     keep = None if plan.keep is None else plan.keep[:, now.start : now.stop]
     keep = None if keep is None or bool(keep.all()) else keep
     stream = plan.layer.stream if number and plan.layer is not None else plan.stream
-    call = Call(router, trunk.config, plan, number, arguments, keep, stream, stream, [stream.state] if stream else [])
+    call = Call(router, plan, number, arguments, keep, stream, stream, [stream.state] if stream else [])
     if isinstance(plan.cache, MemoryCache):
         assert plan.cache.window is not None
         if plan.checkpointing and plan.cache.window.kept:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mnemic.host import sites
-from mnemic.host.anatomy import MEMORY_NAME, Anatomy
+from mnemic.host.anatomy import MEMORY_NAME, Anatomy, attention_of
 from mnemic.host.arguments import bound, joined, with_cache
 from mnemic.host.beside import Wordless, words_of
 from mnemic.host.cache import MemoryCache
@@ -48,6 +48,7 @@ class Router(nn.Module):
 
     like: Tensor
     guard: Guard
+    attentions: tuple[nn.Module, ...]
 
     def __init__(self, memory: Memory, config: MemoryConfig, anatomy: Anatomy) -> None:
         super().__init__()
@@ -69,6 +70,7 @@ class Router(nn.Module):
         sites.check(memory, self.depth)
         self.attended = attention.served(anatomy, [site.layer for site in memory.attention_reads])
         self.turnings: list[Turning] = []
+        object.__setattr__(self, "attentions", ())  # the modules of `attended`, which are the trunk's
         hooks = {"input": Input, "output": Output}
         self.hooks = nn.ModuleDict(
             {f"{site.at}_{site.layer}": hooks[site.at](site, self) for site in sites.named(memory, self.depth)}
@@ -88,6 +90,8 @@ class Router(nn.Module):
         try:
             if self.attended:
                 attention.install(anatomy)
+                inside = [attention_of(anatomy.blocks[layer]) for layer in self.attended]
+                object.__setattr__(self, "attentions", tuple(inside))
                 self.turnings = turnings(anatomy, self.attended, self.disabled)
         except BaseException:
             self.remove(anatomy)

@@ -121,10 +121,11 @@ def _call_of(module: nn.Module) -> tuple[Router, Call] | None:
     """The running call that a module's attention is part of, where its memory has something to say there."""
     for calls in thread.calls.values():
         call = calls[-1] if calls else None
-        if call is not None and call.config is module.config:
+        # not by its config, which another model may share: that is called inside of this call, or has no memory
+        if call is not None and any(module is own for own in call.router.attentions):
             router = call.router
             stands = router.enabled and isinstance(call.cache, MemoryCache) and call.stream is not None
-            return (router, call) if stands and module.layer_idx in router.attended else None
+            return (router, call) if stands else None
     return None
 
 
