@@ -147,6 +147,7 @@ def test_a_tuple_holds_what_an_output_with_names_does(kind):
     for named, found in zip(outputs(), outputs(return_dict=False), strict=True):
         assert isinstance(found, tuple)
         assert torch.equal(found[0], named.last_hidden_state)
+        assert len(found) == 2 + (named.get(CACHE) is not None)
         assert {hidden.shape[1] for hidden in found[-1]} == {ids.shape[1]}
         assert all(torch.equal(one, other) for one, other in zip(found[-1], named.hidden_states, strict=True))
 

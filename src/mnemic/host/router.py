@@ -165,7 +165,9 @@ class Router(nn.Module):
             undo.pop_all()
         if plan.private_cache:
             output[OUTPUT_CACHE] = None
-        return output if named or isinstance(output, tuple) else output.to_tuple()
+        if named or isinstance(output, tuple):
+            return output
+        return tuple(value for value in output.to_tuple() if value is not None)
 
     @eager
     def _closed(self, call: Call, output: Any) -> Any:
