@@ -55,7 +55,7 @@ def test_candidates_equal_naive(wider, by, kept, monkeypatch):
     assert_equals_naive(memory, asked)
     if (by, wider, kept) == ("head", 1, 40):
         few = memory.further(Site(0, "attention"), asked).keys_ktms
-        memory.config = memory.config.replace(search="exact")
+        memory.config = memory.config.replace(search="exact", wider=4)
         assert not torch.equal(few, memory.further(Site(0, "attention"), asked).keys_ktms)
 
 

@@ -25,6 +25,7 @@ CORE = {"segment_length", "window"}
 """What the core uses of every config."""
 ELSEWHERE = {
     *(("knn", name) for name in ("exact_up_to", "size")),
+    *(("recall", name) for name in ("search", "wider")),
     *(("memoria", name) for name in ("correlation", "edges", "positive_edges", "random_ltm_seeds")),
 }
 """A way to compute the same, limits beyond these streams, and rules of a search that finds the same in them."""

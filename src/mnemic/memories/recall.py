@@ -106,6 +106,12 @@ class RecallConfig(MemoryConfig):
         if self.wider < 1:
             raise ValueError(f"wider is {self.wider}; use 1 or more")
 
+    def unused(self) -> dict[str, str]:
+        """How candidates are found, where none are."""
+        if self.choice != "mass":
+            return dict.fromkeys(("search", "wider"), "set choice='mass'")
+        return {"wider": "set search='candidates'"} if self.search == "exact" else {}
+
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
         """Room for two blocks of 4 beside 4 sinks, which reading uses too, and InfLLM's choices."""
