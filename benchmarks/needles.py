@@ -68,7 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "256": {"budget": 256},
     "128": {"budget": 128},
     "64": {"budget": 64},
-    "exact": {"search": "exact"},
+    "candidates": {"search": "candidates"},
     "layer": {"by": "layer"},
     "mean": {"choice": "mean"},
     "bounds": {"choice": "bounds"},

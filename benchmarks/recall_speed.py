@@ -36,7 +36,7 @@ BASE = "base"
 SIDES: dict[str, dict[str, Any]] = {
     "sinks + window": {"budget": 0},
     "recall": {},
-    "recall, exact": {"search": "exact"},
+    "recall, candidates": {"search": "candidates"},
 }
 """Beside the base, with what is changed of recall's settings."""
 

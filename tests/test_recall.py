@@ -51,7 +51,10 @@ def asked_of(kept: int, heads: int = 2, group: int = 3, time: int = 4, reading: 
 @pytest.mark.parametrize("wider", [1, 2])
 def test_candidates_equal_naive(wider, by, kept, monkeypatch):
     monkeypatch.setattr("mnemic.bank.LEAST", 8)
-    memory, asked = RecallConfig(**SMALL, budget=12, by=by, wider=wider).build(64, 1), asked_of(kept)
+    memory, asked = (
+        RecallConfig(**SMALL, budget=12, by=by, search="candidates", wider=wider).build(64, 1),
+        asked_of(kept),
+    )
     assert_equals_naive(memory, asked)
     if (by, wider, kept) == ("head", 1, 40):
         few = memory.further(Site(0, "attention"), asked).keys_ktms
@@ -131,7 +134,8 @@ def test_everything_in_line_is_the_base_with_everything_in_its_window(name, impl
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"search": "exact"}, {"choice": "mean", "by": "layer", "layout": "capped"}, {"choice": "bounds"}]
+    "settings",
+    [{}, {"search": "candidates"}, {"choice": "mean", "by": "layer", "layout": "capped"}, {"choice": "bounds"}],
 )
 @torch.no_grad()
 def test_cuts_rows_and_padding_change_nothing(settings, monkeypatch):
@@ -476,7 +480,7 @@ def test_forks_that_read_on_first_leave_few_chunks(monkeypatch):
 @torch.no_grad()
 def test_forks_find_what_each_has_read(monkeypatch):
     monkeypatch.setattr("mnemic.bank.LEAST", SEGMENT)
-    model, question = recalling(wider=1), tokens(1, 5, 3)
+    model, question = recalling(search="candidates", wider=1), tokens(1, 5, 3)
     first = mnemic.Session(model)
     first.read(tokens(1, 12 * SEGMENT))
     before = first.fork().forward(question).logits
@@ -594,7 +598,7 @@ def test_a_failed_call_keeps_nothing():
         ({"unit": 0}, "unit is 0"),
         ({"budget": 9}, "budget is 9"),
         ({"sinks": -4}, "sinks is -4"),
-        ({"wider": 0}, "wider is 0"),
+        ({"search": "candidates", "wider": 0}, "wider is 0"),
     ],
 )
 def test_settings_that_cannot_be(settings, said):

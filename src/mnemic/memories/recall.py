@@ -67,7 +67,7 @@ class RecallConfig(MemoryConfig):
     key, or by "bounds" of its channels; `by` whether each "head" of keys chooses for itself or a "layer" as one. In
     `layout` "line" chosen keys stand one behind another before the window; "capped", all at the distance of the window.
     `recall_in_reading` lets a session retrieve while it reads, too. `search` says whose mass is known: that of all that
-    is kept ("exact") or of "candidates", `wider` times the budget, which costs a fraction of it.
+    is kept ("exact") or of "candidates", `wider` times the budget, which costs a fraction of it and may miss some.
     """
 
     kind: ClassVar[str] = "recall"
@@ -92,7 +92,7 @@ class RecallConfig(MemoryConfig):
     by: Literal["head", "layer"] = "head"
     layout: Literal["line", "capped"] = "line"
     recall_in_reading: bool = False
-    search: Literal["exact", "candidates"] = "candidates"
+    search: Literal["exact", "candidates"] = "exact"
     wider: int = 4
 
     def __post_init__(self) -> None:
