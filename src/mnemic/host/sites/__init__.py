@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from torch import nn
+
 from mnemic.memory import Memory, Site
+
+if TYPE_CHECKING:
+    from mnemic.host.router import Router
 
 READ, WRITTEN = ("input", "attention", "output"), ("input", "output")
 """Where a memory can read and where it can write."""
+
+
+class Hook(nn.Module):
+    """What stands at a site of one block: a module, so that copies and pickles of a model keep their own."""
+
+    router: Router
+
+    def __init__(self, site: Site, router: Router) -> None:
+        super().__init__()
+        self.site = site
+        object.__setattr__(self, "router", router)  # not a submodule: the router owns the hook
 
 
 def check(memory: Memory, depth: int) -> None:

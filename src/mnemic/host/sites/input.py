@@ -11,23 +11,14 @@ from mnemic.host.beside import Beside, for_queries
 from mnemic.host.cache import KeysTakenError, MemoryCache
 from mnemic.host.call import eager
 from mnemic.host.passing import passed
-from mnemic.memory import Site
+from mnemic.host.sites import Hook
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from mnemic.host.router import Router
 
-
-class Input(nn.Module):
+class Input(Hook):
     """The pre-hook of a block; blocks take hidden states first, by place or by name."""
-
-    router: Router
-
-    def __init__(self, site: Site, router: Router) -> None:
-        super().__init__()
-        self.site = site
-        object.__setattr__(self, "router", router)  # not a submodule: the router owns the hook
 
     def install(self, block: nn.Module) -> RemovableHandle:
         """Registers it."""

@@ -7,24 +7,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mnemic.host.passing import passed
+from mnemic.host.sites import Hook
 from mnemic.host.wrappers import gather_for_gradient
-from mnemic.memory import Site
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from mnemic.host.router import Router
 
-
-class Output(nn.Module):
+class Output(Hook):
     """The hook of a block; blocks return a tensor or a tuple that begins with one."""
-
-    router: Router
-
-    def __init__(self, site: Site, router: Router) -> None:
-        super().__init__()
-        self.site = site
-        object.__setattr__(self, "router", router)  # not a submodule: the router owns the hook
 
     def install(self, block: nn.Module) -> RemovableHandle:
         """Registers it, before those of others."""
