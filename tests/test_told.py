@@ -9,7 +9,7 @@ import torch
 
 import mnemic
 from families import make
-from mnemic.bench.lessons import Lesson, in_window, lessons, retrieved
+from mnemic.bench.lessons import Lesson, LessonRun, in_window, lessons, retrieved
 from mnemic.tasks.telling import (
     ASK,
     CORRECT,
@@ -24,7 +24,7 @@ from mnemic.tasks.telling import (
     held_out,
     wording,
 )
-from mnemic.tasks.told import Copying, Mixture, ToldThings, endings, pool_of, whole
+from mnemic.tasks.told import Copying, Mixture, Told, ToldThings, endings, pool_of, whole
 from mnemic.unrolling import IGNORED
 from runs import characters, prose
 
@@ -224,7 +224,20 @@ def test_text_that_is_all_retrieved_is_everything_in_the_window(segments, same):
 
 
 def test_lessons_are_read():
-    assert lessons("copying:200,1x8:500,4x64:2000") == [Lesson(200), Lesson(500, 1, 8), Lesson(2000, 4, 64)]
+    assert lessons("copying:200,1x8:500,4x64:2000") == [Lesson(200), Lesson(500, (1,), (8,)), Lesson(2000, (4,), (64,))]
+    assert lessons("1+1+4x8+64:9,2:3") == [Lesson(9, (1, 1, 4), (8, 64)), Lesson(3, (2,), (8,))]
     for wrong in ("copying", "x8:10", "1x8", "", "copying:200,"):
         with pytest.raises(ValueError, match="is no lesson; write copying:STEPS"):
             lessons(wrong)
+
+
+def test_a_lesson_draws_numbers_of_facts_and_segments():
+    run = LessonRun("none", mnemic.FastWeightsConfig(segment_length=LENGTH), lessons("copying:2,1+2x1+8:30"), rows=2)
+    batch = run.batches(tokenizer(), pool())
+    streams = [batch(step) for step in range(run.steps)]
+    assert not any(isinstance(each, Told) for each in streams[:2])
+    assert all(isinstance(each, Told) for each in streams[2:])
+    lengths = {each.input_ids.shape[1] // LENGTH for each in streams[2:]}
+    assert max(lengths) > 5
+    assert min(lengths) == 2
+    assert torch.equal(batch(7).input_ids, streams[7].input_ids)

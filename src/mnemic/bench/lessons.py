@@ -7,8 +7,12 @@ of `mnemic.controls`, beside the base with the whole stream in its window.
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 import json
 import os
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -41,15 +45,18 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Lesson:
-    """`steps` steps of copying (`facts` 0), or of streams with `facts` facts in 1 to `segments` segments."""
+    """`steps` steps of copying (without `facts`), or of streams of so many facts in 1 to so many segments, both drawn
+    from what is named, anew for every step.
+    """
 
     steps: int
-    facts: int = 0
-    segments: int = 8
+    facts: tuple[int, ...] = ()
+    segments: tuple[int, ...] = (8,)
 
 
 def lessons(text: str) -> list[Lesson]:
-    """`copying:200,1x4:300,4x8:1000` as lessons: steps of copying, of 1 fact in 1 to 4 segments, of 4 in 1 to 8.
+    """`copying:200,1x4:300,1+4x8+64:1000` as lessons: steps of copying, of 1 fact in 1 to 4 segments, of 1 or 4 facts in
+    1 to 8 or 1 to 64. What is named twice is drawn twice as often.
 
     Raises:
         ValueError: what is none.
@@ -59,12 +66,15 @@ def lessons(text: str) -> list[Lesson]:
         name, _, steps = word.partition(":")
         facts, _, segments = name.partition("x")
         try:
-            found.append(
-                Lesson(int(steps)) if name == "copying" else Lesson(int(steps), int(facts), int(segments or 8))
-            )
+            if name == "copying":
+                found.append(Lesson(int(steps)))
+                continue
+            drawn = (tuple(map(int, given.split("+"))) for given in (facts, segments or "8"))
+            found.append(Lesson(int(steps), *drawn))
         except ValueError:
             raise ValueError(
-                f"{word!r} is no lesson; write copying:STEPS or FACTSxSEGMENTS:STEPS, such as copying:200,1x8:500"
+                f"{word!r} is no lesson; write copying:STEPS or FACTSxSEGMENTS:STEPS, such as copying:200,1x8:500, "
+                "and 1+4x8+64:500 where both are drawn"
             ) from None
     return found
 
@@ -238,24 +248,23 @@ class LessonRun:
 
     def batches(self, tokenizer: Any, pool: Tensor) -> Any:
         """The batch of a step by its number."""
-        makers = [
-            ToldThings(
-                tokenizer,
-                pool,
-                facts=lesson.facts,
-                segments=(1, lesson.segments),
-                questions=self.questions,
-                mixture=self.mixture,
+        copying, told = Copying(pool), functools.partial(ToldThings, tokenizer, pool)
+        makers = {
+            (facts, segments): told(
+                facts=facts, segments=(1, segments), questions=self.questions, mixture=self.mixture
             )
-            if lesson.facts
-            else Copying(pool)
             for lesson in self.lessons
-        ]
-        ends = [sum(lesson.steps for lesson in self.lessons[: place + 1]) for place in range(len(makers))]
+            for facts in lesson.facts
+            for segments in lesson.segments
+        }
+        ends = list(itertools.accumulate(lesson.steps for lesson in self.lessons))
 
         def batch(step: int) -> Batch:
-            maker = next((each for each, end in zip(makers, ends, strict=True) if step < end), makers[-1])
-            return maker.batch(self.rows, self.seed * 1_000_003 + step)
+            lesson, seed = self.lessons[bisect.bisect(ends, step)], self.seed * 1_000_003 + step
+            if not lesson.facts:
+                return copying.batch(self.rows, seed)
+            luck = random.Random(f"lesson {seed}")
+            return makers[luck.choice(lesson.facts), luck.choice(lesson.segments)].batch(self.rows, seed)
 
         return batch
 

@@ -35,9 +35,10 @@ def train(
         str,
         typer.Option(
             help="Teach it to keep what it is told, the text around that: copying:STEPS, then FACTSxSEGMENTS:STEPS, "
-            "such as copying:200,1x8:500,4x8:2000."
+            "such as copying:200,1x8:500,1+4x8+64:2000; + for what is drawn anew for every step."
         ),
     ] = "",
+    questions: Annotated[int, typer.Option(min=1, help="Of --lessons, questions of a stream.")] = 1,
     until: Annotated[
         int | None, typer.Option(min=1, help="Of --lessons, ask after so many steps in all; --resume goes on later.")
     ] = None,
@@ -79,6 +80,7 @@ def train(
                     configured(memory, setting or []),
                     lessons_of(lessons),
                     rows=rows,
+                    questions=questions,
                     learning_rate=learning_rate,
                     seed=seed,
                     test_rows=test_rows,
