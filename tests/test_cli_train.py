@@ -297,6 +297,14 @@ def test_lessons(host_folder, tmp_path):
     ]
     assert [place for place, *_ in record.measures["loss"]] == [1, 2, 3, 4]
     assert problems(tmp_path / "out" / "told.json") == []
+    more = [*words[:-1], tmp_path / "more", "--begin", tmp_path / "out", "--questions", 2, "--until", 1]
+    result = train(*more)
+    assert result.exit_code == 0, result.output
+    begun = Record.load(tmp_path / "more" / "told.json")
+    assert begun.config["begin"] | {"test_rows": 4} == record.config
+    other = [each if each != "dim=16" else "dim=32" for each in more[:-1]]
+    result = train(*[each if each != tmp_path / "more" else tmp_path / "other" for each in other])
+    assert "begin with the settings that shape them" in " ".join(result.output.replace("│", "").split())
     assert "resume it, or give another folder" in " ".join(train(*words).output.replace("│", "").split())
     assert train(*words, "--resume").exit_code == 0
     assert Record.load(tmp_path / "out" / "told.json").measures == record.measures

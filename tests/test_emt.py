@@ -214,6 +214,31 @@ def test_tokens_with_one_address_go_to_slots_of_their_own(slots):
     assert own.any(0).sum() >= 10 if slots == 64 else not own.any()
 
 
+def test_what_is_written_costs_in_training():
+    """The auxiliary loss is the mean of beta over real tokens, and closes the gate where nothing asks."""
+    memory, entered, hidden = allocated(write_cost=0.5)
+    joined, keep = torch.cat([entered, hidden], -1), torch.ones(1, 12, dtype=torch.bool)
+    keep[0, 8:] = False
+    beta = torch.sigmoid(memory.writers[0].keep(F.layer_norm(hidden, (64,)))).flatten()
+    assert_near(memory.auxiliary(joined, memory.init_state(1)), 0.5 * beta.mean()[None])
+    assert_near(memory.auxiliary(joined, memory.init_state(1), keep), 0.5 * beta[:8].mean()[None])
+    assert allocated()[0].auxiliary(joined, memory.init_state(1)) is None
+    rate = torch.optim.SGD(memory.parameters(), 10.0)
+    before = memory.write(joined, memory.init_state(1))["slots"]
+    for _ in range(100):
+        rate.zero_grad()
+        memory.auxiliary(joined, memory.init_state(1)).sum().backward()
+        rate.step()
+    moved = [
+        (each - memory.init_state(1)["slots"]).norm()
+        for each in (before, memory.write(joined, memory.init_state(1))["slots"])
+    ]
+    assert moved[1] < 0.2 * moved[0]
+    for wrong in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="use 0 or more nats"):
+            mnemic.EMTConfig(write="allocation", write_cost=wrong)
+
+
 def test_an_address_crosses_the_border_of_segments():
     """The first token of a segment is found by the last one of the segment before, whatever padding lies between."""
     memory, entered, hidden = allocated(sharpness=4.0)

@@ -24,14 +24,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mnemic.attachment import Attachment, attach
+from mnemic.attachment import WEIGHTS_FILE, Attachment, attach, check_fingerprint
 from mnemic.bench.asking import predict
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record, Score
 from mnemic.bench.retrieving import bm25
 from mnemic.controls import CONDITIONS, parts
 from mnemic.memory import MemoryConfig
-from mnemic.state import nbytes
+from mnemic.state import nbytes, read_file
 from mnemic.tasks.base import seed_of
 from mnemic.tasks.documents import tokenize
 from mnemic.tasks.told import PLAIN, Copying, Mixture, Told, ToldThings, endings, pool_of, whole
@@ -45,18 +45,18 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Lesson:
-    """`steps` steps of copying (without `facts`), or of streams of so many facts in 1 to so many segments, both drawn
-    from what is named, anew for every step.
+    """`steps` steps of copying (0 `facts`), or of streams of so many facts in 1 to so many segments, both drawn from
+    what is named, anew for every step.
     """
 
     steps: int
-    facts: tuple[int, ...] = ()
+    facts: tuple[int, ...] = (0,)
     segments: tuple[int, ...] = (8,)
 
 
 def lessons(text: str) -> list[Lesson]:
-    """`copying:200,1x4:300,1+4x8+64:1000` as lessons: steps of copying, of 1 fact in 1 to 4 segments, of 1 or 4 facts in
-    1 to 8 or 1 to 64. What is named twice is drawn twice as often.
+    """`copying:200,1x4:300,1+4x8+64:1000` as lessons: steps of copying, of 1 fact in 1 to 4 segments, of 1 or 4 facts
+    in 1 to 8 or 1 to 64. What is named twice is drawn twice as often; 0 facts are copying.
 
     Raises:
         ValueError: what is none.
@@ -125,7 +125,8 @@ def retrieved(attachment: Attachment, tokenizer: Any, batch: Told, length: int) 
 @dataclass
 class LessonRun:
     """How a memory is taught on the frozen base `model`, a folder or a hub id: `rows` streams a step, `questions` of
-    each, at `learning_rate` held for half of the steps and then falling.
+    each, at `learning_rate` held for half of the steps and then falling. It begins as the memory saved in the folder
+    `begin`, or new.
     """
 
     model: str
@@ -138,6 +139,7 @@ class LessonRun:
     seed: int = 0
     test_rows: int = 64
     pool: int = 2048
+    begin: Path | None = None
 
     @property
     def steps(self) -> int:
@@ -149,6 +151,7 @@ class LessonRun:
         return {
             **{name: getattr(self, name) for name in ("rows", "questions", "learning_rate", "seed", "pool")},
             "model": Path(self.model).name,
+            "begin": None if self.begin is None else json.loads((self.begin / SETTINGS_FILE).read_text()),
             "memory": self.config.to_dict(),
             "lessons": [asdict(lesson) for lesson in self.lessons],
             "mixture": asdict(self.mixture),
@@ -185,6 +188,8 @@ class LessonRun:
         pools = [pool.to(device) for pool in pools]
         torch.manual_seed(self.seed)
         attachment = attach(model, self.config)
+        if self.begin is not None:
+            self._begun(attachment, self.begin)
         out.mkdir(parents=True, exist_ok=True)
         (out / SETTINGS_FILE).write_text(json.dumps(self.described(), indent=1) + "\n")
         curve, seconds = self.teach(attachment, tokenizer, pools[0], out / CHECKPOINT_FILE, until, report)
@@ -215,8 +220,9 @@ class LessonRun:
     ) -> tuple[list[list[float]], float]:
         """The curve, [step, loss, share of tokens right] a hundred times, and the seconds."""
         batches = self.batches(tokenizer, pool)
-        # covariances of the host's width want several times as many tokens
-        calibrate(attachment.model, Copying(pool).batch(CALIBRATED, self.seed))
+        if self.begin is None:
+            # covariances of the host's width want several times as many tokens
+            calibrate(attachment.model, Copying(pool).batch(CALIBRATED, self.seed))
         curve, seconds, every = [], 0.0, max(1, self.steps // 100)
         report.phase("lessons", self.steps)
         # the notes keep the curve of what an earlier call did
@@ -250,21 +256,19 @@ class LessonRun:
         """The batch of a step by its number."""
         copying, told = Copying(pool), functools.partial(ToldThings, tokenizer, pool)
         makers = {
-            (facts, segments): told(
-                facts=facts, segments=(1, segments), questions=self.questions, mixture=self.mixture
-            )
+            (facts, segments): told(facts=facts, segments=(1, segments), questions=self.questions, mixture=self.mixture)
             for lesson in self.lessons
             for facts in lesson.facts
+            if facts
             for segments in lesson.segments
         }
         ends = list(itertools.accumulate(lesson.steps for lesson in self.lessons))
 
         def batch(step: int) -> Batch:
             lesson, seed = self.lessons[bisect.bisect(ends, step)], self.seed * 1_000_003 + step
-            if not lesson.facts:
-                return copying.batch(self.rows, seed)
             luck = random.Random(f"lesson {seed}")
-            return makers[luck.choice(lesson.facts), luck.choice(lesson.segments)].batch(self.rows, seed)
+            drawn = luck.choice(lesson.facts), luck.choice(lesson.segments)
+            return (makers[drawn] if drawn[0] else copying).batch(self.rows, seed)
 
         return batch
 
@@ -311,6 +315,18 @@ class LessonRun:
         # six characters a token are more than enough
         cut = [text[len(text) // 4 :][: 6 * most] for _, text in texts]
         return torch.cat([pool_of(tokenize(text, tokenizer).ids[:most], length) for text in cut])
+
+    def _begun(self, attachment: Attachment, folder: Path) -> None:
+        """Gives the memory the weights of an earlier run; raises `ValueError` where they do not fit its settings."""
+        tensors, description = read_file(folder / WEIGHTS_FILE)
+        check_fingerprint(attachment.model, description, folder, strict=True)
+        try:
+            attachment.memory.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the memory in {folder} has the settings {description['memory']}, whose weights do not fit "
+                f"{self.config.to_dict()}; begin with the settings that shape them"
+            ) from error
 
     def _check(self, out: Path) -> None:
         """Raises `ValueError` where a run was begun with other settings."""

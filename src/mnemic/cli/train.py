@@ -39,6 +39,10 @@ def train(
         ),
     ] = "",
     questions: Annotated[int, typer.Option(min=1, help="Of --lessons, questions of a stream.")] = 1,
+    begin: Annotated[
+        Path | None,
+        typer.Option(help="Of --lessons, a folder that such a run wrote, with whose weights this one begins."),
+    ] = None,
     until: Annotated[
         int | None, typer.Option(min=1, help="Of --lessons, ask after so many steps in all; --resume goes on later.")
     ] = None,
@@ -84,6 +88,7 @@ def train(
                     learning_rate=learning_rate,
                     seed=seed,
                     test_rows=test_rows,
+                    begin=begin,
                 ),
                 texts(data, dataset, documents, held_out),
                 out,

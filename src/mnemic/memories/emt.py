@@ -32,7 +32,8 @@ halves, an address made of the token before and a content made of what entered t
     g_s  = sigmoid( w . [c_s ; M_s] + b ) (1 - exp(-3 n_s)),  b = 1 at first
     M_s  <- (1 - g_s) M_s + g_s GRU(c_s, M_s)             a slot that no token goes to keeps what it has
 
-so two tokens of a segment do not mix in one slot while others are free.
+so two tokens of a segment do not mix in one slot while others are free. Nothing tells beta_t that a token will never be
+asked for, but that it takes room; `write_cost` adds that many nats times the mean of beta to the training's loss.
 
 Read, at every read layer, from the slots as they stood when the segment began:
 
@@ -56,6 +57,7 @@ State: `stack * slots * dim * 4` bytes a stream, 64 KiB by default; the token wr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -88,6 +90,8 @@ class EMTConfig(MemoryConfig):
     segment. `stack` puts several complete memories
     one after another at the same places. `whiten` puts a fixed linear map before the projections of h_t, which
     `mnemic.calibrate` fits to the host: small models keep what tells two names apart in directions of little variance.
+    `write_cost` is what writing every token of a segment by allocation costs in training, in nats: with 0 a memory
+    writes all that it reads, and old slots go under in it.
     `segment_length` is counted in tokens.
     """
 
@@ -114,6 +118,7 @@ class EMTConfig(MemoryConfig):
     sharpness: float = 1.0
     stack: int = 1
     whiten: bool = False
+    write_cost: float = 0.0
     zero_shot: bool = False
 
     def __post_init__(self) -> None:
@@ -132,6 +137,8 @@ class EMTConfig(MemoryConfig):
             raise ValueError("zero_shot=True reads at random, and write='allocation' reads back what it wrote")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
+        if not 0 <= self.write_cost < math.inf:
+            raise ValueError(f"write_cost is {self.write_cost}; use 0 or more nats, such as 0.5")
         if self.sharpness <= 0:
             raise ValueError(f"sharpness is {self.sharpness}; it must be above 0")
         for name in ("feedback", "final_blend", "update_rate"):
@@ -142,12 +149,12 @@ class EMTConfig(MemoryConfig):
 
     def unused(self) -> dict[str, str]:
         """The settings of the other ways to write."""
-        rate = {"update_rate": "set write='token'"}
+        rate, cost = {"update_rate": "set write='token'"}, {"write_cost": "set write='allocation'"}
         if self.write == "segment":
-            return rate
+            return rate | cost
         if self.write == "allocation":
             return rate | {"gate_bias": "set write='segment'"}
-        return dict.fromkeys(("gate_bias", "sharpness"), "set write='segment'")
+        return dict.fromkeys(("gate_bias", "sharpness"), "set write='segment'") | cost
 
     @classmethod
     def whitepaper(cls, **changes: Any) -> EMTConfig:
@@ -269,6 +276,15 @@ class EMT(Memory):
         weight_bst, gate_bs = weight.flatten(1, 2), gate.flatten(1)
         place_s = torch.arange(gate_bs.shape[1], device=gate_bs.device)
         return after, Attribution(place_s.expand(len(gate_bs), -1), gate_bs, weight_bst)
+
+    def auxiliary(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, " b"] | None:
+        """`write_cost` times the mean of beta over a row's tokens, summed over stacked memories; None where it is 0."""
+        if not self.config.write_cost:
+            return None
+        costs = [writer.cost(hidden_btd.to(self.parameter_dtype()), keep_bt) for writer in self.writers]  # pyright: ignore
+        return self.config.write_cost * torch.stack(costs).sum(0)
 
     def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[Site, Float[Tensor, "n d"]]) -> None:
         """Fits the whitening to hidden states as the write meets them, and as each read does where it is

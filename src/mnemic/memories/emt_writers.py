@@ -137,11 +137,8 @@ class AllocationWriter(nn.Module):
         pair_btm = torch.cat([shifted(address_btm, keep_bt, last_bm), self.content(entered_btd)], -1)
         claim_bsm = F.normalize(self.claim + self.claim_more(slots_bsm), dim=-1)
         key_btm = F.normalize(self.key(F.layer_norm(pair_btm, pair_btm.shape[-1:])), dim=-1)
-        keep_bt1 = torch.sigmoid(self.keep(hidden_btd))
-        if keep_bt is not None:
-            keep_bt1 = keep_bt1 * keep_bt[..., None]
         scale = 2 * math.sqrt(slots_bsm.shape[-1]) * self.sharpness
-        share_bst = self.allocate(key_btm @ claim_bsm.mT, keep_bt1, scale)
+        share_bst = self.allocate(key_btm @ claim_bsm.mT, self.kept(hidden_btd, keep_bt), scale)
         mass_bs1 = share_bst.sum(-1, keepdim=True)
         weight_bst = share_bst / mass_bs1.clamp_min(torch.finfo(share_bst.dtype).tiny)
         content_bsm = F.layer_norm(weight_bst @ pair_btm, slots_bsm.shape[-1:])
@@ -150,6 +147,17 @@ class AllocationWriter(nn.Module):
         candidate_bsm = self.gru(content_bsm.flatten(0, 1), slots_bsm.flatten(0, 1)).view_as(slots_bsm)
         after_bsm = torch.lerp(slots_bsm, candidate_bsm.to(slots_bsm), gate_bs1.to(slots_bsm))
         return {"slots": after_bsm, "last": latest(address_btm, keep_bt, last_bm)}, weight_bst, gate_bs1
+
+    def kept(self, white_btd: Tensor, keep_bt: Tensor | None) -> Tensor:
+        """beta `[b, t, 1]` of the equations above of whitened hidden states, 0 for padding."""
+        keep_bt1 = torch.sigmoid(self.keep(white_btd))
+        return keep_bt1 if keep_bt is None else keep_bt1 * keep_bt[..., None]
+
+    def cost(self, hidden_btd: Tensor, keep_bt: Tensor | None) -> Tensor:
+        """The mean of beta over the tokens of each row, `[b]`."""
+        kept_bt1 = self.kept(self.whiten(self.norm_hidden(hidden_btd.chunk(2, -1)[1])), keep_bt)
+        count = kept_bt1.shape[1] if keep_bt is None else keep_bt.sum(1).clamp_min(1)
+        return kept_bt1.sum((1, 2)) / count
 
     @staticmethod
     def allocate(cosine_bts: Tensor, keep_bt1: Tensor, scale: float) -> Tensor:
