@@ -349,9 +349,8 @@ class Session:
             assert stream is not None
             bank, log = stream.banks[0] or Bank(), stream.logs[0]
             shorter = bank.without(first, last)
-            self._layer.stream = replace(
-                stream, banks=(shorter,), logs=(None if log is None else log.without(first, last),)
-            )
+            stream = replace(stream, logs=(None if log is None else log.without(first, last),))
+            self._layer.stream = stream.with_banks((shorter,))
             self._layer.replay = None  # which knows the stream as it was
             return bank.length - shorter.length
 

@@ -21,6 +21,10 @@ def naive(memory: Recall, asked: Asked) -> list[list[list[Seen]]]:
     blocks = [list(range(start, min(start + unit, kept))) for start in range(0, kept, unit)]
     seen: list[list[list[Seen]]] = [[] for _ in range(heads)]
     for t, position in enumerate(asked.position_t.tolist()):
+        if t and asked.number[t] % config.refresh:
+            for its in seen:
+                its.append(its[-1])
+            continue
         far = [_turned(asked, _turned(asked, query, window), 0) for query in asked.query_hts[:, t]]
         among = [list(range(len(blocks)))] * heads
         if config.search == "candidates" and config.choice == "mass":
