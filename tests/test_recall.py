@@ -307,7 +307,7 @@ def test_scaled_rotations_choose_as_attention_would():
     found = attachment.memory._far(asked)
     assert_near(found @ keys[0].repeat_interleave(2, 0).mT, far @ near.repeat_interleave(2, 0).mT, 1e-4)
     worth = attachment.memory._voted(
-        by_mass([keys[0]], 4)(0.25 * found.unflatten(0, (2, 2)).flatten(1, 2)).unflatten(1, (2, 3))
+        by_mass(0.25 * found.unflatten(0, (2, 2)).flatten(1, 2), [keys[0]], 4).unflatten(1, (2, 3))
     )
     shares = (0.25 * far.unflatten(0, (2, 2)) @ near[:, None].transpose(-1, -2)).softmax(-1)
     assert_near(worth, shares.unflatten(-1, (-1, 4)).sum(-1).amax(1), 1e-5)

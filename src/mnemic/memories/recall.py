@@ -26,9 +26,9 @@ The mean keys are made once of whole `LEAST` tokens, from the kept keys alone, a
 
 Where we depart. InfLLM's blocks have a few keys each that stand for them, a block's score is the mean of its products,
 one choice serves all heads and a chunk of 512 queries (tokens early in a chunk choose by later ones), and all that is
-retrieved stands at one distance. `choice="mean"`, `by="layer"` and `layout="capped"` are these, but for the chunk and
-but that a block's mean key stands for it. Choosing by mass is near TokenSelect (arXiv 2411.02886), in line is
-ReAttention's (arXiv 2407.15176); `choice="bounds"` is Quest's (arXiv 2406.10774).
+retrieved stands at one distance. `choice="mean"`, `by="layer"`, `layout="capped"` and `refresh` are these, but that a
+block's mean key stands for it and that the first token of a chunk chooses. Choosing by mass is near TokenSelect (arXiv
+2411.02886), in line is ReAttention's (arXiv 2407.15176); `choice="bounds"` is Quest's (arXiv 2406.10774).
 
 While a session reads, only the sinks are seen before the window (`recall_in_reading=False`): reading costs what the
 window costs, and the keys are those of a base with that window.
@@ -39,7 +39,7 @@ State: `2 x layers x heads of keys x their width` numbers a token in the base's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -168,19 +168,22 @@ class Recall(Memory):
 
     def further(self, site: Site, asked: Asked) -> Further | None:
         """What is seen before the window: all that is kept where it fits, else what each token chooses."""
-        config, bank = self.config, asked.bank
+        config, bank, chosen = self.config, asked.bank, ()
         only_sinks = self._only_sinks(asked.reading)
         if only_sinks or bank.length <= config.sinks + config.budget:
-            count = min(bank.length, config.sinks if only_sinks else bank.length)
+            count = min(bank.length, config.sinks) if only_sinks else bank.length
+            if not count:
+                return None
             keys, values = (part[:, None] for part in bank.first(asked.place, count))
-            return Further(_in_line(asked, keys), values) if count else None
-        start_ktu = self._chosen(asked) if asked.chosen_ktc is None else asked.chosen_ktc
-        keys, values = (bank.runs(name, asked.place, start_ktu, config.unit) for name in ("keys", "values"))
-        if config.layout == "line":
-            keys = _in_line(asked, keys)
-        else:  # at one distance from each token
-            keys = asked.turn(keys.transpose(1, 2), asked.position_t - asked.window).transpose(1, 2)
-        return Further(keys, values, bank.there(start_ktu, config.unit), start_ktu)
+        else:
+            start_ktu = self._chosen(asked) if asked.chosen_ktc is None else asked.chosen_ktc
+            keys, values = (bank.runs(name, asked.place, start_ktu, config.unit) for name in ("keys", "values"))
+            chosen = bank.there(start_ktu, config.unit), start_ktu
+        if chosen and config.layout == "capped":  # at one distance from each token
+            turned = asked.turn(keys.transpose(1, 2), asked.position_t - asked.window).transpose(1, 2)
+        else:
+            turned = asked.turn(keys, torch.arange(asked.first - keys.shape[2], asked.first, device=keys.device))
+        return Further(turned, values, *chosen)
 
     def sharing(self, reading: bool) -> int:
         """As many tokens as one choice is for."""
@@ -202,8 +205,9 @@ class Recall(Memory):
 
     def _among_all(self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]) -> Int[Tensor, "k t u"]:
         """The blocks that some tokens choose."""
-        score = SCORES[self.config.choice](asked.bank.keys(asked.place), self.config.unit)
-        return self._best(self._voted(score(query_kgts.flatten(1, 2)).unflatten(1, query_kgts.shape[1:3])), 1)
+        score, keys = SCORES[self.config.choice], asked.bank.keys(asked.place)
+        worth_knu = score(query_kgts.flatten(1, 2), keys, self.config.unit)
+        return self._best(self._voted(worth_knu.unflatten(1, query_kgts.shape[1:3])), 1)
 
     def _among_candidates(self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]) -> Int[Tensor, "k t u"]:
         """The same, where few keys are looked at."""
@@ -229,12 +233,9 @@ class Recall(Memory):
 
     def _voted(self, worth_kgtu: Float[Tensor, "k g t u"]) -> Float[Tensor, "k t u"]:
         """Of all heads of queries together: InfLLM adds up products; of probabilities the greatest counts."""
-        mean = self.config.choice == "mean"
-        worth_ktu = worth_kgtu.sum(1) if mean else worth_kgtu.amax(1)
-        if self.config.by == "layer":
-            one = worth_ktu.sum(0) if mean else worth_ktu.amax(0)
-            worth_ktu = one.repeat(len(worth_ktu), 1, 1)
-        return worth_ktu
+        vote = torch.sum if self.config.choice == "mean" else torch.amax
+        worth_ktu = vote(worth_kgtu, 1)
+        return worth_ktu if self.config.by == "head" else vote(worth_ktu, 0).repeat(len(worth_ktu), 1, 1)
 
     def _far(self, asked: Asked) -> Float[Tensor, "h t s"]:
         """R_D q: queries as they meet keys without positions."""
@@ -242,36 +243,23 @@ class Recall(Memory):
         return asked.turn(asked.turned_hts, asked.window - asked.position_t)
 
 
-def _in_line(asked: Asked, keys_ktms: Float[Tensor, "k t m s"]) -> Float[Tensor, "k t m s"]:
-    """Keys turned to stand one behind another before the window."""
-    count = keys_ktms.shape[2]
-    return asked.turn(keys_ktms, torch.arange(asked.first - count, asked.first, device=keys_ktms.device))
-
-
-def by_mass(keys: list[Tensor], unit: int) -> Callable[[Tensor], Tensor]:
+def by_mass(query_kns: Float[Tensor, "k n s"], keys: list[Tensor], unit: int) -> Float[Tensor, "k n u"]:
     """The share of each block in the attention over all that is kept."""
-
-    def score(query_kns: Float[Tensor, "k n s"]) -> Float[Tensor, "k n u"]:
-        product = torch.cat([query_kns @ part.float().transpose(-1, -2) for part in keys], -1)
-        product = F.pad(product, (0, -product.shape[-1] % unit), value=-torch.inf)
-        return product.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
-
-    return score
+    product = torch.cat([query_kns @ part.float().transpose(-1, -2) for part in keys], -1)
+    product = F.pad(product, (0, -product.shape[-1] % unit), value=-torch.inf)
+    return product.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
 
 
-def by_mean(keys: list[Tensor], unit: int) -> Callable[[Tensor], Tensor]:
+def by_mean(query_kns: Float[Tensor, "k n s"], keys: list[Tensor], unit: int) -> Float[Tensor, "k n u"]:
     """The product with a block's mean key."""
-    mean_kus = torch.cat([part.mean(2) for part in _blocks(keys, unit)], 1)
-    return lambda query_kns: query_kns @ mean_kus.transpose(-1, -2)
+    return query_kns @ torch.cat([part.mean(2) for part in _blocks(keys, unit)], 1).mT
 
 
-def by_bounds(keys: list[Tensor], unit: int) -> Callable[[Tensor], Tensor]:
+def by_bounds(query_kns: Float[Tensor, "k n s"], keys: list[Tensor], unit: int) -> Float[Tensor, "k n u"]:
     """The most that a product with any key of the block can be, by the least and the greatest of each channel."""
-    low, high = (
-        torch.cat(ends, 1).transpose(-1, -2)
-        for ends in zip(*(p.aminmax(dim=2) for p in _blocks(keys, unit)), strict=True)
-    )
-    return lambda query_kns: query_kns.clamp_min(0) @ high + query_kns.clamp_max(0) @ low
+    ends = zip(*(part.aminmax(dim=2) for part in _blocks(keys, unit)), strict=True)
+    low, high = (torch.cat(parts, 1).mT for parts in ends)
+    return query_kns.clamp_min(0) @ high + query_kns.clamp_max(0) @ low
 
 
 SCORES = {"mass": by_mass, "mean": by_mean, "bounds": by_bounds}
