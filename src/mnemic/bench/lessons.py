@@ -250,9 +250,7 @@ class LessonRun:
         """The batch of a step by its number."""
         copying, told = Copying(pool), functools.partial(ToldThings, tokenizer, pool)
         makers = {
-            (facts, segments): told(
-                facts=facts, segments=(1, segments), questions=self.questions, mixture=self.mixture
-            )
+            (facts, segments): told(facts=facts, segments=(1, segments), questions=self.questions, mixture=self.mixture)
             for lesson in self.lessons
             for facts in lesson.facts
             for segments in lesson.segments

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mnemic.memory import Asked, Further, Memory, Site
@@ -72,10 +73,10 @@ def with_shared(
     return base(module, query, key, value, mask, **kwargs)[0]
 
 
-def with_own(
-    query_hts: Tensor, key_kns: Tensor, value_knv: Tensor, mask: Tensor | None, more: Further, kwargs: dict[str, Any]
-) -> Tensor:
-    """Attention of one row in which every token has further keys of its own: `[1, t, h, v]`, as the host gives it."""
+def weights(
+    query_hts: Tensor, key_kns: Tensor, mask: Tensor | None, more: Further, kwargs: dict[str, Any]
+) -> Float[Tensor, "k g t n"]:
+    """What each token of one row attends to: first the further keys, then those of the window."""
     time, held, own = query_hts.shape[1], key_kns.shape[1], len(query_hts) // len(key_kns)
     scale = float(kwargs.get("scaling") or query_hts.shape[-1] ** -0.5)
     query_kgts = query_hts.unflatten(0, (-1, own)).float() * scale
@@ -92,8 +93,16 @@ def with_own(
         near = near.masked_fill(~mask, -torch.inf)
     if more.keep_ktm is not None:
         far = far.masked_fill(~more.keep_ktm[:, None], -torch.inf)
-    weight_kgtn = torch.cat([far, near], -1).softmax(-1)
-    far, near = weight_kgtn.split([far.shape[-1], held], -1)
+    return torch.cat([far, near], -1).softmax(-1)
+
+
+def with_own(
+    query_hts: Tensor, key_kns: Tensor, value_knv: Tensor, mask: Tensor | None, more: Further, kwargs: dict[str, Any]
+) -> Tensor:
+    """Attention of one row in which every token has further keys of its own: `[1, t, h, v]`, as the host gives it."""
+    held, own, time = key_kns.shape[1], len(query_hts) // len(key_kns), query_hts.shape[1]
+    weight_kgtn = weights(query_hts, key_kns, mask, more, kwargs)
+    far, near = weight_kgtn.split([weight_kgtn.shape[-1] - held, held], -1)
     read = (far.transpose(1, 2) @ more.values_ktmv.float()).transpose(1, 2)
     read = read + (near.flatten(1, 2) @ value_knv.float()).unflatten(1, (own, time))
     return read.flatten(0, 1).transpose(0, 1)[None].to(query_hts.dtype)
