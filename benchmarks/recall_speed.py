@@ -3,8 +3,10 @@
 The first 5,120 tokens of a novel are read once. A session of N remembered tokens is made of them without reading: the
 4,096 that left the window are repeated, keys and values, until there are N. What they say is of no interest here, and
 costs what other keys would. Then tokens are decoded one by one in turns: by the base (memory disabled), by the sinks
-and the window alone (budget 0), and by recall under each search; then segments are read in turns. On a machine that
-does other things, too, ratios hold and seconds do not; processor time is given beside the time on the clock.
+and the window alone (budget 0), and by recall under each search and with choices that tokens share; then segments are
+read in turns. Times are medians; where tokens share a choice, of those that make one and of the others apart, each as
+often as there are such. On a machine that does other things, too, ratios hold and seconds do not; processor time is
+given beside the time on the clock.
 
     taskset -c 1 python benchmarks/recall_speed.py --data novels.tar.xz --out results
 """
@@ -37,6 +39,9 @@ SIDES: dict[str, dict[str, Any]] = {
     "sinks + window": {"budget": 0},
     "recall": {},
     "recall, candidates": {"search": "candidates"},
+    "recall, refresh 4": {"refresh": 4},
+    "recall, refresh 16": {"refresh": 16},
+    "candidates, refresh 16": {"search": "candidates", "refresh": 16},
 }
 """Beside the base, with what is changed of recall's settings."""
 
@@ -47,7 +52,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Text: a folder or a tar archive of .txt files.")] = None,
     model: Annotated[str, typer.Option(help="A causal model: a folder, or smollm2.")] = "smollm2",
     lengths: Annotated[str, typer.Option(help="Tokens that are remembered, by commas.")] = "4096,16384,65536",
-    turns: Annotated[int, typer.Option(min=1, help="Decoded tokens of each side.")] = 24,
+    turns: Annotated[int, typer.Option(min=16, help="Decoded tokens of each side, one at least that chooses.")] = 24,
     segments: Annotated[int, typer.Option(min=0, help="Segments that each side reads.")] = 2,
     out: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("runs"),
 ) -> None:
@@ -129,10 +134,19 @@ def summed(spent: dict[str, list[Clock]]) -> dict[str, Any]:
     """Medians, and these as multiples of the base's."""
     found: dict[str, Any] = {}
     for place, name in enumerate(("clock", "processor")):
-        seconds = {side: statistics.median(clock[place] for clock in clocks) for side, clocks in spent.items()}
+        seconds = {side: _of_a_token(side, [clock[place] for clock in clocks]) for side, clocks in spent.items()}
         found[f"seconds, {name}"] = seconds
         found[f"{name} / base"] = {side: value / seconds[BASE] for side, value in seconds.items() if side != BASE}
     return found
+
+
+def _of_a_token(side: str, seconds: list[float]) -> float:
+    """The median, where tokens share a choice of those that make it and of the others apart; the first that was timed
+    is the second of its segment.
+    """
+    every = SIDES.get(side, {}).get("refresh", 1)
+    choose, share = seconds[every - 1 :: every], [each for i, each in enumerate(seconds, 1) if i % every]
+    return (statistics.median(choose) + (every - 1) * statistics.median(share or [0.0])) / every
 
 
 if __name__ == "__main__":

@@ -97,11 +97,12 @@ def _save(name: str, label: str, config: mnemic.MemoryConfig) -> Tensor | None:
 def main() -> None:
     """Adds what is missing: all forms of a mechanism on a decoder, the first on an encoder."""
     expected = load_file(EXPECTED) if EXPECTED.exists() else {}
-    there = [(path.parent.name, json.loads(path.read_text())["memory"]) for path in SAVED.glob("*/memory_config.json")]
+    written = {path.parent.name: json.loads(path.read_text())["memory"] for path in SAVED.glob("*/memory_config.json")}
+    there = [(folder, mnemic.MemoryConfig.from_file(memory)) for folder, memory in written.items()]
     for kind, cls in mnemic.CONFIGS.items():
         for number, config in enumerate(cls.tiny()):
             for name in ("llama",) if number else HOSTS:
-                if not any(folder.endswith(f"-{name}") and memory == config.to_dict() for folder, memory in there):
+                if not any(folder.endswith(f"-{name}") and memory == config for folder, memory in there):
                     logits = _save(name, f"{kind}-{number}", config)
                     expected |= {} if logits is None else {f"{kind}-{number}-{name}": logits}
     save_file(dict(sorted(expected.items())), EXPECTED)

@@ -342,7 +342,12 @@ def test_recall_is_there_by_name_and_finds_its_sessions_again(folder, tmp_path):
     output = talk("who?")
     assert "Window: the last 256 tokens, as they were. Memory (recall): 0 segments of 64 written." in output
     assert "not trained" not in output
-    assert "goes on after" in talk("and?")
+    assert "goes on after" in talk("and?", "/sources")
+    assert "that takes --memory recall and --keep-text" in talk("/sources")
+    talk.arguments += ["--keep-text", "--session", "kept"]
+    output = talk("who is there? " * 30, "and?", "/sources")
+    assert re.search(r"^ *\d+\.\d%  tokens \d+ to \d+$", output, re.M), output
+    assert "is ther" in output.split("tokens ")[-1]
 
 
 def test_what_cannot_be_opened_is_told(talk, tmp_path):

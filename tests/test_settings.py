@@ -63,7 +63,7 @@ def told(config: mnemic.MemoryConfig) -> list[Any]:
     generator = torch.Generator().manual_seed(1)
     width = WIDTH * len(memory.writes)
     plain: list[Any] = [memory.reads, memory.writes, memory.beside, memory.span, memory.gradient_reach]
-    plain += [memory.parameter_dtype(), memory.most_bytes(3), *memory.state_dict()]
+    plain += [memory.parameter_dtype(), memory.most_bytes(3), memory.sharing(False), *memory.state_dict()]
     state, found = memory.init_state(2), [*memory.state_dict().values()]
     for _ in range(16 if config.kind == "memoria" else 6):  # until there are long-term engrams
         # of many lengths, so that one measure of likeness is told from another
@@ -101,7 +101,7 @@ def inside(memory: mnemic.Memory, config: mnemic.MemoryConfig) -> list[Any]:
     for reading in (False, True):
         for place, site in enumerate(memory.attention_reads):
             query, position = torch.randn(4, 5, 4, generator=generator), torch.arange(60, 65)
-            asked = Asked(query, position, 40, 0.5, bank, place, turn, 16, reading)
+            asked = Asked(query, position, 40, 0.5, bank, place, turn, 16, range(5), reading)
             more = memory.further(site, asked)
             found += [] if more is None else [more.keys_ktms, more.values_ktmv]
     return found

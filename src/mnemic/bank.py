@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 CHUNK = 65_536
@@ -178,6 +178,12 @@ class Bank:
                 row = (start_ktm + first_k[:, None, None]).flatten()[here] // run
                 found.index_copy_(0, here, table.index_select(0, row))
         return found.view(*start_ktm.shape[:2], -1, width)
+
+    def there(self, start_ktm: Int[Tensor, "k t m"], run: int) -> Bool[Tensor, "k t n"] | None:
+        """Which tokens of these runs are before the end; None where all runs that there are end there."""
+        if not self.length % run:
+            return None
+        return (start_ktm[..., None] + torch.arange(run, device=start_ktm.device) < self.length).flatten(2)
 
     def means(self, place: int, run: int) -> Float[Tensor, "k s u"]:
         """The mean keys of runs of `run` tokens, as far as `LEAST` tokens are whole. They are made of `LEAST` tokens at

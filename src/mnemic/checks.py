@@ -29,7 +29,7 @@ MOST = 2**62
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of hidden states and keys beside the model's own: under autocast they are not the weights'."""
 HISTORY = {f"history.{name}" for name in Log(text=()).tensors()}
-BANK = {"bank.keys", "bank.values", "bank.positions"}
+BANK = {"bank.keys", "bank.values", "bank.positions", "bank.chosen"}
 STREAM, WINDOW = ("counts", "written", "seen"), ("context", "running", "position")
 
 Kind = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
@@ -158,7 +158,9 @@ def _check_fit(
     if (stream := meta.get("stream")) is not None:
         state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
         router.memory.check_state(state, stream["written"][0])
-        _check_positions(tensors.get("bank.positions"), stream["seen"][0])
+        positions = tensors.get("bank.positions")
+        _check_in_order("positions", positions, stream["seen"][0])
+        _check_in_order("chosen tokens", tensors.get("bank.chosen"), 0 if positions is None else positions.numel())
     if (running := meta.get("running")) is not None:
         position, limit = running["position"][0], router.new_cache(meta["window"]).settings[2]
         if limit is not None and position > limit:
@@ -182,15 +184,19 @@ def _bank(
     for kind in ("keys", "values"):
         heads, width = keys(model)[f"{kind}.{router.attended[0]}"]
         expected[f"bank.{kind}"] = ((1, len(router.attended), heads, count, width), (router.dtype, *FLOATS))
+    if (chosen := tensors.get("bank.chosen")) is not None:
+        heads, _ = keys(model)[f"keys.{router.attended[0]}"]
+        size = chosen.shape[-1] if chosen.ndim else 0
+        expected["bank.chosen"] = ((1, len(router.attended), heads, size), (torch.long,))
     return expected | {"bank.positions": ((1, count), (torch.long,))}
 
 
-def _check_positions(positions: torch.Tensor | None, seen: int) -> None:
-    """Raises `StateError` for positions of kept tokens that are not in order among those that were read."""
-    if positions is not None and positions.numel():
-        in_order = bool((positions.diff() > 0).all())
-        if not in_order or int(positions.min()) < 0 or int(positions.max()) >= seen:
-            raise StateError(f"the positions in its bank are not in order among the {seen} tokens that were read")
+def _check_in_order(name: str, numbers: torch.Tensor | None, count: int) -> None:
+    """Raises `StateError` for numbers of tokens that are not in order among `count` of them."""
+    if numbers is not None and numbers.numel():
+        in_order = bool((numbers.diff() > 0).all())
+        if not in_order or int(numbers.min()) < 0 or int(numbers.max()) >= count:
+            raise StateError(f"the {name} in its bank are not in order among the {count} tokens that they are of")
 
 
 def _is_key(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from mnemic.host.release import DynamicLayer
 from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
 from mnemic.host.wrappers import unwrapped, whole
+from mnemic.memory import Further
 from mnemic.rereading import reread, window_ids
 from mnemic.state import State, StateError
 from mnemic.stream import Stream
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
 
 def contents(session: Session) -> tuple[State, dict[str, Any]]:
     """The tensors: the stream's; `bank.keys` and `bank.values` `[1, blocks, heads, n, width]` where keys are kept that
-    left the window; `history.*`; of the window `window.valid [1, kept]` and, unless its tokens can be read again and
-    are to be, `keys.*` and `values.*` `[1, heads, kept, width]` in the base's dtype.
+    left the window, with `bank.chosen [1, blocks, heads, c]` where the next tokens share what was chosen of them;
+    `history.*`; of the window `window.valid [1, kept]` and, unless its tokens can be read again and are to be, `keys.*`
+    and `values.*` `[1, heads, kept, width]` in the base's dtype.
     """
     if session._layer.off:
         raise StateError(
@@ -42,6 +45,7 @@ def contents(session: Session) -> tuple[State, dict[str, Any]]:
         tensors |= stream.tensors()
         if (bank := stream.banks[0]) is not None:
             tensors |= {f"bank.{name}": tensor for name, tensor in bank.tensors().items()}
+            tensors |= _chosen(stream.held[0])
         if (log := stream.logs[0]) is not None:
             tensors |= {f"history.{name}": tensor for name, tensor in log.tensors().items()}
         counts = {"counts": stream.counts, "written": stream.written, "seen": stream.seen}
@@ -74,7 +78,9 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
         ledgers = {name: tuple(values) for name, values in ledger.items()}
         kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("bank.")}
         banks = (Bank.of(kept) if kept else None,)
-        session._layer.stream = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks)
+        chosen = enumerate(kept["chosen"][0] if "chosen" in kept else ())
+        held = ({place: its_kc[:, None] for place, its_kc in chosen},)
+        session._layer.stream = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks, held=held)
     if (cache := session._cache) is None or (ledger := meta.get("running")) is None:
         return
     ledgers = {name: tuple(values) for name, values in ledger.items()}
@@ -91,6 +97,13 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
         ids = window_ids(session._log, seen, cache, router.segment_length)
         assert ids is not None  # checked
         reread(session.model, cache, cache.window, ids.to(router.device), router.segment_length)
+
+
+def _chosen(held: Mapping[int, Further | Tensor]) -> State:
+    """What was chosen for all that is held; nothing where that is not all of it."""
+    found = [each if isinstance(each, Tensor) else each.chosen_ktc for _, each in sorted(held.items())]
+    there = [chosen_ktc[:, 0] for chosen_ktc in found if chosen_ktc is not None]
+    return {"bank.chosen": torch.stack(there)[None]} if there and len(there) == len(found) else {}
 
 
 def _ids_of_window(session: Session) -> Int[Tensor, "1 k"] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -66,8 +66,9 @@ class Asked:
 
     `turned_hts` are the queries as the block turned them by their positions `position_t`; the window's oldest key
     stands at `first`, and the window has `window` keys at most. `bank` has what left it, of this block at `place`.
-    `turn(x, position)` puts positions in, and takes them out with `back=True`. `scale` multiplies products. While a
-    session is `reading`, nobody waits for what the model says.
+    `turn(x, position)` puts positions in, and takes them out with `back=True`. `scale` multiplies products. `number`
+    says which token of its segment each one is, from 0 on; -1 for padding. While a session is `reading`, nobody waits
+    for what the model says. With `chosen_ktc` what was chosen before is wanted again: `Further.chosen_ktc`.
     """
 
     turned_hts: Float[Tensor, "h t s"]
@@ -78,7 +79,9 @@ class Asked:
     place: int
     turn: Callable[..., Tensor]
     window: int
+    number: Sequence[int]
     reading: bool = False
+    chosen_ktc: Int[Tensor, "k t c"] | None = None
 
     @functools.cached_property
     def query_hts(self) -> Float[Tensor, "h t s"]:
@@ -89,17 +92,29 @@ class Asked:
 @dataclass(frozen=True)
 class Further:
     """Keys and values that stand before the window in the softmax of a block, for each head of keys and each token, or
-    (`t` is 1, nothing left out) for all tokens alike. `keep_ktm` marks what is there; None for all.
+    (`t` is 1, nothing left out) for all tokens alike. `keep_ktm` marks what is there; None for all. `chosen_ktc` says
+    where in the bank those tokens are that decide all of it, in their order: of what is held a file has these alone.
     """
 
     keys_ktms: Float[Tensor, "k t m s"]
     values_ktmv: Float[Tensor, "k t m v"]
     keep_ktm: Bool[Tensor, "k t m"] | None = None
+    chosen_ktc: Int[Tensor, "k t c"] | None = None
 
     @property
     def shared(self) -> bool:
         """Whether all tokens see the same."""
         return self.keys_ktms.shape[1] == 1 and self.keep_ktm is None
+
+    def of(self, token: int) -> Further:
+        """What one token sees."""
+        one = slice(token, token + 1) if self.keys_ktms.shape[1] > 1 else slice(None)
+        return self.map(lambda tensor: tensor[:, one])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Further:
+        """With every tensor replaced by what `function` makes of it."""
+        parts = (getattr(self, each.name) for each in dataclasses.fields(self))
+        return Further(*(None if part is None else function(part) for part in parts))  # pyright: ignore
 
 
 @dataclass(frozen=True)
@@ -279,6 +294,13 @@ class Memory(nn.Module, ABC):
     def further(self, site: Site, asked: Asked) -> Further | None:
         """What the attention at `site`, one of `reads`, sees before the window; None for nothing."""
         return None
+
+    def sharing(self, reading: bool) -> int:
+        """How many tokens, one behind another, share what `further` gives to the first of them, whose number in its
+        segment is a multiple of this. It is asked for that one alone, and the core holds what it gave for the others,
+        until the segment ends.
+        """
+        return 1
 
     def tokens_before(self, state: State) -> MemoryTokens | None:
         """The memory tokens before a segment that begins with `state`; every token of the segment sees them."""

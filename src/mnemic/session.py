@@ -28,6 +28,7 @@ from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward
 from mnemic.locks import Lock, alone
+from mnemic.sources import Sources
 from mnemic.state import StateError, from_bytes, read_file, to_bytes, write_file
 from mnemic.stream import Stream
 from mnemic.texts import Text, check_known, given, token_ids
@@ -309,6 +310,31 @@ class Session:
                 self.read(closing)
         return self.tokenizer.decode(said, skip_special_tokens=True)
 
+    @contextlib.contextmanager
+    def sources(self) -> Iterator[Sources]:
+        """Within it is noted which of the tokens that left the window the next answers attend to. `passages` tells it
+        in words where the session keeps its text. It costs the attention to them once more.
+
+            with session.sources() as found:
+                session.generate("What was the ship called?")
+            found.passages(3)
+
+        Raises:
+            ValueError: the memory keeps no tokens (recall does).
+        """
+        if not self._router.attended:
+            raise ValueError(
+                f"{type(self._router.memory).__name__} keeps no tokens that could be attended to, so there are no "
+                "passages to tell of; attach recall, or look at session.history"
+            )
+        layer = self._layer
+        outer, layer.sources = layer.sources, Sources(tokenizer=self.tokenizer)
+        found = layer.sources
+        try:
+            yield found
+        finally:
+            layer.sources, found.log = outer, self._log
+
     def flush(self) -> None:
         """Ends the running segment now: what waits is written, and a window of one segment starts anew."""
         with self._call(), torch.no_grad():
@@ -349,9 +375,8 @@ class Session:
             assert stream is not None
             bank, log = stream.banks[0] or Bank(), stream.logs[0]
             shorter = bank.without(first, last)
-            self._layer.stream = replace(
-                stream, banks=(shorter,), logs=(None if log is None else log.without(first, last),)
-            )
+            stream = replace(stream, logs=(None if log is None else log.without(first, last),))
+            self._layer.stream = stream.with_banks((shorter,))
             self._layer.replay = None  # which knows the stream as it was
             return bank.length - shorter.length
 

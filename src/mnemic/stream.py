@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mnemic.bank import Bank
 from mnemic.history import Log, told_of
-from mnemic.memory import Memory, Site
+from mnemic.memory import Further, Memory, Site
 from mnemic.state import State, StateError, append_rows, concatenate, detach, level, nbytes, put, repeat, select
 
 
@@ -84,7 +84,8 @@ class Stream:
     `state` is the memory's own; `waiting [b, p, d]` holds the hidden states of tokens that do not fill a segment yet
     (of several sites joined along d), `counts[b]` of them in row b. `written[b]` counts segments, `seen[b]` tokens.
     `logs[b]` is the row's history, None where nobody keeps one; it has no part in what is computed. `banks[b]` has the
-    keys and values that left its window, None where nothing has.
+    keys and values that left its window, None where nothing has. `held[b]` is what the running segment's tokens share
+    of what attention sees before the window, by the block's place in the bank; after loading, what was chosen for it.
     """
 
     state: State
@@ -94,11 +95,12 @@ class Stream:
     seen: tuple[int, ...]
     logs: tuple[Log | None, ...] = ()
     banks: tuple[Bank | None, ...] = ()
+    held: tuple[Mapping[int, Further | Tensor], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("logs", "banks"):
+        for name, nothing in (("logs", None), ("banks", None), ("held", {})):
             if not getattr(self, name):
-                object.__setattr__(self, name, (None,) * len(self.counts))
+                object.__setattr__(self, name, (nothing,) * len(self.counts))
 
     @staticmethod
     def new(memory: Memory, batch: int, like: Tensor) -> Stream:
@@ -118,8 +120,14 @@ class Stream:
         return nbytes(self.tensors()) + sum(bank.nbytes for bank in self.banks if bank is not None)
 
     def with_banks(self, banks: Sequence[Bank | None]) -> Stream:
-        """The same stream with other banks."""
-        return replace(self, banks=tuple(banks))
+        """The same stream with other banks; what is held of those before is dropped."""
+        same = (bank is before for bank, before in zip(banks, self.banks, strict=True))
+        held = tuple(own if stays else {} for own, stays in zip(self.held, same, strict=True))
+        return replace(self, banks=tuple(banks), held=held)
+
+    def holding(self, held: Sequence[Mapping[int, Further | Tensor]]) -> Stream:
+        """The same stream with this held of each row, unless its segment has ended."""
+        return replace(self, held=tuple(own if count else {} for own, count in zip(held, self.counts, strict=True)))
 
     def tensors(self) -> State:
         """Every carried tensor by name, the state's under `state.`."""
@@ -171,7 +179,8 @@ class Stream:
         counts = tuple(0 if row in rows else count for row, count in enumerate(self.counts))
         written = tuple(count + (row in rows) for row, count in enumerate(self.written))
         waiting = self._waiting(index, counts)
-        return replace(self, state=after, waiting=waiting, counts=counts, written=written, logs=logs)
+        stream = replace(self, state=after, waiting=waiting, counts=counts, written=written, logs=logs)
+        return stream.holding(self.held)
 
     def passed(self, memory: Memory, pieces: Sequence[Piece], time: int, keep_bt: Bool[Tensor, "b t"] | None) -> Stream:
         """The stream after a call of which the memory writes no hidden states: its tokens are counted."""
@@ -237,7 +246,7 @@ class Stream:
         )
         logs = tuple(log.begun() if log is not None and row in rows else log for row, log in enumerate(self.logs))
         banks = tuple(None if row in rows else bank for row, bank in enumerate(self.banks))
-        return Stream(state, self._waiting(index, counts), counts, written, seen, logs, banks)
+        return Stream(state, self._waiting(index, counts), counts, written, seen, logs, banks).holding(self.held)
 
     def _waiting(self, emptied: Tensor, counts: Sequence[int]) -> Tensor:
         # a copy filled with zeros, no view: what a row forgot stays neither in memory nor in a file
@@ -245,7 +254,7 @@ class Stream:
 
     @property
     def _ledgers(self) -> tuple[tuple[Any, ...], ...]:
-        return self.counts, self.written, self.seen, self.logs, self.banks
+        return self.counts, self.written, self.seen, self.logs, self.banks, self.held
 
     def select(self, rows: Sequence[int]) -> Stream:
         """Rows by index, repeats allowed."""

@@ -20,6 +20,8 @@ from mnemic.cli.show import console
 if TYPE_CHECKING:
     from torch import nn
 
+    from mnemic.sources import Sources
+
 QUIET = "bright_black"
 RECALL = "recall"
 """The memory that is there by name: it has no weights that a folder could hold."""
@@ -140,6 +142,7 @@ class Chat:
         self.keep_text, self.turns = keep_text, Turns(tokenizer)
         self.ways = self.turns.ways(model, ways or {})
         self.spent: tuple[int, float] | None = None
+        self.found: Sources | None = None
         self.unsaved = False
         self.session = self._stored() or self._new()
 
@@ -194,7 +197,8 @@ class Chat:
             try:
                 prompt = self.turns.message(text, first=self.session.is_new)
                 pieces = TextPieces(self.tokenizer)
-                with contextlib.suppress(KeyboardInterrupt):  # the second Ctrl-C, in the middle of a step
+                # the second Ctrl-C, in the middle of a step
+                with contextlib.suppress(KeyboardInterrupt), self._watched():
                     for token in self.session.answer(prompt, **self.ways):
                         said.append(token)
                         self._write(pieces.more(torch.tensor(said)))
@@ -212,6 +216,15 @@ class Chat:
             self.say(f"stopped after {len(said):,} tokens, which were read" + " and saved" * saved, QUIET)
         elif stop:
             self.say("stopped before the first token; your message was not read", QUIET)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Notes where an answer comes from, where that can be told."""
+        if not (self.session.keep_text and mnemic.attached(self.model).router.attended):
+            yield
+            return
+        with self.session.sources() as self.found:
+            yield
 
     def save(self, *, overwrite: bool = False) -> bool:
         """Puts the session into the store, unless another version is there; says so if it could not."""
@@ -246,6 +259,18 @@ class Chat:
     def memory(self) -> None:
         """what the memory holds: its slots or engrams, and what wrote them"""
         console.print(self.session.show())
+
+    def sources(self) -> None:
+        """what the last answer was made of, beyond the window"""
+        if self.found is None:
+            self.say("Nothing beyond the window was noted; that takes --memory recall and --keep-text.", QUIET)
+            return
+        passages = self.found.passages()
+        for each in passages:
+            self.say(f"{each['share']:6.1%}  tokens {each['first']:,} to {each['last']:,}", QUIET)
+            self.say("        " + " ".join((each["text"] or "").split()))
+        if not passages:
+            self.say("The last answer saw nothing beyond the window.", QUIET)
 
     def histograms(self) -> None:
         """the same, and how norms, similarities, ages and lifespans are spread"""
@@ -335,5 +360,5 @@ class Chat:
         console.file.flush()
 
 
-_NAMES = ("memory", "histograms", "cost", "reset", "forget", "reload", "overwrite", "help")
+_NAMES = ("memory", "sources", "histograms", "cost", "reset", "forget", "reload", "overwrite", "help")
 COMMANDS: dict[str, Callable[[Chat], None]] = {name: getattr(Chat, name) for name in _NAMES}

@@ -15,7 +15,7 @@ from torch import Tensor
 from mnemic.host.beside import Beside, Wordless
 from mnemic.host.cache import MemoryLayer
 from mnemic.host.release import Cache
-from mnemic.memory import Site
+from mnemic.memory import Further, Site
 from mnemic.state import State
 from mnemic.stream import Piece, Stream
 
@@ -76,6 +76,11 @@ class Call:
     angles: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cosines and sines of positions, which are the same in many blocks."""
     beside: Beside | None = None
+    held: list[dict[int, Further]] = field(init=False)
+    """Of each row what the segment's next tokens share, as `Stream.held`."""
+
+    def __post_init__(self) -> None:
+        self.held = [{} for _ in range(self.plan.batch)]
 
     @property
     def now(self) -> Pass:

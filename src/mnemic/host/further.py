@@ -1,14 +1,51 @@
-"""Attention of one row over the keys of its window and further ones that a memory gives, in one softmax."""
+"""Further keys that a memory gives to tokens of one row, and attention over them and its window in one softmax."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from mnemic.memory import Further
+from mnemic.memory import Asked, Further, Memory, Site
+
+Part = tuple[int, int, Further | None]
+"""From which token of a call to before which one, and what these see before the window."""
+
+
+def in_parts(
+    memory: Memory, site: Site, asked: Asked, held: Further | Tensor | None
+) -> tuple[list[Part], Further | None]:
+    """What the tokens of one row see, in parts, where `held` is shared by those before the first that the memory is
+    asked for; and what the segment's next tokens share.
+    """
+    time, every, number = len(asked.number), memory.sharing(asked.reading), asked.number
+    if every == 1:
+        return [(0, time, memory.further(site, asked))], None
+
+    def given(tokens: list[int], chosen: Tensor | None = None) -> Further | None:
+        query, position = asked.turned_hts[:, tokens], asked.position_t[tokens]
+        few = replace(asked, turned_hts=query, position_t=position, number=[number[t] for t in tokens])
+        return memory.further(site, replace(few, chosen_ktc=chosen))
+
+    if isinstance(held, Tensor):
+        held = given([], held)
+    first = [t for t in range(time) if number[t] % every == 0]  # which -1 is not
+    if held is None:  # nobody was asked for those before them
+        first = sorted({*first, *[t for t in range(time) if number[t] >= 0][:1]})
+    if not first:
+        return [(0, time, held)], held
+    if (more := given(first)) is None:
+        return [(0, time, None)], None
+    begins = [0 if held is None else first[0], *first[1:]]
+    parts: list[Part] = [(0, begins[0], held)] if begins[0] else []
+    parts += [(begin, end, more.of(i)) for i, (begin, end) in enumerate(itertools.pairwise([*begins, time]))]
+    with torch.inference_mode(False), torch.no_grad():  # whoever goes on with it may be outside of it
+        return parts, more.of(len(first) - 1).map(Tensor.clone)
 
 
 def with_shared(
@@ -36,10 +73,10 @@ def with_shared(
     return base(module, query, key, value, mask, **kwargs)[0]
 
 
-def with_own(
-    query_hts: Tensor, key_kns: Tensor, value_knv: Tensor, mask: Tensor | None, more: Further, kwargs: dict[str, Any]
-) -> Tensor:
-    """Attention of one row in which every token has further keys of its own: `[1, t, h, v]`, as the host gives it."""
+def weights(
+    query_hts: Tensor, key_kns: Tensor, mask: Tensor | None, more: Further, kwargs: dict[str, Any]
+) -> Float[Tensor, "k g t n"]:
+    """What each token of one row attends to: first the further keys, then those of the window."""
     time, held, own = query_hts.shape[1], key_kns.shape[1], len(query_hts) // len(key_kns)
     scale = float(kwargs.get("scaling") or query_hts.shape[-1] ** -0.5)
     query_kgts = query_hts.unflatten(0, (-1, own)).float() * scale
@@ -56,8 +93,16 @@ def with_own(
         near = near.masked_fill(~mask, -torch.inf)
     if more.keep_ktm is not None:
         far = far.masked_fill(~more.keep_ktm[:, None], -torch.inf)
-    weight_kgtn = torch.cat([far, near], -1).softmax(-1)
-    far, near = weight_kgtn.split([far.shape[-1], held], -1)
+    return torch.cat([far, near], -1).softmax(-1)
+
+
+def with_own(
+    query_hts: Tensor, key_kns: Tensor, value_knv: Tensor, mask: Tensor | None, more: Further, kwargs: dict[str, Any]
+) -> Tensor:
+    """Attention of one row in which every token has further keys of its own: `[1, t, h, v]`, as the host gives it."""
+    held, own, time = key_kns.shape[1], len(query_hts) // len(key_kns), query_hts.shape[1]
+    weight_kgtn = weights(query_hts, key_kns, mask, more, kwargs)
+    far, near = weight_kgtn.split([weight_kgtn.shape[-1] - held, held], -1)
     read = (far.transpose(1, 2) @ more.values_ktmv.float()).transpose(1, 2)
     read = read + (near.flatten(1, 2) @ value_knv.float()).unflatten(1, (own, time))
     return read.flatten(0, 1).transpose(0, 1)[None].to(query_hts.dtype)

@@ -176,7 +176,7 @@ class Router(nn.Module):
         if layer is not None and stream is not None:
             if not self.memory.writes:  # where tokens are written they are counted
                 stream = counted(self, call)
-            layer.stream = stream.leave(call.traces, call.keep).read(call.ids, call.keep)
+            layer.stream = stream.leave(call.traces, call.keep).read(call.ids, call.keep).holding(call.held)
         if isinstance(cache, MemoryCache):
             cache.inside = False
             cache.memory.off |= bool(self.attended) and not self.enabled

@@ -12,8 +12,8 @@ tokens, R the rotation by positions and D a distance of `window` tokens,
     chosen: the first `sinks` tokens, and the blocks of the greatest m, `budget` tokens of them, in order of time
 
 and the chosen keys stand in line before the window, whose first key stands at f: the last of M at f - 1, the first at
-f - M. Every token chooses for itself, from what was kept when its segment began, so nothing
-depends on what comes later nor on how calls are cut.
+f - M. Every token chooses for itself, or every `refresh`-th of a segment for those that follow it, from what was kept
+when its segment began, so nothing depends on what comes later nor on how calls are cut.
 
 To score every key costs more than the model does. With `search="candidates"` the mass is that among candidates C alone:
 
@@ -26,9 +26,9 @@ The mean keys are made once of whole `LEAST` tokens, from the kept keys alone, a
 
 Where we depart. InfLLM's blocks have a few keys each that stand for them, a block's score is the mean of its products,
 one choice serves all heads and a chunk of 512 queries (tokens early in a chunk choose by later ones), and all that is
-retrieved stands at one distance. `choice="mean"`, `by="layer"` and `layout="capped"` are these, but for the chunk and
-but that a block's mean key stands for it. Choosing by mass is near TokenSelect (arXiv 2411.02886), in line is
-ReAttention's (arXiv 2407.15176); `choice="bounds"` is Quest's (arXiv 2406.10774).
+retrieved stands at one distance. `choice="mean"`, `by="layer"`, `layout="capped"` and `refresh` are these, but that a
+block's mean key stands for it and that the first token of a chunk chooses. Choosing by mass is near TokenSelect (arXiv
+2411.02886), in line is ReAttention's (arXiv 2407.15176); `choice="bounds"` is Quest's (arXiv 2406.10774).
 
 While a session reads, only the sinks are seen before the window (`recall_in_reading=False`): reading costs what the
 window costs, and the keys are those of a base with that window.
@@ -39,7 +39,7 @@ State: `2 x layers x heads of keys x their width` numbers a token in the base's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -68,6 +68,7 @@ class RecallConfig(MemoryConfig):
     `layout` "line" chosen keys stand one behind another before the window; "capped", all at the distance of the window.
     `recall_in_reading` lets a session retrieve while it reads, too. `search` says whose mass is known: that of all that
     is kept ("exact") or of "candidates", `wider` times the budget, which costs a fraction of it and may miss some.
+    `refresh` is how many tokens of a segment share one choice, that of the first of them.
     """
 
     kind: ClassVar[str] = "recall"
@@ -94,6 +95,7 @@ class RecallConfig(MemoryConfig):
     recall_in_reading: bool = False
     search: Literal["exact", "candidates"] = "exact"
     wider: int = 4
+    refresh: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +107,10 @@ class RecallConfig(MemoryConfig):
                 raise ValueError(f"{name} is {value}; use a multiple of unit={self.unit}, or 0")
         if self.wider < 1:
             raise ValueError(f"wider is {self.wider}; use 1 or more")
+        if not 1 <= self.refresh <= self.segment_length:
+            raise ValueError(f"refresh is {self.refresh}; use 1 to segment_length={self.segment_length}")
+        if self.refresh > 1 and self.layout == "capped":
+            raise ValueError(f"refresh is {self.refresh}, but 'capped' places keys for each token; use layout='line'")
 
     def unused(self) -> dict[str, str]:
         """How candidates are found, where none are."""
@@ -114,9 +120,9 @@ class RecallConfig(MemoryConfig):
 
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
-        """Room for two blocks of 4 beside 4 sinks, which reading uses too, and InfLLM's choices."""
+        """Room for two blocks of 4 beside 4 sinks, which reading uses too; InfLLM's choices; a choice for 5 tokens."""
         small = {"segment_length": 8, "window": 16, "budget": 8, "sinks": 4, "unit": 4, "recall_in_reading": True}
-        return [cls(**small), cls(**small, choice="mean", by="layer", layout="capped")]
+        return [cls(**small), cls(**small, choice="mean", by="layer", layout="capped"), cls(**small, refresh=5)]
 
     @classmethod
     def small(cls, segment_length: int, width: int, size: int | None = None) -> RecallConfig:
@@ -162,65 +168,61 @@ class Recall(Memory):
 
     def further(self, site: Site, asked: Asked) -> Further | None:
         """What is seen before the window: all that is kept where it fits, else what each token chooses."""
-        config, kept = self.config, asked.bank.length
-        only_sinks = not config.budget or (asked.reading and not config.recall_in_reading)
-        if kept <= config.sinks + config.budget or only_sinks:
-            count = min(kept, config.sinks) if only_sinks else kept
-            return self._in_line(asked, count) if count else None
-        return self._placed(asked, *self._chosen(asked))
+        config, bank, chosen = self.config, asked.bank, ()
+        only_sinks = self._only_sinks(asked.reading)
+        if only_sinks or bank.length <= config.sinks + config.budget:
+            count = min(bank.length, config.sinks) if only_sinks else bank.length
+            if not count:
+                return None
+            keys, values = (part[:, None] for part in bank.first(asked.place, count))
+        else:
+            start_ktu = self._chosen(asked) if asked.chosen_ktc is None else asked.chosen_ktc
+            keys, values = (bank.runs(name, asked.place, start_ktu, config.unit) for name in ("keys", "values"))
+            chosen = bank.there(start_ktu, config.unit), start_ktu
+        if chosen and config.layout == "capped":  # at one distance from each token
+            turned = asked.turn(keys.transpose(1, 2), asked.position_t - asked.window).transpose(1, 2)
+        else:
+            turned = asked.turn(keys, torch.arange(asked.first - keys.shape[2], asked.first, device=keys.device))
+        return Further(turned, values, *chosen)
 
-    def _in_line(self, asked: Asked, count: int) -> Further:
-        """The first `count` tokens, in line before the window, for all tokens alike."""
-        keys, values = (part[:, None] for part in asked.bank.first(asked.place, count))
-        position = asked.first - count + torch.arange(count, device=keys.device)
-        return Further(asked.turn(keys, position), values)
+    def sharing(self, reading: bool) -> int:
+        """As many tokens as one choice is for."""
+        return 1 if self._only_sinks(reading) else self.config.refresh
+
+    def _only_sinks(self, reading: bool) -> bool:
+        return not self.config.budget or (reading and not self.config.recall_in_reading)
 
     @torch.no_grad()
-    def _chosen(self, asked: Asked) -> tuple[Float[Tensor, "k t m s"], Int[Tensor, "k t u"]]:
-        """The keys of the chosen blocks, in order of time, and where these begin."""
-        bank, unit = asked.bank, self.config.unit
-        query_kgts = self._far(asked).unflatten(0, (bank.chunks[0].keys.shape[1], -1)) * asked.scale
-        if self.config.choice == "mass" and self.config.search == "candidates":
-            choose, most = self._among_candidates, self.config.wider * self.config.budget
-            at_once = most * query_kgts[:, 0, 0].numel()
-        else:
-            choose, at_once = self._among_all, len(asked.turned_hts) * bank.length
-        found = [choose(asked, query) for query in query_kgts.split(max(1, SCORES_AT_ONCE // at_once), 2)]
-        keys, blocks = found[0] if len(found) == 1 else (torch.cat(part, 1) for part in zip(*found, strict=True))
-        return keys, blocks * unit
-
-    def _among_all(
-        self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]
-    ) -> tuple[Float[Tensor, "k t m s"], Int[Tensor, "k t u"]]:
-        """The choice of some tokens: keys and numbers of their blocks."""
+    def _chosen(self, asked: Asked) -> Int[Tensor, "k t u"]:
+        """Where the chosen blocks begin, in order of time."""
         config, bank = self.config, asked.bank
-        score = SCORES[config.choice](bank.keys(asked.place), config.unit)
-        block_ktu = self._best(self._voted(score(query_kgts.flatten(1, 2)).unflatten(1, query_kgts.shape[1:3])), 1)
-        return bank.runs("keys", asked.place, block_ktu * config.unit, config.unit), block_ktu
+        query_kgts = self._far(asked).unflatten(0, (bank.chunks[0].keys.shape[1], -1)) * asked.scale
+        choose, at_once = self._among_all, len(asked.turned_hts) * bank.length
+        if config.choice == "mass" and config.search == "candidates":
+            choose, at_once = self._among_candidates, query_kgts[:, 0, 0].numel() * config.wider * config.budget
+        parts = query_kgts.split(max(1, SCORES_AT_ONCE // at_once), 2)
+        return torch.cat([choose(asked, query) for query in parts], 1) * config.unit
 
-    def _among_candidates(
-        self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]
-    ) -> tuple[Float[Tensor, "k t m s"], Int[Tensor, "k t u"]]:
+    def _among_all(self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]) -> Int[Tensor, "k t u"]:
+        """The blocks that some tokens choose."""
+        score, keys = SCORES[self.config.choice], asked.bank.keys(asked.place)
+        worth_knu = score(query_kgts.flatten(1, 2), keys, self.config.unit)
+        return self._best(self._voted(worth_knu.unflatten(1, query_kgts.shape[1:3])), 1)
+
+    def _among_candidates(self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]) -> Int[Tensor, "k t u"]:
         """The same, where few keys are looked at."""
-        config, bank, unit = self.config, asked.bank, self.config.unit
+        bank, unit = asked.bank, self.config.unit
         mean_ksu = bank.means(asked.place, unit)
         worth_ktu = self._voted((query_kgts.flatten(1, 2) @ mean_ksu).softmax(-1).unflatten(1, query_kgts.shape[1:3]))
         if behind := -(-bank.length // unit) - mean_ksu.shape[-1]:
             worth_ktu = F.pad(worth_ktu, (0, behind), value=torch.inf)
-        block_ktc = self._best(worth_ktu, config.wider, behind)
+        block_ktc = self._best(worth_ktu, self.config.wider, behind)
         keys_ktns = bank.runs("keys", asked.place, block_ktc * unit, unit)
         product_ktgn = query_kgts.transpose(1, 2) @ keys_ktns.float().transpose(-1, -2)
-        if bank.length % unit:
-            left_ktc1 = bank.length - block_ktc[..., None] * unit
-            gone_ktn = (torch.arange(unit, device=left_ktc1.device) >= left_ktc1).flatten(2)
-            product_ktgn = product_ktgn.masked_fill(gone_ktn[:, :, None], -torch.inf)
+        if (there_ktn := bank.there(block_ktc * unit, unit)) is not None:
+            product_ktgn = product_ktgn.masked_fill(~there_ktn[:, :, None], -torch.inf)
         share_ktgc = product_ktgn.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
-        place_ktu = self._best(self._voted(share_ktgc.transpose(1, 2)), 1)
-        # as rows of all candidates
-        first_kt1 = torch.arange(0, block_ktc.numel(), block_ktc.shape[-1], device=place_ktu.device)
-        row = (place_ktu + first_kt1.view(*place_ktu.shape[:2], 1)).flatten()
-        keys_ktms = keys_ktns.view(block_ktc.numel(), -1).index_select(0, row)
-        return keys_ktms.view(*place_ktu.shape[:2], -1, keys_ktns.shape[-1]), block_ktc.gather(-1, place_ktu)
+        return block_ktc.gather(-1, self._best(self._voted(share_ktgc.transpose(1, 2)), 1))
 
     def _best(self, worth_ktu: Float[Tensor, "k t u"], times: int, more: int = 0) -> Int[Tensor, "k t m"]:
         """In order of time the first blocks of the stream, and the best others: `times` the budget and `more`."""
@@ -231,57 +233,33 @@ class Recall(Memory):
 
     def _voted(self, worth_kgtu: Float[Tensor, "k g t u"]) -> Float[Tensor, "k t u"]:
         """Of all heads of queries together: InfLLM adds up products; of probabilities the greatest counts."""
-        mean = self.config.choice == "mean"
-        worth_ktu = worth_kgtu.sum(1) if mean else worth_kgtu.amax(1)
-        if self.config.by == "layer":
-            one = worth_ktu.sum(0) if mean else worth_ktu.amax(0)
-            worth_ktu = one.repeat(len(worth_ktu), 1, 1)
-        return worth_ktu
+        vote = torch.sum if self.config.choice == "mean" else torch.amax
+        worth_ktu = vote(worth_kgtu, 1)
+        return worth_ktu if self.config.by == "head" else vote(worth_ktu, 0).repeat(len(worth_ktu), 1, 1)
 
     def _far(self, asked: Asked) -> Float[Tensor, "h t s"]:
         """R_D q: queries as they meet keys without positions."""
         # by the difference, as some kinds of scaling make what is turned longer, and keys would be turned to 0
         return asked.turn(asked.turned_hts, asked.window - asked.position_t)
 
-    def _placed(self, asked: Asked, keys_ktms: Float[Tensor, "k t m s"], start: Int[Tensor, "k t u"]) -> Further:
-        """The keys of the blocks that begin at `start` where they are to stand, and their values."""
-        config, bank, count, keep_ktm = self.config, asked.bank, keys_ktms.shape[2], None
-        values_ktmv = bank.runs("values", asked.place, start, config.unit)
-        if bank.length % config.unit:
-            keep_ktm = (start[..., None] + torch.arange(config.unit, device=start.device) < bank.length).flatten(2)
-        if config.layout == "line":
-            position = torch.arange(asked.first - count, asked.first, device=keys_ktms.device)
-            return Further(asked.turn(keys_ktms, position), values_ktmv, keep_ktm)
-        # at one distance from each token
-        position_t = asked.position_t - asked.window
-        turned = asked.turn(keys_ktms.transpose(1, 2), position_t).transpose(1, 2)
-        return Further(turned, values_ktmv, keep_ktm)
 
-
-def by_mass(keys: list[Tensor], unit: int) -> Callable[[Tensor], Tensor]:
+def by_mass(query_kns: Float[Tensor, "k n s"], keys: list[Tensor], unit: int) -> Float[Tensor, "k n u"]:
     """The share of each block in the attention over all that is kept."""
-
-    def score(query_kns: Float[Tensor, "k n s"]) -> Float[Tensor, "k n u"]:
-        product = torch.cat([query_kns @ part.float().transpose(-1, -2) for part in keys], -1)
-        product = F.pad(product, (0, -product.shape[-1] % unit), value=-torch.inf)
-        return product.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
-
-    return score
+    product = torch.cat([query_kns @ part.float().transpose(-1, -2) for part in keys], -1)
+    product = F.pad(product, (0, -product.shape[-1] % unit), value=-torch.inf)
+    return product.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
 
 
-def by_mean(keys: list[Tensor], unit: int) -> Callable[[Tensor], Tensor]:
+def by_mean(query_kns: Float[Tensor, "k n s"], keys: list[Tensor], unit: int) -> Float[Tensor, "k n u"]:
     """The product with a block's mean key."""
-    mean_kus = torch.cat([part.mean(2) for part in _blocks(keys, unit)], 1)
-    return lambda query_kns: query_kns @ mean_kus.transpose(-1, -2)
+    return query_kns @ torch.cat([part.mean(2) for part in _blocks(keys, unit)], 1).mT
 
 
-def by_bounds(keys: list[Tensor], unit: int) -> Callable[[Tensor], Tensor]:
+def by_bounds(query_kns: Float[Tensor, "k n s"], keys: list[Tensor], unit: int) -> Float[Tensor, "k n u"]:
     """The most that a product with any key of the block can be, by the least and the greatest of each channel."""
-    low, high = (
-        torch.cat(ends, 1).transpose(-1, -2)
-        for ends in zip(*(p.aminmax(dim=2) for p in _blocks(keys, unit)), strict=True)
-    )
-    return lambda query_kns: query_kns.clamp_min(0) @ high + query_kns.clamp_max(0) @ low
+    ends = zip(*(part.aminmax(dim=2) for part in _blocks(keys, unit)), strict=True)
+    low, high = (torch.cat(parts, 1).mT for parts in ends)
+    return query_kns.clamp_min(0) @ high + query_kns.clamp_max(0) @ low
 
 
 SCORES = {"mass": by_mass, "mean": by_mean, "bounds": by_bounds}

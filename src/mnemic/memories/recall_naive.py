@@ -21,6 +21,9 @@ def naive(memory: Recall, asked: Asked) -> list[list[list[Seen]]]:
     blocks = [list(range(start, min(start + unit, kept))) for start in range(0, kept, unit)]
     seen: list[list[list[Seen]]] = [[] for _ in range(heads)]
     for t, position in enumerate(asked.position_t.tolist()):
+        if t and asked.number[t] % config.refresh:
+            seen = [[*its, its[-1]] for its in seen]
+            continue
         far = [_turned(asked, _turned(asked, query, window), 0) for query in asked.query_hts[:, t]]
         among = [list(range(len(blocks)))] * heads
         if config.search == "candidates" and config.choice == "mass":
@@ -28,9 +31,8 @@ def naive(memory: Recall, asked: Asked) -> list[list[list[Seen]]]:
             mean = [[keys[head, blocks[u]].mean(0) for u in whole] for head in range(heads)]
             shares = [[float((scale * key @ query).exp()) for key in mean[h // group]] for h, query in enumerate(far)]
             worth = _voted(config, group, [[share / sum(row) for share in row] for row in shares])
-            among = [
-                sorted({*_best(whole, row, always, config.wider * take), *among[0][len(whole) :]}) for row in worth
-            ]
+            new = among[0][len(whole) :]
+            among = [sorted({*_best(whole, row, always, config.wider * take), *new}) for row in worth]
         rows = []
         for h, query in enumerate(far):
             its = [blocks[u] for u in among[h // group]]

@@ -170,6 +170,10 @@ class Several(Memory):
         """What the one memory inside attention gives."""
         return next((each.further(site, asked) for _, each in self.all if site in each.reads), None)
 
+    def sharing(self, reading: bool) -> int:
+        """What the one memory inside attention says."""
+        return next((each.sharing(reading) for _, each in self.all if each.attention_reads), 1)
+
     def tokens_before(self, state: State) -> MemoryTokens | None:
         """Those of the one memory that has any."""
         return next((each.tokens_before(own(state, start)) for start, each in self.all if each.beside), None)

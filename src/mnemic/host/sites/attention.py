@@ -8,6 +8,7 @@ turned back from their positions, so that they can stand anywhere.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,9 @@ from mnemic.bank import Bank
 from mnemic.host.anatomy import attention_of
 from mnemic.host.cache import MemoryCache, Window
 from mnemic.host.call import Call, eager, thread
-from mnemic.host.further import with_own, with_shared
+from mnemic.host.further import Part, in_parts, weights, with_own, with_shared
 from mnemic.host.release import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, DynamicLayer, newer
-from mnemic.memory import Asked, Further, Site
+from mnemic.memory import Asked, Site
 from mnemic.state import StateError
 
 if TYPE_CHECKING:
@@ -102,18 +103,29 @@ def attend(
     if layer == router.attended[-1]:
         _check_finite(key[:, :, -query.shape[2] :], call.keep, layer)
     further = [_asked(router, call, layer, query, row, kwargs) for row in range(len(query))]
-    if all(each is None for each in further):
+    if all(more is None for parts in further for *_, more in parts):
         return base(module, query, key, value, attention_mask, **kwargs)
-    rows = []
-    for row, more in enumerate(further):
-        one = slice(row, row + 1)
-        mask = None if attention_mask is None else attention_mask[one if len(attention_mask) > 1 else slice(0, 1)]
-        if more is None:
-            rows.append(base(module, query[one], key[one], value[one], mask, **kwargs)[0])
-        elif more.shared and query.shape[2] > 1:
-            rows.append(with_shared(base, module, query[one], key[one], value[one], mask, more, kwargs))
-        else:
-            rows.append(with_own(query[row], key[row], value[row], mask, more, kwargs))
+    time, rows = query.shape[2], []
+    for row, parts in enumerate(further):
+        one, found = slice(row, row + 1), []
+        for begin, end, more in parts:
+            # a part's own tokens are the last of the keys that it sees
+            here, held = slice(begin, end), slice(key.shape[2] - time + end)
+            mask = None
+            if attention_mask is not None:
+                mask = attention_mask[one if len(attention_mask) > 1 else slice(0, 1), :, here, held]
+            q, k, v = query[one, :, here], key[one, :, held], value[one, :, held]
+            if more is not None and call.plan.layer is not None and call.plan.layer.sources is not None and row == 0:
+                bank, place = call.stream.banks[0], router.attended.index(layer)
+                assert bank is not None
+                call.plan.layer.sources.note(place, weights(q[0], k[0], mask, more, kwargs), more, bank)
+            if more is None:
+                found.append(base(module, q, k, v, mask, **kwargs)[0])
+            elif more.shared and end - begin > 1:
+                found.append(with_shared(base, module, q, k, v, mask, more, kwargs))
+            else:
+                found.append(with_own(q[0], k[0], v[0], mask, more, kwargs))
+        rows.append(torch.cat(found, 1))
     return torch.cat(rows), None
 
 
@@ -141,12 +153,12 @@ def _check_finite(key_bkts: Tensor, keep_bt: Tensor | None, layer: int) -> None:
         )
 
 
-def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwargs: dict[str, Any]) -> Further | None:
+def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwargs: dict[str, Any]) -> list[Part]:
     """What the memory gives to one row."""
     assert call.stream is not None
     bank = call.stream.banks[row]
     if bank is None or not bank.length:
-        return None
+        return [(0, query.shape[2], None)]
     assert isinstance(call.cache, MemoryCache)
     assert call.cache.window is not None
     window, place = call.cache.window, router.attended.index(layer)
@@ -161,9 +173,23 @@ def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwar
         place=place,
         turn=turn,
         window=call.cache.settings[0] or router.segment_length,
+        number=_numbers(window.running[row], call, row),
         reading=thread.reading,
     )
-    return router.memory.further(Site(layer, "attention"), asked)
+    # as it stood: a memory beside this one may have ended the segment in an earlier block
+    held = (call.before or call.stream).held[row].get(place)
+    parts, shared = in_parts(router.memory, Site(layer, "attention"), asked, held)
+    if shared is not None:
+        call.held[row][place] = shared
+    return parts
+
+
+def _numbers(running: int, call: Call, row: int) -> Sequence[int]:
+    """Which token of its segment each one is, of which it had `running`."""
+    if call.keep is None:
+        return range(running, running + call.time)
+    count = itertools.count(running)
+    return [next(count) if real else -1 for real in call.keep[row].tolist()]
 
 
 def _positions(window: Window, call: Call, row: int, time: int, device: torch.device) -> Tensor:
