@@ -13,6 +13,7 @@ from helpers import CONFIGS, SEGMENT, assert_differ, assert_near, assert_same_st
 from mnemic.host.anatomy import examine
 from mnemic.host.turning import movable
 from mnemic.state import StateError, from_bytes, to_bytes
+from test_ropes import dynamic
 
 CONFIG = CONFIGS["emt-0"]
 WINDOW, SINKS, POSITIONS = 2 * SEGMENT, 3, 4 * SEGMENT
@@ -147,8 +148,13 @@ def test_what_cannot_be_is_refused():
         mnemic.memory_cache(model, sinks=4)
     with pytest.raises(ValueError, match=r"sinks is 4, and this memory says itself which keys a token sees; use 0"):
         mnemic.memory_cache(host("llama", CONFIGS["recall-0"]), WINDOW, 4)
+    model = dynamic()
+    mnemic.attach(model, CONFIG)
+    with pytest.raises(ValueError, match=r"sinks is 4, and the model's rotary embedding is that of texts of"):
+        mnemic.memory_cache(model, WINDOW, 4)
     with pytest.raises(ValueError, match=r"sinks is 4, but BertForMaskedLM is an encoder"):
         mnemic.Session(host("bert", CONFIG), sinks=4)
+    model = host("llama", CONFIG)
     one, two = mnemic.Session(model, window=WINDOW), mnemic.Session(model, window=WINDOW, sinks=2)
     with pytest.raises(ValueError, match=r"session 1 keeps 2 sinks in its window, session 0 4; make a batch for each"):
         mnemic.batch([one, two])

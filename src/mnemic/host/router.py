@@ -72,6 +72,12 @@ class Router(nn.Module):
         self.made_with: list[float] = []
         sites.check(memory, self.depth)
         self.attended = attention.served(anatomy, [site.layer for site in memory.attention_reads])
+        self.sinkless: str | None = None
+        """Why a window has no sinks here."""
+        if self.attended or memory.span is not None:
+            self.sinkless = "this memory says itself which keys a token sees"
+        elif length_dependent(anatomy.trunk):
+            self.sinkless = "the model's rotary embedding is that of texts of the window's length"
         self.turnings: list[Turning] = []
         self.moving: tuple[dict[int, Turning] | None, ...] = ()  # looked up when first needed
         object.__setattr__(self, "attentions", ())  # the modules of `attended`, which are the trunk's
@@ -213,10 +219,8 @@ class Router(nn.Module):
         return MemoryCache(window, self.segment_length, limit, self.depth, self.memory.beside, sinks)
 
     def most_sinks(self, window: int | None) -> int:
-        """How many sinks a window has room for beside a segment: none where nothing leaves it, and where the memory
-        says itself which keys a token sees.
-        """
-        if window is None or self.attended or self.memory.span is not None:
+        """How many sinks a window has room for beside a segment: none where nothing leaves it."""
+        if window is None or self.sinkless:
             return 0
         room = window if self.positions is None else min(window, self.positions - self.memory.beside)
         return max(0, room - self.segment_length)
