@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mnemic
 from families import make
 from helpers import tokens
 from mnemic.analysis import real_tables
@@ -91,3 +92,25 @@ def test_what_recall_costs():
         assert found[length]["clock / base"].keys() == speed.SIDES.keys()
         assert found[length]["reading"]["clock / base"].keys() == {"recall"}
     assert found["100"]["bytes"] * 24 == found["24"]["bytes"] * 100
+
+
+def test_sinks_of_a_window(tmp_path, monkeypatch):
+    """All windows are one until they are full; then each counts, and the record checks."""
+    sinks, model = script("window_sinks"), make("llama")
+    small = {"WINDOW": 32, "SEGMENT": 8, "BLOCK": 16, "CONDITIONS": {"4 sinks": (4, {}), "no sinks": (0, {})}}
+    for name, value in small.items():
+        monkeypatch.setattr(sinks, name, value)
+    monkeypatch.setattr(sys.modules[sinks.scored.__module__], "BLOCK", 16)
+    attachment = mnemic.attach(model, mnemic.EMTConfig(segment_length=8, slots=4, dim=16))
+    record = sinks.run(attachment, sinks.Novel(tokens(1, 96), 64), "tiny", Silent())
+    (score,) = record.scores
+    assert score.examples == 64
+    assert set(score.controls) == {"no sinks", sinks.RECOMPUTED}
+    path = record.save(tmp_path, "window-sinks.json")
+    assert problems(path) == []
+    assert "| no sinks | " in real_tables.window_sinks([Record.load(path)])
+    with attachment.disabled():
+        ids = tokens(1, 32)
+        one, two = sinks.windowed(model, 4, {}), sinks.recomputed(model)
+        for part in ids.split(8, 1):
+            torch.testing.assert_close(one(part), two(part))

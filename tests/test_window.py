@@ -31,10 +31,10 @@ def window_start(segment: int, window: int) -> int:
     return max(0, (segment + 1) * SEGMENT - window)
 
 
-@pytest.mark.parametrize("window", [SEGMENT, 2 * SEGMENT, 3 * SEGMENT])
+@pytest.mark.parametrize(("window", "sinks"), [(SEGMENT, 0), (2 * SEGMENT, 3), (3 * SEGMENT, 0)])
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
-def test_the_base_sees_its_window_and_nothing_else(name, window):
+def test_the_base_sees_its_window_and_nothing_else(name, window, sinks):
     # One block: its keys depend on their own token alone, so the window equals the base run on what is visible. (With
     # more blocks old keys know of tokens that left, as in every sliding window; see the next test.)
     depth = {"n_layer": 1} if name in ("gpt2", "gptj", "bloom") else {"num_hidden_layers": 1}
@@ -42,15 +42,16 @@ def test_the_base_sees_its_window_and_nothing_else(name, window):
     model, ids = make(name, **depth, **layers), tokens(2, 5 * SEGMENT)
     attachment = trained(model, CONFIG)
     with attachment.disabled():
-        logits = feed(model, ids, carried=mnemic.memory_cache(model, window))
+        logits = feed(model, ids, carried=mnemic.memory_cache(model, window, sinks))
     bare = make(name, **depth, **layers)
     for segment in range(5):
         start, stop = window_start(segment, window), (segment + 1) * SEGMENT
-        more = {}
-        if window > SEGMENT and DECODERS[name].positions == "learned":
-            # learned positions go on through the stream while keys of it are kept
-            more["position_ids"] = torch.arange(start, stop).expand(2, -1)
-        expected = bare(ids[:, start:stop], **more).logits[:, -SEGMENT:]
+        first = start + sinks if start else 0
+        seen, more = torch.cat([torch.arange(min(sinks, first)), torch.arange(first, stop)]), {}
+        if window > SEGMENT and DECODERS[name].positions != "alibi":
+            # positions go on through the stream while keys of it are kept
+            more = {"position_ids": seen.expand(2, -1), "attention_mask": torch.ones(2, len(seen), dtype=torch.long)}
+        expected = bare(ids[:, seen], **more).logits[:, -SEGMENT:]
         assert_near(logits[:, stop - SEGMENT : stop], expected, 1e-4)
         if start:
             everything = bare(ids[:, :stop]).logits[:, -SEGMENT:]
@@ -58,22 +59,23 @@ def test_the_base_sees_its_window_and_nothing_else(name, window):
                 assert_differ(everything, expected)
 
 
-@pytest.mark.parametrize("window", [SEGMENT, 2 * SEGMENT, 3 * SEGMENT])
+@pytest.mark.parametrize(("window", "sinks"), [(SEGMENT, 0), (2 * SEGMENT, 0), (2 * SEGMENT, 3), (3 * SEGMENT, 4)])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "opt", "qwen3"])
 @torch.no_grad()
-def test_deep_windows_equal_a_banded_mask(name, window):
+def test_deep_windows_equal_a_banded_mask(name, window, sinks):
     time = 5 * SEGMENT
     model, ids = host(name, CONFIG), tokens(2, time)
     t = torch.arange(time)
     first = torch.tensor([window_start(segment, window) for segment in range(5)]).repeat_interleave(SEGMENT)
-    band = (t[None] <= t[:, None]) & (t[None] >= first[:, None])
+    begin = torch.where(first > 0, first + sinks, 0)
+    band = (t[None] <= t[:, None]) & ((t[None] >= begin[:, None]) | (t[None] < sinks))
     mask = torch.zeros(1, 1, time, time).masked_fill(~band, torch.finfo(torch.float32).min)
     # a window of one segment is empty at each segment's start, where positions begin again
     positions = (t % SEGMENT if window == SEGMENT else t).expand(2, -1)
     expected = make(name)(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     with mnemic.attached(model).disabled():
         for lengths in ([time], [SEGMENT] * 5, [1] * time):
-            logits = feed(model, ids, lengths, carried=mnemic.memory_cache(model, window))
+            logits = feed(model, ids, lengths, carried=mnemic.memory_cache(model, window, sinks))
             assert_near(logits, expected, 1e-4)
 
 
@@ -193,7 +195,7 @@ def test_a_memory_cache_takes_nothing_back():
 
 
 def test_window_is_immutable():
-    window = Window.new(2 * SEGMENT, SEGMENT, None, 0, 2, torch.device("cpu"))
+    window = Window.new(2 * SEGMENT, SEGMENT, None, 0, 0, 2, torch.device("cpu"))
     after = window.advance(None, SEGMENT)
     closed = after.advance(None, SEGMENT).close_segment([0])
     assert (window.context, after.context, closed.context) == ((0, 0), (8, 8), (8, 16))

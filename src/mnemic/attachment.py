@@ -418,13 +418,17 @@ def default_window(model: nn.Module) -> int:
     return wanted if trained is None else min(wanted, trained)
 
 
-def memory_cache(model: nn.Module, window: int | None = None) -> MemoryCache:
+def memory_cache(model: nn.Module, window: int | None = None, sinks: int | None = None) -> MemoryCache:
     """A cache for new streams of a model with a memory, which keeps the base's keys of the last `window` tokens.
 
-    `window=None` keeps all of them, as far as the model has positions. Batch size is that of the first call.
+    `window=None` keeps all of them, as far as the model has positions. Batch size is that of the first call. The first
+    `sinks` keys of a stream never leave: by default 4 where the window is longer than a segment; none where the memory
+    says itself which keys a token sees (recall, which has sinks of its own; Transformer-XL with `same_length`), and
+    where the model's rotary embedding depends on the length of a text.
 
     Raises:
-        ValueError: a window longer than the model's positions, or shorter than a segment.
+        ValueError: a window longer than the model's positions, or shorter than a segment; more sinks than it has room
+            for.
     """
     router, trained = router_of(model), trained_positions(model)
     if not router.causal:
@@ -439,4 +443,9 @@ def memory_cache(model: nn.Module, window: int | None = None) -> MemoryCache:
             raise ValueError(
                 f"window {window} is larger than the model's {trained} positions; set it to at most {trained}"
             )
-    return router.new_cache(window)
+    most = router.most_sinks(window)
+    if sinks is not None and not (isinstance(sinks, int) and 0 <= sinks <= most):
+        why = router.sinkless or f"beside a segment of {router.segment_length} a window of {window} has room for {most}"
+        why = "without a window all keys stay" if window is None else why
+        raise ValueError(f"sinks is {sinks!r}, and {why}; use {f'0 to {most}' if most else '0'}, or leave it out")
+    return router.new_cache(window, sinks)

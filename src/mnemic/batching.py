@@ -36,7 +36,7 @@ def batch(sessions: Sequence[Session]) -> SessionBatch:
     of them is a session like any other.
 
     Raises:
-        ValueError: no session, one of them twice, different models, or different windows.
+        ValueError: no session, one of them twice, different models, or different windows or sinks.
     """
     return SessionBatch(sessions)
 
@@ -65,6 +65,11 @@ class SessionBatch:
                 raise ValueError(
                     f"session {place} has a window of {session.window} tokens, session 0 one of {first.window}; "
                     "make a batch for each window"
+                )
+            if session.sinks != first.sinks:
+                raise ValueError(
+                    f"session {place} keeps {session.sinks} sinks in its window, session 0 {first.sinks}; make a batch "
+                    "for each number of sinks"
                 )
 
     def __len__(self) -> int:

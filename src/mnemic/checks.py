@@ -42,6 +42,7 @@ def check_description(meta: Mapping[str, Any], source: object) -> None:
         raise StateError(f"{source} holds {repr(meta.get('content'))[:80]}, not a session")
     fields = {
         "window": meta.get("window") is None or _count(meta["window"]),
+        "sinks": _count(meta.get("sinks", 0)),
         "memory": isinstance(meta.get("memory"), dict),
         "memory_fingerprint": isinstance(meta.get("memory_fingerprint"), str),
         "keep_text": type(meta.get("keep_text", False)) is bool,
@@ -52,7 +53,7 @@ def check_description(meta: Mapping[str, Any], source: object) -> None:
         "stream": meta.get("stream") is None or _ledger(meta["stream"], STREAM),
         "running": meta.get("running") is None or _ledger(meta["running"], WINDOW),
     }
-    if missing := sorted(fields.keys() - meta.keys() - {"keep_text", "keep_keys", "stream", "running"}):
+    if missing := sorted(fields.keys() - meta.keys() - {"sinks", "keep_text", "keep_keys", "stream", "running"}):
         raise StateError(
             f"{source} does not say {', '.join(missing)}, which every session does; restore it from a copy"
         )
@@ -92,7 +93,7 @@ def check_written(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> 
         check_description(meta, "it")
         check_unedited(router_of(model))
         if meta["window"] is not None:
-            memory_cache(model, meta["window"])
+            memory_cache(model, meta["window"], meta.get("sinks", 0))
         _check_fit(tensors, meta, model, own)
     except ValueError as error:
         raise StateError(f"this session could not be loaded again: {error}. Nothing was written") from error
@@ -162,7 +163,7 @@ def _check_fit(
         _check_in_order("positions", positions, stream["seen"][0])
         _check_in_order("chosen tokens", tensors.get("bank.chosen"), 0 if positions is None else positions.numel())
     if (running := meta.get("running")) is not None:
-        position, limit = running["position"][0], router.new_cache(meta["window"]).settings[2]
+        position, limit = running["position"][0], router.new_cache(meta["window"], meta.get("sinks", 0)).settings[2]
         if limit is not None and position > limit:
             raise StateError(f"the next key of its window stands at position {position} of {limit}")
 
@@ -265,7 +266,9 @@ def _check_rereading(text: torch.Tensor | None, kept: int, meta: Mapping[str, An
     """Raises `StateError` where `kept` keys of a window are not there and could not be made from the text."""
     router = router_of(model)
     seen = meta["stream"]["seen"][0] if meta.get("stream") is not None else 0
-    ids = None if text is None or not kept <= text.numel() == seen else text[seen - kept :]
+    sinks = min(meta.get("sinks", 0), kept)
+    ids = None if text is None or not kept <= text.numel() == seen else text
+    ids = None if ids is None else torch.cat([ids[:sinks], ids[seen - kept + sinks :]])
     if ids is None or bool((ids < 0).any()) or router.memory.beside or router.segment_length < 2:
         raise StateError(f"it has neither the {kept} keys of its window nor the text that they could be made from")
     if kept > meta["window"]:

@@ -121,6 +121,7 @@ def _description(session: Session) -> dict[str, Any]:
     return {
         "content": "session",
         "window": session.window,
+        **({"sinks": session.sinks} if session.sinks else {}),
         "keep_text": session.keep_text,
         **({} if session.keep_keys else {"keep_keys": False}),  # a file with keys is as it ever was
         "memory": router.config.to_dict(),

@@ -29,26 +29,35 @@ def window_ids(log: Log | None, seen: int, cache: MemoryCache, segment_length: i
     window = cache.window
     if window is None or log is None or window.beside or segment_length < 2:
         return None
-    ids = log.last(window.context[0])
-    if ids is None or sum(map(len, log.text or ())) != seen or bool((ids < 0).any()):
+    ids, count, sinks = log.last(seen), window.context[0], _sinks_in(window)
+    if ids is None or sum(map(len, log.text or ())) != seen or count > seen:
         return None
-    return torch.from_numpy(ids).long()[None]
+    ids = torch.from_numpy(ids).long()
+    ids = torch.cat([ids[:sinks], ids[seen - count + sinks :]])
+    return None if bool((ids < 0).any()) else ids[None]
+
+
+def _sinks_in(window: Window) -> int:
+    """How many of the keys of its one row are sinks."""
+    return min(window.sinks, window.context[0])
 
 
 @torch.no_grad()
 def reread(model: nn.Module, cache: MemoryCache, window: Window, ids: Int[Tensor, "1 k"], segment_length: int) -> None:
     """Puts the keys of `ids` into an empty cache, which then has this window; its stream stays as it is."""
     trunk, layer, stream = examine(model).trunk, cache.memory, cache.memory.stream
-    first = window.position[0] - window.context[0]
-    empty = replace(window, valid=window.valid[:, :0], context=(0,), running=(0,), position=(first,))
+    sinks = _sinks_in(window)
+    behind = window.position[0] - window.context[0] + sinks
+    empty = replace(window, valid=window.valid[:, :0], context=(0,), running=(0,), position=(0,))
     # pieces shorter than a segment, each with the memory as it is: none fills a segment, so nothing is written
     idle = None if stream is None else replace(stream, waiting=stream.waiting[:, :0], counts=(0,), logs=())
-    cache.window = None
+    cache.window = empty
     with evaluating(model), reading():
-        for piece in ids.split(segment_length - 1, 1):
-            layer.stream = idle
-            cache.window = replace(cache.window or empty, running=(0,))
-            trunk(input_ids=piece, **with_cache(trunk, cache))
+        for first, part in ((0, ids[:, :sinks]), (behind, ids[:, sinks:])):
+            for start in range(0, part.shape[1], segment_length - 1):
+                layer.stream = idle
+                assert cache.window is not None
+                cache.window = replace(cache.window, running=(0,), position=(first + start,))
+                trunk(input_ids=part[:, start : start + segment_length - 1], **with_cache(trunk, cache))
     layer.stream, layer.replay = stream, None
-    assert cache.window is not None
     cache.window = replace(window, valid=cache.window.valid, taken=(0,))

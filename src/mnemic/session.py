@@ -56,8 +56,9 @@ class Session:
     """One stream through a model with a memory: read any length, generate, save, load, fork, reset.
 
     `window` is the number of the latest tokens whose keys the base keeps; by default that of the memory's config, or as
-    many as `default_window` says: until they are full the base sees all that was read. Text needs a `tokenizer`; token
-    ids `[1, T]` do not. Sessions of one model share nothing, and run as in evaluation whatever mode the model is in.
+    many as `default_window` says: until they are full the base sees all that was read. The first `sinks` tokens of the
+    stream stay in it for ever; by default as many as `memory_cache` says. Text needs a `tokenizer`; token ids `[1, T]`
+    do not. Sessions of one model share nothing, and run as in evaluation whatever mode the model is in.
 
     With `keep_text` the ids of all tokens are kept with the session and its file, 4 bytes a token, so that `show` and
     `mnemic inspect` can tell in words what was written; without, nothing of the text but positions.
@@ -80,6 +81,7 @@ class Session:
         tokenizer: Any = None,
         *,
         window: int | None = None,
+        sinks: int | None = None,
         keep_text: bool = False,
         keep_keys: bool = True,
     ) -> None:
@@ -93,8 +95,13 @@ class Session:
             raise ValueError(
                 f"window is {window}, but {type(model).__name__} is an encoder and keeps no keys; leave it out"
             )
+        if sinks and not router.causal:
+            raise ValueError(
+                f"sinks is {sinks}, but {type(model).__name__} is an encoder and keeps no keys; leave it out"
+            )
         self.window = window
-        self._cache: MemoryCache | None = memory_cache(model, window) if router.causal else None
+        self._cache: MemoryCache | None = memory_cache(model, window, sinks) if router.causal else None
+        self.sinks = self._cache.settings[-1] if self._cache is not None else 0
         self._layer = MemoryLayer() if self._cache is None else self._cache.memory
         self._layer.log = self._empty_log
         self.stored: Stored | None = None
@@ -392,7 +399,7 @@ class Session:
     def fork(self) -> Session:
         """An independent session that begins with what this one has read."""
         settings = {"keep_text": self.keep_text, "keep_keys": self.keep_keys}
-        other = Session(self.model, self.tokenizer, window=self.window, **settings)
+        other = Session(self.model, self.tokenizer, window=self.window, sinks=self.sinks, **settings)
         if self._cache is not None:
             other._adopt(self._cache.fork())
         other._layer.stream = self._layer.stream
@@ -460,7 +467,8 @@ class Session:
                 )
         try:
             settings = {"keep_text": meta.get("keep_text", False), "keep_keys": meta.get("keep_keys", True)}
-            session = cls(model, tokenizer, window=meta["window"], **settings)
+            # a file that says nothing of sinks was written before there were any, or has none
+            session = cls(model, tokenizer, window=meta["window"], sinks=meta.get("sinks", 0), **settings)
         except ValueError as error:
             raise StateError(f"{source} has a window that this model cannot have: {error}") from error
         check_contents(tensors, meta, model, source)

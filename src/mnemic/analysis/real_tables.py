@@ -84,6 +84,19 @@ def recall_speed(found: Sequence[Record]) -> str:
     return f"{markdown(header, rows)}\n\n{note}`{found[0].command}`."
 
 
+def window_sinks(found: Sequence[Record]) -> str:
+    """Perplexity of a novel in windows with sinks, without, and with all keys recomputed."""
+    if not found:
+        return missing("sinks")
+    score, config = found[0].scores[0], found[0].config
+    start = "perplexity, "
+    rows = [[name.removeprefix(start), f"{value:.2f}"] for name, value in score.details.items() if start in name]
+    note = f"Perplexity of {score.examples:,} tokens of a novel behind the first window, {found[0].host} without a "
+    note += f"memory, windows of {config['window']}, segments of {config['segment_length']}. Recomputed: the base "
+    note += f"alone, on the window's tokens anew for every segment. Made by `{found[0].command}`."
+    return f"{markdown(['window', 'perplexity'], rows)}\n\n{note}"
+
+
 def told(found: Sequence[Record]) -> str:
     """Whole values right, one row for each question of each run."""
     if not found:

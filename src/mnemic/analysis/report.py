@@ -60,6 +60,7 @@ def tables(results: Path) -> dict[str, str]:
     made["mutated-files"] = store_tables.mutated(records(results, "mutated-files"))
     made["needles"] = real_tables.needles(records(results, "needles"))
     made["recall-speed"] = real_tables.recall_speed(records(results, "recall-speed"))
+    made["window-sinks"] = real_tables.window_sinks(records(results, "window-sinks"))
     made["copying"] = real_tables.copying(records(results, "copying"))
     made["told"] = real_tables.told(records(results, "told"))
     made["zero-shot"] = zero_shot(records(results, "zero-shot"))

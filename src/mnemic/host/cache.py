@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +14,9 @@ from mnemic.history import Log
 from mnemic.host.release import Cache, DummyLayer, DynamicCache, DynamicLayer
 from mnemic.sources import Sources
 from mnemic.stream import Stream
+
+if TYPE_CHECKING:
+    from mnemic.host.turning import Turning
 
 
 class MemoryLayer(DummyLayer):
@@ -116,8 +119,12 @@ class Window:
     """Which of the base's keys each row may still see, and where its next token stands. Immutable.
 
     The window moves a segment at a time: when a row's segment ends, its oldest keys go until one more segment fits in
-    `size` tokens, so a row sees between `size - segment_length` and `size` tokens. A row with no keys left starts
-    again at position 0, and so does one whose positions would run out (`limit`). `size=None` keeps everything.
+    `size` tokens, so a row sees between `size - segment_length` and `size` tokens. `size=None` keeps everything.
+
+    A row's first `sinks` keys never go: models leave on them the attention that they have no use for, and are lost
+    without (Xiao et al., StreamingLLM, ICLR 2024, arXiv 2309.17453). They are among the `size`, and stand at positions
+    0, 1, ... for ever, the others in line up to `position`. A row with no other keys left goes on behind its sinks. So
+    does one whose positions would run out (`limit`), with its other keys where these can be moved, else without.
 
     `valid [b, kept]` marks, of the keys that are physically there, those of real tokens inside the row's window.
     Keys of memory tokens, of which at most `beside` come with a segment, are kept and leave as those of words do.
@@ -128,6 +135,7 @@ class Window:
     segment_length: int
     limit: int | None
     beside: int
+    sinks: int
     valid: Bool[Tensor, "b kept"]
     context: tuple[int, ...]
     running: tuple[int, ...]
@@ -136,17 +144,28 @@ class Window:
 
     @staticmethod
     def new(
-        size: int | None, segment_length: int, limit: int | None, beside: int, batch: int, device: torch.device
+        size: int | None,
+        segment_length: int,
+        limit: int | None,
+        beside: int,
+        sinks: int,
+        batch: int,
+        device: torch.device,
     ) -> Window:
         """The window of `batch` streams at their beginning."""
         zeros = (0,) * batch
         valid = torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        return Window(size, segment_length, limit, beside, valid, zeros, zeros, zeros, zeros)
+        return Window(size, segment_length, limit, beside, sinks, valid, zeros, zeros, zeros, zeros)
 
     @property
     def kept(self) -> int:
         """Keys physically there."""
         return self.valid.shape[1]
+
+    @property
+    def packed(self) -> bool:
+        """Whether every row's keys are the last ones, with nothing between them."""
+        return bool(self.valid[:, -1:].all() and (self.valid[:, 1:] >= self.valid[:, :-1]).all())
 
     def arrange(self, keep_bt: Bool[Tensor, "b t"] | None, time: int) -> tuple[Tensor | None, Int[Tensor, "b t"]]:
         """The attention mask `[b, kept + t]` (None where nothing is masked) and the positions of a call's tokens."""
@@ -196,22 +215,35 @@ class Window:
         valid = torch.cat([self.valid, keep], 1)
         return replace(self, valid=valid, context=context, running=running, position=position, taken=taken)
 
-    def close_segment(self, rows: Sequence[int]) -> Window:
-        """`rows` end their segment: the oldest keys leave so that another segment fits."""
+    def runs_out(self, row: int) -> bool:
+        """Whether there are no positions for another segment."""
+        return self.limit is not None and self.position[row] + self.segment_length + self.beside > self.limit
+
+    def close_segment(self, rows: Sequence[int], moves: bool = False) -> Window:
+        """`rows` end their segment: the oldest keys behind the sinks leave so that another segment fits. Where
+        positions run out the others leave, too, unless they can be moved (`moves`) to stand behind the sinks.
+        """
         context, running, position = list(self.context), list(self.running), list(self.position)
         for row in rows:
             running[row] = 0
             if self.size is None:
                 continue
             context[row] = min(context[row], self.size - self.segment_length)
-            if self.limit is not None and position[row] + self.segment_length + self.beside > self.limit:
-                context[row] = 0
-            if context[row] == 0:
-                position[row] = 0
+            if self.runs_out(row):
+                moved = replace(self, position=tuple(context))
+                if moves and not moved.runs_out(row):
+                    position[row] = context[row]
+                else:
+                    context[row] = min(context[row], self.sinks)
+            if context[row] <= self.sinks:
+                position[row] = context[row]
         drop = torch.tensor(
             [old - new for old, new in zip(self.context, context, strict=True)], device=self.valid.device
         )
-        valid = self.valid & (self.valid.long().cumsum(1) > drop[:, None]) if any(drop.tolist()) else self.valid
+        valid = self.valid
+        if any(drop.tolist()):
+            rank = valid.long().cumsum(1)
+            valid = valid & ((rank <= self.sinks) | (rank > self.sinks + drop[:, None]))
         return replace(self, valid=valid, context=tuple(context), running=tuple(running), position=tuple(position))
 
     def select(self, rows: Sequence[int]) -> Window:
@@ -234,16 +266,19 @@ class KeysTakenError(Exception):
 
 
 class MemoryCache(DynamicCache):
-    """A stream's whole past: the memory, and the base's keys and values of the last `window` tokens.
+    """A stream's whole past: the memory, and the base's keys and values of the last `window` tokens, of which the first
+    `sinks` of the stream are always some.
 
     Calls pass only new tokens, as does `model.generate(new_ids, cache=cache)`: the history lives here, and so
     do its padding and positions. To callers the cache therefore reports length 0; inside the model's forward it
     reports the keys it holds.
     """
 
-    def __init__(self, size: int | None, segment_length: int, limit: int | None, depth: int, beside: int = 0) -> None:
+    def __init__(
+        self, size: int | None, segment_length: int, limit: int | None, depth: int, beside: int = 0, sinks: int = 0
+    ) -> None:
         super().__init__()
-        self.settings = (size, segment_length, limit, beside)
+        self.settings = (size, segment_length, limit, beside, sinks)
         self.depth = depth
         self.window: Window | None = None
         self.inside = self.taking = False
@@ -286,13 +321,34 @@ class MemoryCache(DynamicCache):
             self.window = Window.new(*self.settings, batch, device)
         return self.window
 
-    def close_segment(self, rows: Sequence[int]) -> None:
-        """`rows` end their segment: keys that left the window are dropped."""
-        if self.window is None or not rows:
+    def close_segment(self, rows: Sequence[int], turnings: Mapping[int, Turning] | None = None) -> None:
+        """`rows` end their segment: keys that left the window are dropped. Where positions run out they are turned back
+        by `turnings`, one for each block, if there are any.
+        """
+        before = self.window
+        if before is None or not rows:
             return
-        self.window = self.window.close_segment(rows)
+        self.window = before.close_segment(rows, turnings is not None)
+        for row in rows:
+            back = before.position[row] - self.window.position[row]
+            if turnings is not None and back and self.window.context[row] > before.sinks:
+                self._turn(row, before.position[row], back, turnings)
         if max(self.window.context) < self.window.kept:
             self.pack()
+
+    def _turn(self, row: int, position: int, back: int, turnings: Mapping[int, Turning]) -> None:
+        """Turns a row's keys behind its sinks, the last of which stands before `position`, `back` by so many."""
+        assert self.window is not None
+        columns = self.window.valid[row].nonzero().flatten()[self.window.sinks :]
+        stood = torch.arange(position - len(columns), position, device=columns.device)
+        for index, turning in turnings.items():
+            layer = self.layers[index]
+            assert isinstance(layer, DynamicLayer)
+            assert layer.keys is not None
+            plain = turning(layer.keys[row][:, columns], stood, back=True)
+            keys = layer.keys.clone()  # what a snapshot or a fork holds stays
+            keys[row, :, columns] = turning(plain, stood - back).to(keys.dtype)
+            layer.keys = keys
 
     def pack(self) -> None:
         """Moves every row's own keys to the right, in their order, and drops what no row needs."""
@@ -368,7 +424,7 @@ class MemoryCache(DynamicCache):
         a cache without one says nothing of how a new one begins.
         """
         first = caches[0]
-        joined = MemoryCache(*first.settings[:3], first.depth, first.settings[3])
+        joined = first._new()
         if all(cache.window is None for cache in caches):
             return joined
         joined.memory.off = any(cache.memory.off for cache in caches)
@@ -398,8 +454,7 @@ class MemoryCache(DynamicCache):
 
     def fork(self) -> MemoryCache:
         """An independent copy: what one reads from here on, the other does not."""
-        size, segment_length, limit, beside = self.settings
-        copy = MemoryCache(size, segment_length, limit, self.depth, beside)
+        copy = self._new()
         copy.window, copy.memory.stream, copy.memory.log = self.window, self.memory.stream, self.memory.log
         copy.memory.off = self.memory.off
         for mine, theirs in zip(self.layers, copy.layers, strict=True):
@@ -407,6 +462,11 @@ class MemoryCache(DynamicCache):
                 theirs.lazy_initialization(mine.keys, mine.values)  # pyright: ignore
                 theirs.keys, theirs.values = mine.keys, mine.values  # pyright: ignore[reportAttributeAccessIssue]
         return copy
+
+    def _new(self) -> MemoryCache:
+        """An empty one with the same settings."""
+        size, segment_length, limit, beside, sinks = self.settings
+        return MemoryCache(size, segment_length, limit, self.depth, beside, sinks)
 
 
 def _gather(keys: Tensor, order: Int[Tensor, "b kept"]) -> Tensor:

@@ -167,7 +167,7 @@ def _arrange(router: Router, call: Call, trunk: Any) -> None:
     cache, arguments = call.cache, call.arguments
     assert isinstance(cache, MemoryCache)
     assert cache.window is not None
-    if router.slides and not bool(cache.window.valid[:, -1:].all()):
+    if router.slides and not cache.window.packed:
         cache.pack()
     if router.enabled and router.memory.beside:
         _add_tokens(router, call, trunk)

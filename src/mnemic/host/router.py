@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mnemic.host import sites
-from mnemic.host.anatomy import MEMORY_NAME, Anatomy, attention_of
+from mnemic.host.anatomy import MEMORY_NAME, Anatomy, attention_of, examine, trained_positions
 from mnemic.host.arguments import bound, joined, with_cache
 from mnemic.host.beside import Wordless, words_of
 from mnemic.host.cache import MemoryCache
@@ -34,11 +34,14 @@ from mnemic.host.ropes import length_dependent, rotations
 from mnemic.host.sites import attention
 from mnemic.host.sites.input import Input
 from mnemic.host.sites.output import Output
-from mnemic.host.turning import Turning, turnings
+from mnemic.host.turning import Turning, movable, turnings
 from mnemic.host.wrappers import check_present, check_whole, warn_frozen
 from mnemic.memory import Memory, MemoryConfig, Site
 from mnemic.state import State
 from mnemic.stream import Stream
+
+SINKS = 4
+"""How many of a stream's first keys stay in a window that is longer than a segment, where nobody says."""
 
 
 class Router(nn.Module):
@@ -57,7 +60,7 @@ class Router(nn.Module):
         self.settings = config.to_dict()  # as they were attached: a config can be edited
         self.depth, self.width, self.causal = len(anatomy.blocks), anatomy.width, anatomy.causal
         self.positions, self.takes_positions, self.slides = anatomy.positions, anatomy.takes_positions, anatomy.slides
-        self.cache_name = anatomy.cache_name
+        self.cache_name, self.trained = anatomy.cache_name, trained_positions(anatomy.trunk)
         self.register_buffer("like", torch.empty(0, dtype=anatomy.dtype), persistent=False)  # follows `model.to(dtype)`
         if memory.span is not None and (self.slides or self.positions is None):
             raise ValueError(
@@ -69,7 +72,14 @@ class Router(nn.Module):
         self.made_with: list[float] = []
         sites.check(memory, self.depth)
         self.attended = attention.served(anatomy, [site.layer for site in memory.attention_reads])
+        self.sinkless: str | None = None
+        """Why a window has no sinks here."""
+        if self.attended or memory.span is not None:
+            self.sinkless = "this memory says itself which keys a token sees"
+        elif length_dependent(anatomy.trunk):
+            self.sinkless = "the model's rotary embedding is that of texts of the window's length"
         self.turnings: list[Turning] = []
+        self.moving: tuple[dict[int, Turning] | None, ...] = ()  # looked up when first needed
         object.__setattr__(self, "attentions", ())  # the modules of `attended`, which are the trunk's
         hooks = {"input": Input, "output": Output}
         self.hooks = nn.ModuleDict(
@@ -160,7 +170,7 @@ class Router(nn.Module):
                     output = forward(**call.arguments)
                 finally:
                     self.calls.remove(call)
-                outputs.append(self._closed(call, output))
+                outputs.append(self._closed(trunk, call, output))
             output = joined(outputs) if len(outputs) > 1 else outputs[0]
             undo.pop_all()
         if plan.private_cache:
@@ -170,7 +180,7 @@ class Router(nn.Module):
         return tuple(value for value in output.to_tuple() if value is not None)
 
     @eager
-    def _closed(self, call: Call, output: Any) -> Any:
+    def _closed(self, trunk: nn.Module, call: Call, output: Any) -> Any:
         """The output of a pass, when its stream and its window have moved on."""
         layer, stream, cache, beside = call.plan.layer, call.stream, call.cache, call.beside
         if layer is not None and stream is not None:
@@ -185,7 +195,7 @@ class Router(nn.Module):
                 cache.window = cache.window.advance(call.keep, call.time)
             else:
                 cache.window = cache.window.advance(beside.keep, beside.width, beside.words)
-            self.close_segment(cache, call.now.closing)
+            self.close_segment(trunk, cache, call.now.closing)
         return output if beside is None else words_of(output, beside.words_in)
 
     @eager
@@ -196,12 +206,24 @@ class Router(nn.Module):
         cache = self.calls[-1].cache if self.calls else None
         if not isinstance(cache, MemoryCache):
             return output
-        size, _, _, beside = cache.settings
+        size, _, _, beside, _ = cache.settings
         return rotations(rotary, args, kwargs, None if size is None else size + beside)
 
-    def new_cache(self, window: int | None) -> MemoryCache:
-        """A cache for new streams, with keys of the last `window` tokens."""
-        return MemoryCache(window, self.segment_length, self.positions, self.depth, self.memory.beside)
+    def new_cache(self, window: int | None, sinks: int | None = None) -> MemoryCache:
+        """A cache for new streams, with keys of the last `window` tokens, of which the first `sinks` stay: by default
+        `SINKS`, as far as there is room.
+        """
+        sinks = min(SINKS, self.most_sinks(window)) if sinks is None else sinks
+        # further away from its sinks than it was trained for a base is lost (Llama and all that rotate)
+        limit = min(self.positions, self.trained) if sinks and self.positions and self.trained else self.positions
+        return MemoryCache(window, self.segment_length, limit, self.depth, self.memory.beside, sinks)
+
+    def most_sinks(self, window: int | None) -> int:
+        """How many sinks a window has room for beside a segment: none where nothing leaves it."""
+        if window is None or self.sinkless:
+            return 0
+        room = window if self.positions is None else min(window, self.positions - self.memory.beside)
+        return max(0, room - self.segment_length)
 
     def flush(self, trunk: nn.Module, cache: MemoryCache, rows: tuple[int, ...]) -> None:
         """Ends the running segment of `rows`, which have tokens in it: what they have read is written."""
@@ -209,15 +231,20 @@ class Router(nn.Module):
         assert stream is not None
         if not self.memory.writes_tokens_behind:
             cache.memory.stream = stream.commit(self.memory, rows)
-            self.close_segment(cache, rows)
+            self.close_segment(trunk, cache, rows)
             return
         self.run_wordless(trunk, cache, Wordless(ending=rows))
 
-    def close_segment(self, cache: MemoryCache, rows: Sequence[int]) -> None:
+    def close_segment(self, trunk: nn.Module, cache: MemoryCache, rows: Sequence[int]) -> None:
         """`rows` end their segment: of the keys that leave the window, a memory that keeps keys gets those it keeps."""
         if self.attended and self.enabled:
             attention.take_leaving(self, cache, rows)
-        cache.close_segment(rows)
+        window, moved = cache.window, None
+        if window is not None and window.sinks and any(window.runs_out(row) for row in rows):
+            if not self.moving:
+                self.moving = (movable(examine(trunk), self.disabled),)
+            moved = self.moving[0]
+        cache.close_segment(rows, moved)
 
     def run_wordless(self, trunk: nn.Module, cache: MemoryCache, wordless: Wordless) -> None:
         """A call of memory tokens alone."""

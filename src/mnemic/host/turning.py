@@ -106,6 +106,12 @@ def _error(turning: Turning, keys: list[Float[Tensor, "k 1 s"]]) -> float:
 # --- looking at a base ------------------------------------------------------------------------------------------------
 
 
+def _token(anatomy: Anatomy) -> Int[Tensor, "1 1"]:
+    """A token that is not zero, as that of padding is."""
+    embeddings: Any = anatomy.trunk.get_input_embeddings()
+    return embeddings.weight[:256].float().norm(dim=1).argmax().view(1, 1)
+
+
 @torch.no_grad()
 def turnings(
     anatomy: Anatomy, layers: list[int], alone: Callable[[], contextlib.AbstractContextManager[None]]
@@ -114,13 +120,9 @@ def turnings(
     block whose rotation is not found, or whose attention is not over its keys.
     """
     trunk = anatomy.trunk
-    embeddings: Any = trunk.get_input_embeddings()
-    device = embeddings.weight.device
-    # one that is not zero, as that of padding is
-    token = int(embeddings.weight[:256].float().norm(dim=1).argmax())
-    ids = torch.full((1, 1), token, device=device)
+    ids = _token(anatomy)
     with alone():
-        looked = [keys_at(anatomy, layers, ids, torch.full((1, 1), place, device=device)) for place in PLACES]
+        looked = [keys_at(anatomy, layers, ids, torch.full_like(ids, place)) for place in PLACES]
     rotates = any("Rotary" in type(module).__name__ for module in trunk.modules())
     found = []
     for layer in layers:
@@ -135,6 +137,32 @@ def turnings(
                 )
             )
         found.append(turning)
+    return found
+
+
+@torch.no_grad()
+def movable(
+    anatomy: Anatomy, alone: Callable[[], contextlib.AbstractContextManager[None]]
+) -> dict[int, Turning] | None:
+    """How each block that keeps keys turns them, where that is all that moves what a cache holds; None elsewhere."""
+    ids, looked = _token(anatomy), []
+    for place in PLACES:
+        cache, position = DynamicCache(), torch.full_like(ids, place)
+        with alone(), evaluating(anatomy.trunk):
+            anatomy.trunk(input_ids=ids, position_ids=position, **with_cache(anatomy.trunk, cache))
+        looked.append(cache.layers)
+    found: dict[int, Turning] = {}
+    for layer, block in enumerate(anatomy.blocks):
+        held: list[Any] = [layers[layer] for layers in looked if layer < len(layers)]
+        if not held or getattr(held[0], "keys", None) is None:
+            continue  # a block that sees those of another
+        attention, still = attention_of(block), turning_of([Turning()], [each.values[0] for each in held])
+        if attention is None or still is None:
+            return None
+        turning = turning_of(candidates(anatomy.trunk, attention), [each.keys[0] for each in held])
+        if turning is None:
+            return None
+        found[layer] = turning
     return found
 
 
