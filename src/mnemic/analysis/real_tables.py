@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.results import Record
@@ -97,6 +98,13 @@ def window_sinks(found: Sequence[Record]) -> str:
     return f"{markdown(['window', 'perplexity'], rows)}\n\n{note}"
 
 
+def _begun(config: dict[str, Any]) -> str:
+    """The steps of the run that another one began with, as `800 + `."""
+    if not (before := config.get("begin")):
+        return ""
+    return _begun(before) + f"{sum(lesson['steps'] for lesson in before['lessons']):,} + "
+
+
 def told(found: Sequence[Record]) -> str:
     """Whole values right, one row for each question of each run."""
     if not found:
@@ -114,7 +122,7 @@ def told(found: Sequence[Record]) -> str:
                     f"{'1 to ' if score.length < 64 else ''}{score.length}",
                     "new" if score.details["held-out relations"] else "known",
                     *("-" if value is None else f"{100 * value:.1f}" for value in shown),
-                    f"{record.measures['loss'][-1][0]:,}",
+                    _begun(record.config) + f"{record.measures['loss'][-1][0]:,}",
                     f"{record.seconds['training'] / 60:.0f}",
                 ]
             )

@@ -148,7 +148,9 @@ def _teach(run: Any, found: tuple[Any, Any], out: Path, results: Path | None, un
             f"{score.details['facts']:.0f}", f"{score.length}", new, *(f"{100 * each:.1f}" for each in values)
         )
     console.print(shown)
-    console.print(f"memory  {out}\nresults {record.save(results or out, None if results else 'told.json')}")
+    further = "-further" if run.begin else ""
+    name = f"told-{record.mechanism}{further}-seed{record.seed}.json" if results else "told.json"
+    console.print(f"memory  {out}\nresults {record.save(results or out, name)}")
 
 
 def configured(kind: str, settings: list[str]) -> Any:
