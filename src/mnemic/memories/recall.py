@@ -15,14 +15,13 @@ and the chosen keys stand in line before the window, whose first key stands at f
 f - M. Every token chooses for itself, or every `refresh`-th of a segment for those that follow it, from what was kept
 when its segment began, so nothing depends on what comes later nor on how calls are cut.
 
-To score every key costs more than the model does. With `search="candidates"` the mass is that among candidates C alone:
+To score every key costs more than the model does. With `search="candidates"` the mass is that among candidates C alone,
+which mean keys find; these are made once, of whole `LEAST` tokens, and are not saved:
 
     c_B    = max_h  softmax_B(s R_D q_h . mean_{i in B} k_i)    over all blocks
     C      = the first `sinks` tokens, the blocks of the greatest c, `wider x budget` tokens of them, and those so new
              that they have no mean yet
     p_h,i  = softmax_i(s R_D q_h . k_i)                         over C
-
-The mean keys are made once of whole `LEAST` tokens, from the kept keys alone, and are not saved.
 
 Where we depart. InfLLM's blocks have a few keys each that stand for them, a block's score is the mean of its products,
 one choice serves all heads and a chunk of 512 queries (tokens early in a chunk choose by later ones), and all that is
