@@ -278,8 +278,9 @@ def test_every_command(talk):
 
 
 def test_memory_tells_in_words_where_the_text_is_kept(talk):
-    assert "hello" not in talk("hello " * 9, "/memory", more=("--max-new-tokens", "1", "--session", "other"))
-    assert "hello" in talk("hello " * 9, "/memory", more=("--keep-text", "--max-new-tokens", "1"))
+    # a segment may begin within a word
+    assert "ello" not in talk("hello " * 9, "/memory", more=("--max-new-tokens", "1", "--session", "other"))
+    assert "ello" in talk("hello " * 9, "/memory", more=("--keep-text", "--max-new-tokens", "1"))
     assert talk.session()[0].keep_text
 
 

@@ -302,8 +302,8 @@ def test_lessons(host_folder, tmp_path):
     assert result.exit_code == 0, result.output
     begun = Record.load(tmp_path / "more" / "told.json")
     assert begun.config["begin"] | {"test_rows": 4} == record.config
-    other = [each if each != "dim=16" else "dim=32" for each in more[:-1]]
-    result = train(*[each if each != tmp_path / "more" else tmp_path / "other" for each in other])
+    changed = {"dim=16": "dim=32", tmp_path / "more": tmp_path / "other"}
+    result = train(*[changed.get(each, each) for each in more])
     assert "begin with the settings that shape them" in " ".join(result.output.replace("│", "").split())
     assert "resume it, or give another folder" in " ".join(train(*words).output.replace("│", "").split())
     assert train(*words, "--resume").exit_code == 0

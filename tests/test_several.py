@@ -34,13 +34,13 @@ def test_one_in_a_list_is_that_memory():
 def test_a_memory_that_adds_nothing_leaves_the_other_as_it_is_alone():
     ids = tokens(2, 9 * SEGMENT + 3)
     alone, (emt,) = model_with(EMT)
-    expected = feed(alone, ids, carried=mnemic.memory_cache(alone, 2 * SEGMENT))
+    expected = feed(alone, ids, carried=mnemic.memory_cache(alone, 2 * SEGMENT, sinks=0))
     both, members = model_with(RECALL, EMT, weights=emt.state_dict())
     recall = members[0]
     recall.config = recall.config.replace(budget=0, sinks=0)
     cache = mnemic.memory_cache(both, 2 * SEGMENT)
     assert_near(feed(both, ids, carried=cache), expected, 1e-5)
-    its = mnemic.memory_cache(alone, 2 * SEGMENT)
+    its = mnemic.memory_cache(alone, 2 * SEGMENT, sinks=0)
     feed(alone, ids, carried=its)
     for name, tensor in own(cache.memory.stream.state, "1.").items():
         assert_near(tensor, its.memory.stream.state[name], 1e-5)

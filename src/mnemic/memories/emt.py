@@ -57,7 +57,6 @@ State: `stack * slots * dim * 4` bytes a stream, 64 KiB by default; the token wr
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -137,7 +136,7 @@ class EMTConfig(MemoryConfig):
             raise ValueError("zero_shot=True reads at random, and write='allocation' reads back what it wrote")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
-        if not 0 <= self.write_cost < math.inf:
+        if self.write_cost < 0:
             raise ValueError(f"write_cost is {self.write_cost}; use 0 or more nats, such as 0.5")
         if self.sharpness <= 0:
             raise ValueError(f"sharpness is {self.sharpness}; it must be above 0")
