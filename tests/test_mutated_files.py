@@ -114,7 +114,7 @@ EMT = CONFIGS["emt-0"]
         (say("stream", "seen", [10**6]), "1000000 tokens cannot be 5 segments of at most 8 and 3 that wait"),
         (say("stream", "written", [True]), "has a description of the wrong kind: stream is"),
         (say("running", "position", [2]), "and the next at position 2, cannot be"),
-        (say("running", "position", [2**40]), "position 1099511627776 of 131072"),
+        (say("running", "position", [2**40]), "position 1099511627776 of 256"),
         (say("running", "context", [-1]), "of the wrong kind: running is"),
         (say(None, "window", 3), "has a window that this model cannot have: segment_length 8 is longer"),
         (say(None, "window", None), "its window is None; decoders have one"),

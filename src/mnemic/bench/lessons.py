@@ -238,7 +238,7 @@ class LessonRun:
             checkpoint=checkpoint,
         ):
             loss, accuracy, count = loss + step.loss, accuracy + step.accuracy, count + 1
-            if (step.step + 1) % every == 0 or step.step + 1 == self.steps:
+            if (step.step + 1) % every == 0 or step.step + 1 in (self.steps, until):
                 place = f"{step.step + 1:08d}"
                 notes[f"loss {place}"], notes[f"right {place}"] = loss / count, accuracy / count
                 loss = accuracy = count = 0.0
