@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import mnemic
 from helpers import SEGMENT, feed
+from mnemic.analysis.real_tables import told
 from mnemic.analysis.report import tables
 from mnemic.bench.drift import hold_out
 from mnemic.bench.results import Record, problems
@@ -302,6 +303,7 @@ def test_lessons(host_folder, tmp_path):
     assert result.exit_code == 0, result.output
     begun = Record.load(tmp_path / "more" / "told.json")
     assert begun.config["begin"] | {"test_rows": 4} == record.config
+    assert "| 4 + 1 |" in told([begun])
     changed = {"dim=16": "dim=32", tmp_path / "more": tmp_path / "other"}
     result = train(*[changed.get(each, each) for each in more])
     assert "begin with the settings that shape them" in " ".join(result.output.replace("│", "").split())

@@ -33,12 +33,13 @@ def test_what_is_noted_is_the_attention_of_a_base_that_sees_all(cuts):
     kept = session.stream.banks[0].length
     with mnemic.attached(session.model).disabled():
         weights = session.model(input_ids=ids, output_attentions=True).attentions
-    assert len(found.mass) == len(weights)
+    assert len(found.noted) == len(weights)
     for place, weight in enumerate(weights):
-        heads, group = len(found.mass[place]), weight.shape[1] // len(found.mass[place])
+        mass, count = found.noted[place]
+        heads, group = len(mass), weight.shape[1] // len(mass)
         expected = weight[0, :, -3:].unflatten(0, (heads, group)).mean(1).sum(1)[:, :kept]
-        assert_near(found.mass[place], expected, 1e-4)
-        assert found.tokens[place] == 3
+        assert_near(mass, expected, 1e-4)
+        assert count == 3
 
 
 @pytest.mark.parametrize("settings", [{}, {"by": "layer"}, {"layout": "capped"}, {"refresh": 3}])
@@ -52,8 +53,8 @@ def test_only_what_was_chosen_is_noted(settings):
     with other.sources() as single:
         for part in ids[:, -5:].split(1, 1):
             other.forward(part)
-    for place, mass in whole.mass.items():
-        assert_near(mass, single.mass[place], 1e-5)
+    for place, (mass, _) in whole.noted.items():
+        assert_near(mass, single.noted[place][0], 1e-5)
         assert 0 < mass.sum(1).max() < 5
         assert (mass > 0).sum(1).max() <= 4 + 8 * 5
         assert mass.shape[1] <= session.stream.seen[0]
@@ -84,10 +85,11 @@ def test_passages_are_in_order_of_attention_and_in_words():
 
 def test_the_passage_that_got_all_attention_comes_first():
     """Runs that lie side by side are one passage; sinks are none."""
-    found = Sources({0: torch.zeros(2, 100)}, {0: 2})
-    found.mass[0][1, 32:64] = 1 / 32
-    found.mass[0][0, 80] = 0.5
-    found.mass[0][0, :SINKS] = 1.0
+    mass = torch.zeros(2, 100)
+    mass[1, 32:64] = 1 / 32
+    mass[0, 80] = 0.5
+    mass[0, :SINKS] = 1.0
+    found = Sources({0: (mass, 2)})
     assert found.passages() == [
         {"first": 32, "last": 63, "share": 0.25, "text": None},
         {"first": 80, "last": 95, "share": 0.25, "text": None},
@@ -98,16 +100,36 @@ def test_the_passage_that_got_all_attention_comes_first():
 def test_noting_changes_nothing_and_ends_with_its_block():
     session, ids = session_of(), tokens(1, 8 * SEGMENT)
     session.read(ids[:, :-9])
-    plain, noted = session.fork(), session.fork()
-    with noted.sources() as found:
-        logits = noted.forward(ids[:, -9:-5]).logits
+    plain, watched = session.fork(), session.fork()
+    with watched.sources() as found:
+        logits = watched.forward(ids[:, -9:-5]).logits
+        with pytest.raises(RuntimeError, match=r"when the block of sources\(\) has ended"):
+            found.passages()
     assert torch.equal(logits, plain.forward(ids[:, -9:-5]).logits)
-    before = found.tokens.copy()
-    noted.forward(ids[:, -5:])
-    assert found.tokens == before
-    with pytest.raises(KeyboardInterrupt), noted.sources():
+    before = found.noted
+    watched.forward(ids[:, -5:])
+    assert found.noted is before
+    with pytest.raises(KeyboardInterrupt), watched.sources():
         raise KeyboardInterrupt
-    assert noted._layer.sources is None
+    assert watched._layer.noted is None
+
+
+def test_a_call_that_fails_is_not_noted():
+    session, ids = session_of(), tokens(1, 8 * SEGMENT)
+    session.read(ids[:, :-9])
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with session.sources() as found:
+        session.forward(ids[:, -9:-5])
+        counted = {place: count for place, (_, count) in session._layer.noted.items()}
+        hook = session.model.model.norm.register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            session.forward(ids[:, -5:])
+        hook.remove()
+    assert {place: count for place, (_, count) in found.noted.items()} == counted
+    assert set(counted.values()) == {4}
 
 
 def test_a_memory_that_keeps_no_tokens_has_no_sources():

@@ -28,7 +28,7 @@ from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward
 from mnemic.locks import Lock, alone
-from mnemic.sources import Sources
+from mnemic.sources import Sources, noting
 from mnemic.state import StateError, from_bytes, read_file, to_bytes, write_file
 from mnemic.stream import Stream
 from mnemic.texts import Text, check_known, given, token_ids
@@ -334,13 +334,8 @@ class Session:
                 f"{type(self._router.memory).__name__} keeps no tokens that could be attended to, so there are no "
                 "passages to tell of; attach recall, or look at session.history"
             )
-        layer = self._layer
-        outer, layer.sources = layer.sources, Sources(tokenizer=self.tokenizer)
-        found = layer.sources
-        try:
+        with noting(self._layer, lambda: self._log, self.tokenizer) as found:
             yield found
-        finally:
-            layer.sources, found.log = outer, self._log
 
     def flush(self) -> None:
         """Ends the running segment now: what waits is written, and a window of one segment starts anew."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mnemic.history import Log
 from mnemic.host.release import Cache, DummyLayer, DynamicCache, DynamicLayer
-from mnemic.sources import Sources
+from mnemic.sources import Noted
 from mnemic.stream import Stream
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class MemoryLayer(DummyLayer):
         """Whether tokens were read with a memory inside attention switched off: their keys are not the stream's."""
         self.log: Log | None = None
         """What the history of a new stream begins with; None for streams without one."""
-        self.sources: Sources | None = None
-        """Notes which kept tokens are attended to, while somebody wants to know."""
+        self.noted: Noted | None = None
+        """Which kept tokens were attended to, while somebody wants to know."""
 
     def begin(self, stream: Stream) -> Stream:
         """A new stream with its history."""

@@ -23,6 +23,7 @@ from mnemic.host.call import Call, eager, thread
 from mnemic.host.further import Part, in_parts, weights, with_own, with_shared
 from mnemic.host.release import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, DynamicLayer, newer
 from mnemic.memory import Asked, Site
+from mnemic.sources import noted
 from mnemic.state import StateError
 
 if TYPE_CHECKING:
@@ -115,10 +116,11 @@ def attend(
             if attention_mask is not None:
                 mask = attention_mask[one if len(attention_mask) > 1 else slice(0, 1), :, here, held]
             q, k, v = query[one, :, here], key[one, :, held], value[one, :, held]
-            if more is not None and call.plan.layer is not None and call.plan.layer.sources is not None and row == 0:
+            memory = call.plan.layer
+            if more is not None and memory is not None and memory.noted is not None and row == 0:
                 bank, place = call.stream.banks[0], router.attended.index(layer)
                 assert bank is not None
-                call.plan.layer.sources.note(place, weights(q[0], k[0], mask, more, kwargs), more, bank)
+                memory.noted = noted(memory.noted, place, weights(q[0], k[0], mask, more, kwargs), more, bank)
             if more is None:
                 found.append(base(module, q, k, v, mask, **kwargs)[0])
             elif more.shared and end - begin > 1:
