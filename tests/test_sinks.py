@@ -175,3 +175,12 @@ def test_they_are_seen():
     none, some = (feed(model, ids, carried=mnemic.memory_cache(model, WINDOW, sinks)) for sinks in (0, SINKS))
     assert torch.equal(none[:, :WINDOW], some[:, :WINDOW])
     assert_differ(none[:, WINDOW:], some[:, WINDOW:])
+
+
+def test_a_look_inside_tells_of_them():
+    session = mnemic.Session(host("llama", CONFIG), window=WINDOW, sinks=SINKS)
+    session.read(tokens(1, 5 * SEGMENT))
+    assert f"tokens' keys, the first {SINKS} for good" in str(session.show())
+    bare = mnemic.Session(session.model, window=WINDOW, sinks=0)
+    bare.read(tokens(1, 5 * SEGMENT))
+    assert "for good" not in str(bare.show())

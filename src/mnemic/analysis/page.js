@@ -47,7 +47,7 @@ function head() {
       fact("tokens read", count(seen)),
       fact("segments written", count(data.written), `of ${count(data.segment)} tokens`),
       fact("waiting", count(data.waiting), `of ${count(data.segment)} for the next write`, data.waiting / data.segment),
-      data.window ? fact("window", count(data.held), `of ${count(data.window)} tokens\u2019 keys`, Math.min(1, data.held / data.window)) : null,
+      data.window ? fact("window", count(data.held), `of ${count(data.window)} tokens\u2019 keys` + (data.sinks ? `, the first ${count(data.sinks)} for good` : ""), Math.min(1, data.held / data.window)) : null,
       fact("bytes", count(memory), `memory\u2019s state ${count(data.bytes.state)}`))));
   if (!data.written) page.append(h("section", {}, h("p", {}, "Nothing was written yet: the first segment is not full.")));
 }

@@ -47,6 +47,7 @@ def values(found: Contents, words: Words | None = None) -> dict[str, Any]:
         "written": found.ledger("written"),
         "segment": found.meta["memory"]["segment_length"],
         "window": found.meta.get("window"),
+        "sinks": found.meta.get("sinks", 0),
         "held": int(valid.sum()) if valid is not None else 0,
         "bytes": found.bytes,
         "text": words is not None,

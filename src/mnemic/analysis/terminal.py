@@ -70,7 +70,8 @@ def _head(found: Contents) -> RenderableType:
         table.add_row("written", f"from {inside.clock(writes[0]['time'])} to {inside.clock(writes[-1]['time'])}")
     table.add_row("waiting", Text.assemble(bar(waiting, length, 20), f" {waiting:,} of {length:,} tokens"))
     if window := meta.get("window"):
-        table.add_row("window", Text.assemble(bar(held, window, 20), f" {held:,} of {window:,} tokens' keys"))
+        sinks = f", the first {meta['sinks']} for good" if meta.get("sinks") else ""
+        table.add_row("window", Text.assemble(bar(held, window, 20), f" {held:,} of {window:,} tokens' keys{sinks}"))
     if "bank.positions" in rest:
         table.add_row("kept", f"{rest['bank.positions'].numel():,} tokens' keys and values, from before the window")
     sizes = ", ".join(f"{name} {size:,}" for name, size in found.bytes.items())
