@@ -21,6 +21,7 @@ from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
 from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
+from mnemic.packing import CODES, parts
 from mnemic.state import State, StateError, is_finite
 from mnemic.stream import waiting_width
 
@@ -29,7 +30,8 @@ MOST = 2**62
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of hidden states and keys beside the model's own: under autocast they are not the weights'."""
 HISTORY = {f"history.{name}" for name in Log(text=()).tensors()}
-BANK = {"bank.keys", "bank.values", "bank.positions", "bank.chosen"}
+SCALES = {f"bank.{parts(name, 'int8')[1]}" for name in ("keys", "values")}
+BANK = {"bank.keys", "bank.values", *SCALES, "bank.positions", "bank.chosen"}
 STREAM, WINDOW = ("counts", "written", "seen"), ("context", "running", "position")
 
 Kind = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
@@ -160,6 +162,7 @@ def _check_fit(
         state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
         router.memory.check_state(state, stream["written"][0])
         positions = tensors.get("bank.positions")
+        _check_scales(tensors)
         _check_in_order("positions", positions, stream["seen"][0])
         _check_in_order("chosen tokens", tensors.get("bank.chosen"), 0 if positions is None else positions.numel())
     if (running := meta.get("running")) is not None:
@@ -181,15 +184,25 @@ def _bank(
     count = max((tensors[name].shape[3] for name in BANK & tensors.keys() if tensors[name].ndim == 5), default=0)
     if count > meta["stream"]["seen"][0]:
         raise StateError(f"its bank has {count} tokens, and {meta['stream']['seen'][0]} were read")
-    expected: dict[str, Kind] = {}
+    expected, stored = {}, router.memory.stored
     for kind in ("keys", "values"):
         heads, width = keys(model)[f"{kind}.{router.attended[0]}"]
-        expected[f"bank.{kind}"] = ((1, len(router.attended), heads, count, width), (router.dtype, *FLOATS))
+        numbers, *scale = (f"bank.{part}" for part in parts(kind, stored))
+        dtypes = (router.dtype, *FLOATS) if stored == "base" else (CODES[stored],)
+        expected[numbers] = ((1, len(router.attended), heads, count, width), dtypes)
+        expected |= {name: ((1, len(router.attended), heads, count, 1), (torch.float32,)) for name in scale}
     if (chosen := tensors.get("bank.chosen")) is not None:
         heads, _ = keys(model)[f"keys.{router.attended[0]}"]
         size = chosen.shape[-1] if chosen.ndim else 0
         expected["bank.chosen"] = ((1, len(router.attended), heads, size), (torch.long,))
     return expected | {"bank.positions": ((1, count), (torch.long,))}
+
+
+def _check_scales(tensors: State) -> None:
+    """Raises `StateError` for scales below 0 of packed keys and values."""
+    for name in sorted(SCALES & tensors.keys()):
+        if tensors[name].numel() and (least := float(tensors[name].min())) < 0:
+            raise StateError(f"{name} goes down to {least:g}, and scales are 0 or more")
 
 
 def _check_in_order(name: str, numbers: torch.Tensor | None, count: int) -> None:

@@ -66,9 +66,7 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
     # keys of a base in float32 go on in the same base in bfloat16
     dtype: Any = unwrapped(session.model).dtype
     tensors = {
-        name: tensor.to(
-            router.device, dtype if name.startswith(("keys.", "values.", "bank.keys", "bank.values")) else tensor.dtype
-        )
+        name: tensor.to(router.device, dtype if _in_dtype(name, tensor) else tensor.dtype)
         for name, tensor in tensors.items()
     }
     if (ledger := meta.get("stream")) is not None:
@@ -77,7 +75,7 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
         logs = (Log.of(noted) if noted else session._empty_log,)  # a file of before there were histories has none
         ledgers = {name: tuple(values) for name, values in ledger.items()}
         kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("bank.")}
-        banks = (Bank.of(kept) if kept else None,)
+        banks = (Bank.of(kept, router.memory.stored) if kept else None,)
         chosen = enumerate(kept["chosen"][0] if "chosen" in kept else ())
         held = ({place: its_kc[:, None] for place, its_kc in chosen},)
         session._layer.stream = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks, held=held)
@@ -104,6 +102,12 @@ def _chosen(held: Mapping[int, Further | Tensor]) -> State:
     found = [each if isinstance(each, Tensor) else each.chosen_ktc for _, each in sorted(held.items())]
     there = [chosen_ktc[:, 0] for chosen_ktc in found if chosen_ktc is not None]
     return {"bank.chosen": torch.stack(there)[None]} if there and len(there) == len(found) else {}
+
+
+def _in_dtype(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor goes on in the base's dtype: its keys and values, unless they are packed."""
+    of_base = name.startswith(("keys.", "values.")) or name in ("bank.keys", "bank.values")
+    return of_base and tensor.is_floating_point()
 
 
 def _ids_of_window(session: Session) -> Int[Tensor, "1 k"] | None:

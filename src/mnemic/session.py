@@ -375,7 +375,7 @@ class Session:
                     f"the window; use 0 <= first <= last < {seen - left}"
                 )
             assert stream is not None
-            bank, log = stream.banks[0] or Bank(), stream.logs[0]
+            bank, log = stream.banks[0] or Bank(stored=self._router.memory.stored), stream.logs[0]
             shorter = bank.without(first, last)
             stream = replace(stream, logs=(None if log is None else log.without(first, last),))
             self._layer.stream = stream.with_banks((shorter,))
