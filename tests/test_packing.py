@@ -112,7 +112,10 @@ def assert_same(bank, expected):
 @every_packing
 def test_fast_equals_naive(stored, settings, monkeypatch):
     monkeypatch.setattr("mnemic.bank.LEAST", 8)
-    memory, asked = RecallConfig(**SMALL, budget=12, stored=stored, **settings).build(64, 1), asked_of(41, stored=stored)
+    memory, asked = (
+        RecallConfig(**SMALL, budget=12, stored=stored, **settings).build(64, 1),
+        asked_of(41, stored=stored),
+    )
     assert_equals_naive(memory, asked)
     assert memory.further(Site(0, "attention"), asked).keys_ktms.dtype == torch.float32
 

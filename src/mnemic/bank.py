@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -28,24 +29,44 @@ LEAST = 256
 STEP = 16_384
 """A chunk that is full but for `CHUNK` is copied into one of twice the room, or of that much more."""
 
+Check = Callable[[str, Tensor], None]
+"""Raises `StateError` for a tensor, by its name in a chunk, that is not as it was written."""
+
 
 class Chunk:
     """Room for `room` tokens, of which `used` are there: `tensors` `[l, k, room, ...]` by name. `means` are made of
     `LEAST` tokens each that are there, and stay as they are.
+
+    One that is `sealed` takes no more: its tensors may lie in a file. With `check(name, tensor)` each is checked when
+    it is first used.
     """
 
-    def __init__(self, like: State, count: int) -> None:
-        """An empty one with room for `count` tokens such as these."""
-        self.room, self.used = LEAST, 0
-        while self.room < count:
-            self.room += min(self.room, STEP)
-        with torch.inference_mode(False):  # whoever comes later may write outside of it
-            self.tensors = {
-                name: torch.zeros(*new.shape[:2], self.room, new.shape[3], dtype=new.dtype, device=new.device)
-                for name, new in like.items()
-            }
+    def __init__(self, tensors: State, check: Check | None = None, *, sealed: bool) -> None:
+        self.tensors, self.check, self.sealed = tensors, check, sealed
+        self.room = length(tensors)
+        self.used = self.room if sealed else 0
+        self.checked: set[str] = set()
         self.lock = threading.Lock()
         self.means: dict[tuple[int, int], list[Tensor]] = {}
+
+    @staticmethod
+    def empty(like: State, count: int) -> Chunk:
+        """One with room for `count` tokens such as these."""
+        room = LEAST
+        while room < count:
+            room += min(room, STEP)
+        with torch.inference_mode(False):  # whoever comes later may write outside of it
+            return Chunk(
+                {name: new.new_zeros(*new.shape[:2], room, new.shape[3]) for name, new in like.items()}, sealed=False
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What is used of it."""
+        if self.check is not None and name not in self.checked:
+            with self.lock:
+                self.check(name, self.tensors[name])
+                self.checked.add(name)
+        return self.tensors[name]
 
     def fill(self, known: int, new: State) -> bool:
         """Puts tokens behind the `known` first ones; False, and nothing done, where somebody else has done so, or there
@@ -53,16 +74,16 @@ class Chunk:
         """
         stop = known + length(new)
         with self.lock:
-            if self.used != known or stop > self.room:
+            if self.sealed or self.used != known or stop > self.room:
                 return False
             self.used = stop
         for name, tensor in new.items():
             self.tensors[name][:, :, known:stop] = tensor
         return True
 
-    def part(self, start: int, stop: int) -> State:
+    def part(self, start: int, stop: int, names: Iterable[str] | None = None) -> State:
         """Some of its tokens."""
-        return {name: tensor[:, :, start:stop] for name, tensor in self.tensors.items()}
+        return {name: self[name][:, :, start:stop] for name in names or self.tensors}
 
     def copy(self, parts: Sequence[tuple[Chunk, int, int]]) -> None:
         """Fills an empty one with tokens of others, each from a first one on, of which it has whole `LEAST` before, to
@@ -123,21 +144,23 @@ class Bank:
             new = {name: tensor.to(self.chunks[0].tensors[name]) for name, tensor in new.items()}
         chunks, counts, begin, end = list(self.chunks), list(self.counts), 0, length(new)
         while begin < end:
-            last, known = (chunks.pop(), counts.pop()) if counts and counts[-1] < CHUNK else (None, 0)
-            count = min(end - begin, CHUNK - known)
+            goes_on = counts and (counts[-1] % LEAST if chunks[-1].sealed else counts[-1] < CHUNK)
+            last, known = (chunks.pop(), counts.pop()) if goes_on else (None, 0)
+            count = min(end - begin, CHUNK - known % CHUNK)
             some = {name: tensor[:, :, begin : begin + count] for name, tensor in new.items()}
             if last is None or not last.fill(known, some):
-                # where a fork has read on, it has another end; else it has no room
-                share = known // LEAST * LEAST if last is not None and last.used != known else 0
+                # where a fork has read on, it has another end, and so has what is sealed; else it has no room
+                ended = last is not None and (last.sealed or last.used != known)
+                share = known // LEAST * LEAST if ended else 0
                 before, size = [] if last is None else [(last, share, known)], known - share + count
                 if last is not None and share:
                     chunks.append(last)
                     counts.append(share)
                 # those before that are no longer are copied too, or every fork would leave one for good
-                while counts and counts[-1] <= size <= CHUNK - counts[-1]:
+                while counts and not chunks[-1].sealed and counts[-1] <= size <= CHUNK - counts[-1]:
                     before.insert(0, (chunks.pop(), 0, counts[-1]))
                     size += counts.pop()
-                last, known = Chunk(some, size), size - count
+                last, known = Chunk.empty(some, size), size - count
                 last.copy(before)
                 last.fill(known, some)
             chunks.append(last)
@@ -187,7 +210,7 @@ class Bank:
         return unpack(name, {part: self._runs(part, place, start_ktm, run) for part in parts(name, self.stored)})
 
     def _runs(self, name: str, place: int, start_ktm: Int[Tensor, "k t m"], run: int) -> Tensor:
-        tables = [chunk.tensors[name][place] for chunk in self.chunks]
+        tables = [chunk[name][place] for chunk in self.chunks]
         heads, room, width = tables[0].shape
         tables = [table.view(-1, run * width) for table in tables]
         if len(tables) == 1:
@@ -219,7 +242,8 @@ class Bank:
                 for chunk, there in self._parts():
                     made, whole = chunk.means.get(key, []), there // LEAST
                     for begin in range(len(made) * LEAST, whole * LEAST, LEAST):
-                        part = {name: tensor[place] for name, tensor in chunk.part(begin, begin + LEAST).items()}
+                        part = chunk.part(begin, begin + LEAST, parts("keys", self.stored))
+                        part = {name: tensor[place] for name, tensor in part.items()}
                         made = [*made, unpack("keys", part).float().unflatten(1, (-1, run)).mean(2).transpose(1, 2)]
                     chunk.means[key] = made
                     found += made[:whole]
@@ -229,23 +253,32 @@ class Bank:
     @property
     def nbytes(self) -> int:
         """Bytes of the tokens that are there."""
-        return sum(nbytes(chunk.part(0, there)) for chunk, there in self._parts())
+        found = [{name: t[:, :, :there] for name, t in chunk.tensors.items()} for chunk, there in self._parts()]
+        return sum(nbytes(part) for part in found)  # which uses nothing
 
-    def tensors(self) -> State:
+    def tensors(self, *, whole: bool = False) -> State:
         """All of it: `keys [1, l, k, n, s]`, `values [1, l, k, n, v]`, `positions [1, n]`, and what else packing makes;
-        nothing of an empty bank.
+        nothing of an empty bank. For a file, with zeros behind them up to `whole` `LEAST` tokens.
         """
         if not self.length:
             return {}
-        return {name: tensor[None] for name, tensor in self._tensors().items()} | {"positions": self.positions[None]}
+        more = -self.length % LEAST if whole else 0
+        found = {name: F.pad(tensor, (0, 0, 0, more))[None] for name, tensor in self._tensors().items()}
+        return found | {"positions": self.positions[None]}
 
     @staticmethod
-    def of(tensors: State, stored: Stored = "base") -> Bank:
-        """The inverse of `tensors`, of a bank that stores in this way."""
+    def of(tensors: State, stored: Stored = "base", check: Check | None = None) -> Bank:
+        """The inverse of `tensors`, of a bank that stores in this way; tokens behind those that have positions are left
+        out. With `check` the tensors, of whole `LEAST` tokens, become a chunk as they are, and are checked when used.
+        """
         if not tensors:
             return Bank(stored=stored)
         kept = {part: tensors[part][0] for name in ("keys", "values") for part in parts(name, stored)}
-        return Bank(stored=stored)._append(kept, tensors["positions"][0])
+        positions = tensors["positions"][0].cpu()
+        if check is not None:
+            return Bank((Chunk(kept, check, sealed=True),), (len(positions),), positions, stored)
+        kept = {name: tensor[:, :, : len(positions)] for name, tensor in kept.items()}
+        return Bank(stored=stored)._append(kept, positions)
 
     def _parts(self) -> list[tuple[Chunk, int]]:
         return list(zip(self.chunks, self.counts, strict=True))
@@ -254,8 +287,8 @@ class Bank:
         """`keys` or `values` of one block as they are stored, chunk by chunk; of the first `count` tokens alone."""
         found, left = [], self.length if count is None else count
         for chunk, there in self._parts():
-            some = chunk.part(0, max(0, min(there, left)))
-            found.append({part: some[part][place] for part in parts(name, self.stored)})
+            some = chunk.part(0, max(0, min(there, left)), parts(name, self.stored))
+            found.append({part: tensor[place] for part, tensor in some.items()})
             left -= there
         return found
 

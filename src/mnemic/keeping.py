@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mnemic.bank import Bank
-from mnemic.checks import keys_of
+from mnemic.bank import LEAST, Bank
+from mnemic.checks import check_kept, keys_of
 from mnemic.history import Log
 from mnemic.host.anatomy import fingerprint
 from mnemic.host.cache import Window
@@ -21,7 +21,7 @@ from mnemic.host.router import Router
 from mnemic.host.wrappers import unwrapped, whole
 from mnemic.memory import Further
 from mnemic.rereading import reread, window_ids
-from mnemic.state import State, StateError
+from mnemic.state import State, StateError, check_digest
 from mnemic.stream import Stream
 
 if TYPE_CHECKING:
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 def contents(session: Session) -> tuple[State, dict[str, Any]]:
     """The tensors: the stream's; `bank.keys` and `bank.values` `[1, blocks, heads, n, width]` where keys are kept that
-    left the window, with `bank.chosen [1, blocks, heads, c]` where the next tokens share what was chosen of them;
-    `history.*`; of the window `window.valid [1, kept]` and, unless its tokens can be read again and are to be, `keys.*`
-    and `values.*` `[1, heads, kept, width]` in the base's dtype.
+    left the window, with zeros behind them to fill the last chunk, so that a file can be mapped, and `bank.positions
+    [1, n]`; `bank.chosen [1, blocks, heads, c]` where the next tokens share what was chosen of them; `history.*`; of
+    the window `window.valid [1, kept]` and, unless its tokens can be read again and are to be, `keys.*` and `values.*`
+    `[1, heads, kept, width]` in the base's dtype.
     """
     if session._layer.off:
         raise StateError(
@@ -44,7 +45,7 @@ def contents(session: Session) -> tuple[State, dict[str, Any]]:
         stream = session.stream.detach()
         tensors |= stream.tensors()
         if (bank := stream.banks[0]) is not None:
-            tensors |= {f"bank.{name}": tensor for name, tensor in bank.tensors().items()}
+            tensors |= {f"bank.{name}": tensor for name, tensor in bank.tensors(whole=True).items()}
             tensors |= _chosen(stream.held[0])
         if (log := stream.logs[0]) is not None:
             tensors |= {f"history.{name}": tensor for name, tensor in log.tensors().items()}
@@ -60,9 +61,17 @@ def contents(session: Session) -> tuple[State, dict[str, Any]]:
     return tensors, meta
 
 
-def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
-    """Puts contents that passed `check_contents` into a new session."""
+def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapping[str, str], source: object) -> None:
+    """Puts contents that passed `check_contents` into a new session. What is `unread` is checked when it is used, by
+    its checksum, or now where it goes on in another dtype or on another device.
+    """
     router = session._router
+
+    def check(name: str, tensor: Tensor) -> None:
+        check_digest(f"bank.{name}", tensor, unread[f"bank.{name}"], source)
+        check_kept({f"bank.{name}": tensor})
+
+    found = tensors
     # keys of a base in float32 go on in the same base in bfloat16
     dtype: Any = unwrapped(session.model).dtype
     tensors = {
@@ -75,7 +84,10 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
         logs = (Log.of(noted) if noted else session._empty_log,)  # a file of before there were histories has none
         ledgers = {name: tuple(values) for name, values in ledger.items()}
         kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("bank.")}
-        banks = (Bank.of(kept, router.memory.stored) if kept else None,)
+        lies = bool(unread) and all(t is found[n] and not t.shape[3] % LEAST for n, t in tensors.items() if n in unread)
+        for name in () if lies else unread:
+            check(name[5:], found[name])
+        banks = (Bank.of(kept, router.memory.stored, check if lies else None) if kept else None,)
         chosen = enumerate(kept["chosen"][0] if "chosen" in kept else ())
         held = ({place: its_kc[:, None] for place, its_kc in chosen},)
         session._layer.stream = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks, held=held)

@@ -29,7 +29,7 @@ from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward
 from mnemic.locks import Lock, alone
 from mnemic.sources import Sources, noting
-from mnemic.state import StateError, from_bytes, read_file, to_bytes, write_file
+from mnemic.state import StateError, from_bytes, map_file, to_bytes, write_file
 from mnemic.stream import Stream
 from mnemic.texts import Text, check_known, given, token_ids
 from mnemic.turns import Messages, Turns
@@ -422,11 +422,15 @@ class Session:
     ) -> Session:
         """The session that `save` wrote.
 
+        Keys and values that left the window stay in the file, which is mapped: it may be replaced or deleted, but not
+        be written into. They are read when they are used, and all of them are checked then: whatever uses them raises
+        `StateError` if they were changed.
+
         Raises:
             StateError: another base model (unless `strict=False`), another memory or its config, an edited or truncated
                 file, and contents that this model and memory would not make. Nothing is loaded then.
         """
-        return cls._of(*read_file(path), path, model, tokenizer, strict)
+        return cls._of(*map_file(path), path, model, tokenizer, strict)
 
     @classmethod
     def from_bytes(
@@ -439,13 +443,14 @@ class Session:
         source: object = "these bytes",
     ) -> Session:
         """The session that `to_bytes` gave; raises `StateError` as `load` does. `source` is how errors name it."""
-        return cls._of(*from_bytes(data, source), source, model, tokenizer, strict)
+        return cls._of(*from_bytes(data, source), {}, source, model, tokenizer, strict)
 
     @classmethod
     def _of(
         cls,
         tensors: dict[str, Tensor],
         meta: dict[str, Any],
+        unread: dict[str, str],
         source: object,
         model: nn.Module,
         tokenizer: Any,
@@ -466,8 +471,8 @@ class Session:
             session = cls(model, tokenizer, window=meta["window"], sinks=meta.get("sinks", 0), **settings)
         except ValueError as error:
             raise StateError(f"{source} has a window that this model cannot have: {error}") from error
-        check_contents(tensors, meta, model, source)
-        keeping.fill(session, tensors, meta)
+        check_contents(tensors, meta, model, source, unread)
+        keeping.fill(session, tensors, meta, unread, source)
         return session
 
     def checked(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
