@@ -12,8 +12,9 @@ import torch
 import mnemic
 from families import make
 from helpers import SEGMENT, tokens
+from mnemic.mapping import map_file
 from mnemic.memories.recall import RecallConfig
-from mnemic.state import APART, from_bytes, map_file
+from mnemic.state import APART, from_bytes
 from test_packing import assert_same
 from test_recall import SMALL
 
@@ -63,7 +64,7 @@ def test_loading_reads_nothing_of_what_is_mapped(stored, tmp_path, monkeypatch):
     session = reading(model)
     session.save(tmp_path / "s.memory")
     checked = []
-    monkeypatch.setattr("mnemic.keeping.check_digest", lambda name, *_: checked.append(name))
+    monkeypatch.setattr("mnemic.keeping.check_kept", lambda tensors: checked.extend(tensors))
     again = mnemic.Session.load(tmp_path / "s.memory", model)
     assert again.nbytes == session.nbytes
     assert str(session.nbytes // 1000) in repr(again).replace(",", "")
@@ -161,6 +162,17 @@ def test_what_was_changed_is_refused_when_it_is_used(name, tmp_path):
         mnemic.Session.from_bytes(path.read_bytes(), model)
     with pytest.raises(mnemic.StateError, match=name):  # it goes on in another dtype, for which it is read
         mnemic.Session.load(path, copy.deepcopy(model).to(torch.bfloat16), strict=False)
+
+
+def test_a_file_that_is_cut_while_it_is_mapped_is_refused_when_it_is_used(tmp_path):
+    model, path = recalling(), tmp_path / "s.memory"
+    session = reading(model)
+    session.save(path)
+    again = mnemic.Session.load(path, model)
+    assert torch.equal(said(again), said(session))
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(mnemic.StateError, match=r"s\.memory was cut to .* bytes while it was in use"):
+        again.forward(QUESTION)
 
 
 def test_numbers_that_no_session_makes_are_refused_when_they_are_used(tmp_path):

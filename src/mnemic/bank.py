@@ -37,15 +37,14 @@ class Chunk:
     """Room for `room` tokens, of which `used` are there: `tensors` `[l, k, room, ...]` by name. `means` are made of
     `LEAST` tokens each that are there, and stay as they are.
 
-    One that is `sealed` takes no more: its tensors may lie in a file. With `check(name, tensor)` each is checked when
-    it is first used.
+    One that is `sealed` takes no more: its tensors may lie in a file, and `check(name, tensor)` is called before one is
+    used.
     """
 
     def __init__(self, tensors: State, check: Check | None = None, *, sealed: bool) -> None:
         self.tensors, self.check, self.sealed = tensors, check, sealed
         self.room = length(tensors)
         self.used = self.room if sealed else 0
-        self.checked: set[str] = set()
         self.lock = threading.Lock()
         self.means: dict[tuple[int, int], list[Tensor]] = {}
 
@@ -62,10 +61,8 @@ class Chunk:
 
     def __getitem__(self, name: str) -> Tensor:
         """What is used of it."""
-        if self.check is not None and name not in self.checked:
-            with self.lock:
-                self.check(name, self.tensors[name])
-                self.checked.add(name)
+        if self.check is not None:
+            self.check(name, self.tensors[name])
         return self.tensors[name]
 
     def fill(self, known: int, new: State) -> bool:

@@ -19,9 +19,10 @@ from mnemic.host.release import DynamicLayer
 from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
 from mnemic.host.wrappers import unwrapped, whole
+from mnemic.mapping import Mapped
 from mnemic.memory import Further
 from mnemic.rereading import reread, window_ids
-from mnemic.state import State, StateError, check_digest
+from mnemic.state import State, StateError
 from mnemic.stream import Stream
 
 if TYPE_CHECKING:
@@ -61,15 +62,15 @@ def contents(session: Session) -> tuple[State, dict[str, Any]]:
     return tensors, meta
 
 
-def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapping[str, str], source: object) -> None:
-    """Puts contents that passed `check_contents` into a new session. What is `unread` is checked when it is used, by
-    its checksum, or now where it goes on in another dtype or on another device.
+def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapped | None) -> None:
+    """Puts contents that passed `check_contents` into a new session. What is `unread` is checked when it is used, or
+    now where it goes on in another dtype or on another device.
     """
     router = session._router
 
     def check(name: str, tensor: Tensor) -> None:
-        check_digest(f"bank.{name}", tensor, unread[f"bank.{name}"], source)
-        check_kept({f"bank.{name}": tensor})
+        assert unread is not None
+        unread.check(f"bank.{name}", tensor, check_kept)
 
     found = tensors
     # keys of a base in float32 go on in the same base in bfloat16
@@ -84,10 +85,11 @@ def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapping
         logs = (Log.of(noted) if noted else session._empty_log,)  # a file of before there were histories has none
         ledgers = {name: tuple(values) for name, values in ledger.items()}
         kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("bank.")}
-        lies = bool(unread) and all(t is found[n] and not t.shape[3] % LEAST for n, t in tensors.items() if n in unread)
-        for name in () if lies else unread:
-            check(name[5:], found[name])
-        banks = (Bank.of(kept, router.memory.stored, check if lies else None) if kept else None,)
+        lie = {name: t for name, t in found.items() if unread is not None and name in unread.digests}
+        stay = bool(lie) and all(tensors[name] is t and not t.shape[3] % LEAST for name, t in lie.items())
+        for name, tensor in () if stay else lie.items():
+            check(name[5:], tensor)
+        banks = (Bank.of(kept, router.memory.stored, check if stay else None) if kept else None,)
         chosen = enumerate(kept["chosen"][0] if "chosen" in kept else ())
         held = ({place: its_kc[:, None] for place, its_kc in chosen},)
         session._layer.stream = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks, held=held)

@@ -28,8 +28,9 @@ from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward
 from mnemic.locks import Lock, alone
+from mnemic.mapping import Mapped, map_file
 from mnemic.sources import Sources, noting
-from mnemic.state import StateError, from_bytes, map_file, to_bytes, write_file
+from mnemic.state import StateError, from_bytes, to_bytes, write_file
 from mnemic.stream import Stream
 from mnemic.texts import Text, check_known, given, token_ids
 from mnemic.turns import Messages, Turns
@@ -443,14 +444,14 @@ class Session:
         source: object = "these bytes",
     ) -> Session:
         """The session that `to_bytes` gave; raises `StateError` as `load` does. `source` is how errors name it."""
-        return cls._of(*from_bytes(data, source), {}, source, model, tokenizer, strict)
+        return cls._of(*from_bytes(data, source), None, source, model, tokenizer, strict)
 
     @classmethod
     def _of(
         cls,
         tensors: dict[str, Tensor],
         meta: dict[str, Any],
-        unread: dict[str, str],
+        unread: Mapped | None,
         source: object,
         model: nn.Module,
         tokenizer: Any,
@@ -471,8 +472,8 @@ class Session:
             session = cls(model, tokenizer, window=meta["window"], sinks=meta.get("sinks", 0), **settings)
         except ValueError as error:
             raise StateError(f"{source} has a window that this model cannot have: {error}") from error
-        check_contents(tensors, meta, model, source, unread)
-        keeping.fill(session, tensors, meta, unread, source)
+        check_contents(tensors, meta, model, source, unread.digests if unread is not None else ())
+        keeping.fill(session, tensors, meta, unread)
         return session
 
     def checked(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -268,40 +268,18 @@ def from_bytes(data: bytes, source: object = "these bytes") -> tuple[State, dict
     Raises:
         StateError: truncated, edited or foreign bytes, and any that `to_bytes` would not make. Nothing is loaded.
     """
-    words, _, _ = _header(data, source)
+    words, _, _ = header_of(data, source)
     try:
         tensors = deserialize(data)
     except SafetensorError as error:
         raise StateError(f"{source} is not a whole safetensors file ({error}); restore it from a copy") from error
-    meta, apart = _description(tensors, words, source)
+    meta, apart = description_of(tensors, words, source)
     for name, digest in apart.items():
         check_digest(name, tensors[name], digest, source)
     return tensors, meta
 
 
-def map_file(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any], dict[str, str]]:
-    """As `read_file`, but of a file's tensors that are `APART` nothing is read before somebody uses them: they lie in
-    the file, which is mapped. Their checksums are the third result, for `check_digest`.
-
-    What is mapped is the file as it is now: replaced or deleted, it lives on for whoever has mapped it (on Windows it
-    can be neither). What is written into them stays with this process. Whoever cuts the file itself shorter (nothing
-    here does) ends a process that reads what was there.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no memory file at {path}")
-    with Path(path).open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return *from_bytes(b"", path), {}
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    words, entries, start = _header(data, path)
-    with torch.inference_mode(False):
-        tensors = _mapped(data, entries, start, path)
-        lie = words.get("mnemic") == FORMAT_APART
-        tensors = {name: t if lie and name.startswith(APART) else t.clone() for name, t in tensors.items()}
-    return tensors, *_description(tensors, words, path)
-
-
-def _description(tensors: State, words: Mapping[str, str], source: object) -> tuple[dict[str, Any], dict[str, str]]:
+def description_of(tensors: State, words: Mapping[str, str], source: object) -> tuple[dict[str, Any], dict[str, str]]:
     """What a file says of its tensors, and the checksums of those that are `APART`, which are still to be checked."""
     if (known := words.get("mnemic")) not in (FORMAT, FORMAT_APART):
         said = f"{FORMAT!r} and {FORMAT_APART!r}"
@@ -325,22 +303,6 @@ def _description(tensors: State, words: Mapping[str, str], source: object) -> tu
         if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
             raise StateError(f"{source} has bytes in {name} that are neither True nor False")
     return meta, apart
-
-
-def _mapped(data: mmap.mmap, entries: Mapping[str, Any], start: int, source: object) -> State:
-    """The tensors as they lie in a mapped file, one behind another from `start` on; raises `StateError` for others."""
-    tensors, end = {}, 0
-    for name, entry in sorted(entries.items(), key=lambda each: each[1]["data_offsets"]):
-        dtype, shape, (begin, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        count = math.prod(shape)
-        if begin != end or stop - begin != count * dtype.itemsize or start + stop > len(data):
-            raise StateError(f"{source} is not a whole safetensors file ({name} is {entry}); restore it from a copy")
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count else torch.zeros(0)
-        tensors[name], end = flat.to(dtype).view(shape), stop
-    if start + end != len(data):
-        said = f"{len(data):,} bytes, where its tensors end at {start + end:,}"
-        raise StateError(f"{source} is not a whole safetensors file ({said}); restore it from a copy")
-    return tensors
 
 
 def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -410,7 +372,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.flatten().view(torch.uint8).numpy().data
 
 
-def _header(data: bytes | mmap.mmap, source: object) -> tuple[dict[str, str], dict[str, Any], int]:
+def header_of(data: bytes | mmap, source: object) -> tuple[dict[str, str], dict[str, Any], int]:
     """The header's own words, its entries, once they are of tensors that may be made, and where these begin; where they
     lie is safetensors' to check.
     """
