@@ -8,10 +8,11 @@ few chunks, however often forks read on first.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mnemic.packing import Stored, pack, parts, products, unpack
+from mnemic.spilling import Spill
 from mnemic.state import State, nbytes
 
 CHUNK = 65_536
@@ -88,6 +90,10 @@ class Chunk:
         """
         for chunk, start, stop in parts:
             self.fill(self.used, chunk.part(start, stop))
+        self.take_means(parts)
+
+    def take_means(self, parts: Sequence[tuple[Chunk, int, int]]) -> None:
+        """Takes over the means of tokens of others, of which it is made."""
         for key in {key for chunk, *_ in parts for key in tuple(chunk.means)}:  # another thread may make more
             made = self.means[key] = []
             for chunk, start, stop in parts:
@@ -101,13 +107,14 @@ class Chunk:
 class Bank:
     """The first `counts[i]` tokens of each of the `chunks`, whole `LEAST` tokens of all but the last. `positions [n]`
     int64 says where in the stream they stood. They are packed, as `stored` says, when they are appended, and once; a
-    bank that packs gives float32.
+    bank that packs gives float32. With `spill` chunks lie in files where they would take more RAM than that allows.
     """
 
     chunks: tuple[Chunk, ...] = ()
     counts: tuple[int, ...] = ()
     positions: Int[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     stored: Stored = "base"
+    spill: Spill | None = None
     joined: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -121,7 +128,7 @@ class Bank:
         return self.chunks[0].tensors["keys"].shape[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Bank.of, (self.tensors(), self.stored)  # a chunk may hold what forks have read
+        return Bank.of, (self.tensors(), self.stored, None, self.spill)  # a chunk may hold what forks have read
 
     def append(
         self,
@@ -164,22 +171,51 @@ class Bank:
             counts.append(known + count)
             begin += count
         positions = torch.cat([self.positions, positions_n.cpu()])
-        return Bank(tuple(chunks), tuple(counts), positions, self.stored)
+        return replace(self, chunks=tuple(chunks), counts=tuple(counts), positions=positions)._spilled()
+
+    def spilling(self, spill: Spill) -> Bank:
+        """The same bank, whose chunks lie where `spill` says from now on."""
+        return replace(self, spill=spill)._spilled()
+
+    def _spilled(self) -> Bank:
+        """With a file for whole `LEAST` tokens of all that is in RAM, where that is more than it may be."""
+        loose = [(chunk, there) for chunk, there in self._parts() if not chunk.sealed]
+        if self.spill is None or sum(nbytes(chunk.tensors) for chunk, _ in loose) <= self.spill.ram:
+            return self
+        last, there = loose.pop()
+        whole = there // LEAST * LEAST
+        parts = [(chunk, 0, count) for chunk, count in [*loose, (last, whole)] if count]
+        if not parts:
+            return self
+        laid = self.spill.lay([chunk.part(*range_) for chunk, *range_ in parts], functools.partial(Chunk, sealed=True))
+        laid.take_means(parts)
+        lie = len(self.chunks) - len(loose) - 1
+        chunks, counts = [*self.chunks[:lie], laid], [*self.counts[:lie], laid.room]
+        if there > whole:
+            rest = last.part(whole, there)
+            chunks.append(Chunk.empty(rest, there - whole))
+            chunks[-1].fill(0, rest)
+            counts.append(there - whole)
+        return replace(self, chunks=tuple(chunks), counts=tuple(counts))
+
+    def emptied(self) -> Bank:
+        """A bank of nothing, which keeps tokens as this one does."""
+        return Bank(stored=self.stored, spill=self.spill)
 
     def without(self, first: int, last: int) -> Bank:
         """The bank without the tokens that stood at `first` to `last`, in chunks of its own."""
         stay = (self.positions < first) | (self.positions > last)
         if not stay.any():
-            return Bank(stored=self.stored)
+            return self.emptied()
         left = {name: tensor[:, :, stay.to(tensor.device)] for name, tensor in self._tensors().items()}
-        return Bank(stored=self.stored)._append(left, self.positions[stay])
+        return self.emptied()._append(left, self.positions[stay])
 
     def zeroed(self) -> Bank:
         """As many tokens, all of them zero."""
         if not self.length:
             return self
         zeros = {name: torch.zeros_like(tensor) for name, tensor in self._tensors().items()}
-        return Bank(stored=self.stored)._append(zeros, self.positions)
+        return self.emptied()._append(zeros, self.positions)
 
     def keys(self, place: int) -> list[Float[Tensor, "k n s"]]:
         """The keys of the `place`-th block that is kept, chunk by chunk."""
@@ -264,18 +300,18 @@ class Bank:
         return found | {"positions": self.positions[None]}
 
     @staticmethod
-    def of(tensors: State, stored: Stored = "base", check: Check | None = None) -> Bank:
+    def of(tensors: State, stored: Stored = "base", check: Check | None = None, spill: Spill | None = None) -> Bank:
         """The inverse of `tensors`, of a bank that stores in this way; tokens behind those that have positions are left
         out. With `check` the tensors, of whole `LEAST` tokens, become a chunk as they are, and are checked when used.
         """
         if not tensors:
-            return Bank(stored=stored)
+            return Bank(stored=stored, spill=spill)
         kept = {part: tensors[part][0] for name in ("keys", "values") for part in parts(name, stored)}
         positions = tensors["positions"][0].cpu()
         if check is not None:
             return Bank((Chunk(kept, check, sealed=True),), (len(positions),), positions, stored)
         kept = {name: tensor[:, :, : len(positions)] for name, tensor in kept.items()}
-        return Bank(stored=stored)._append(kept, positions)
+        return Bank(stored=stored, spill=spill)._append(kept, positions)
 
     def _parts(self) -> list[tuple[Chunk, int]]:
         return list(zip(self.chunks, self.counts, strict=True))
@@ -284,7 +320,9 @@ class Bank:
         """`keys` or `values` of one block as they are stored, chunk by chunk; of the first `count` tokens alone."""
         found, left = [], self.length if count is None else count
         for chunk, there in self._parts():
-            some = chunk.part(0, max(0, min(there, left)), parts(name, self.stored))
+            if found and left <= 0:  # what is not used is not read
+                break
+            some = chunk.part(0, min(there, left), parts(name, self.stored))
             found.append({part: tensor[place] for part, tensor in some.items()})
             left -= there
         return found

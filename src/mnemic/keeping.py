@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,7 @@ from mnemic.host.wrappers import unwrapped, whole
 from mnemic.mapping import Mapped
 from mnemic.memory import Further
 from mnemic.rereading import reread, window_ids
+from mnemic.spilling import Spill
 from mnemic.state import State, StateError
 from mnemic.stream import Stream
 
@@ -109,6 +112,52 @@ def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapped 
         ids = window_ids(session._log, seen, cache, router.segment_length)
         assert ids is not None  # checked
         reread(session.model, cache, cache.window, ids.to(router.device), router.segment_length)
+
+
+def forget(session: Session, first: int, last: int) -> int:
+    """`Session.forget`, in a call of the session."""
+    stream, cache = session.stream, session._cache
+    if not session._router.attended:
+        kind = session._router.config.kind
+        raise ValueError(f"a memory of kind {kind!r} keeps no token apart from others; reset() forgets all")
+    if session._router.memory.writes:
+        raise ValueError(
+            "beside recall another memory has written these tokens, which it cannot take apart again; reset() "
+            "forgets all"
+        )
+    left = 0 if stream is None or cache is None or cache.window is None else cache.window.context[0]
+    seen = 0 if stream is None else stream.seen[0]
+    if not 0 <= first <= last < seen - left:
+        raise ValueError(
+            f"tokens {first} to {last} cannot be forgotten: of {seen} that were read the last {left} are in "
+            f"the window; use 0 <= first <= last < {seen - left}"
+        )
+    assert stream is not None
+    bank, log = stream.banks[0] or Bank(stored=session._router.memory.stored), stream.logs[0]
+    shorter = bank.without(first, last)
+    stream = replace(stream, logs=(None if log is None else log.without(first, last),))
+    session._layer.stream = stream.with_banks((shorter,))
+    session._layer.replay = None  # which knows the stream as it was
+    return bank.length - shorter.length
+
+
+def spill_to(session: Session, folder: Path, ram: int) -> None:
+    """`Session.spill_to`, in a call of the session."""
+    if not session._router.attended:
+        kind = session._router.config.kind
+        raise ValueError(f"a memory of kind {kind!r} keeps no keys that could be laid into files; leave it out")
+    if (device := session._router.device).type != "cpu":
+        raise ValueError(f"the model is on {device}, and files are mapped into RAM; use it on the CPU")
+    if ram < 0:
+        raise ValueError(f"ram is {ram}; use 0 bytes or more")
+    folder.mkdir(parents=True, exist_ok=True)
+    spill = Spill(folder.resolve(), ram)
+    new = Bank(stored=session._router.memory.stored, spill=spill)
+    if (stream := session.stream) is not None:
+        bank = stream.banks[0]
+        session._layer.stream = replace(stream, banks=(new if bank is None else bank.spilling(spill),))
+        session._layer.replay = None  # which knows the stream as it was
+    session._bank = session._layer.bank = new
 
 
 def _chosen(held: Mapping[int, Further | Tensor]) -> State:

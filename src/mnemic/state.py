@@ -351,13 +351,13 @@ def checksum(tensors: Mapping[str, Tensor], text: str, apart: Mapping[str, str] 
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(apart[name].encode() if apart and name in apart else _bytes(tensor))
+        digest.update(apart[name].encode() if apart and name in apart else bytes_of(tensor))
     return digest.hexdigest()
 
 
 def digest_of(tensor: Tensor) -> str:
     """SHA-256 over the values of a tensor."""
-    return hashlib.sha256(_bytes(tensor)).hexdigest()
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
 def check_digest(name: str, tensor: Tensor, digest: str, source: object) -> None:
@@ -368,7 +368,8 @@ def check_digest(name: str, tensor: Tensor, digest: str, source: object) -> None
         )
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor in memory; of one that is contiguous without a copy."""
     return tensor.flatten().view(torch.uint8).numpy().data
 
 

@@ -245,7 +245,7 @@ class Stream:
             for values in (self.counts, self.written, self.seen)
         )
         logs = tuple(log.begun() if log is not None and row in rows else log for row, log in enumerate(self.logs))
-        banks = tuple(None if row in rows else bank for row, bank in enumerate(self.banks))
+        banks = tuple(bank.emptied() if bank and row in rows else bank for row, bank in enumerate(self.banks))
         return Stream(state, self._waiting(index, counts), counts, written, seen, logs, banks).holding(self.held)
 
     def _waiting(self, emptied: Tensor, counts: Sequence[int]) -> Tensor:
