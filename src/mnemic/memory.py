@@ -68,7 +68,7 @@ class Asked:
     may leave stands at `first`, and the window has `window` keys at most. `bank` has what left it, of this block at
     `place`. `turn(x, position)` puts positions in, and takes them out with `back=True`. `scale` multiplies products.
     `number` says which token of its segment each one is, from 0 on; -1 for padding. While a session is `reading`,
-    nobody waits for what the model says. With `chosen_ktc` what was chosen before is wanted again: `Further.chosen_ktc`.
+    nobody waits for what the model says. With `chosen_ktc` what was chosen before is wanted again (see `Further`).
     """
 
     turned_hts: Float[Tensor, "h t s"]

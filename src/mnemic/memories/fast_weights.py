@@ -191,8 +191,8 @@ class FastWeights(Memory):
         return not self.reads_own_segment and super().writes_see_reads
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
-        """Zeros, float32: `matrix [b, h, k, v]`, with "elu1" `normaliser [b, h, k]`, with `shift` `last [b, h * k]`, K' x
-        of the last token.
+        """Zeros, float32: `matrix [b, h, k, v]`, with "elu1" `normaliser [b, h, k]`, with `shift` `last [b, h * k]`,
+        K' x of the last token.
         """
         size = self.config.dim // self.config.heads
         state = {"matrix": torch.zeros(batch, self.config.heads, size, size, device=device)}
