@@ -77,8 +77,10 @@ def recall_speed(found: Sequence[Record]) -> str:
     for remembered, measured in measures.items():
         ratios = [measured["processor / base"], measured["clock / base"]]
         cells = [f"{ratios[0][name]:.2f} ({ratios[1][name]:.2f})" for name in names]
-        rows.append([f"{int(remembered):,}", *cells, f"{measured['reading']['processor / base']['recall']:.2f}"])
-    header = ["tokens remembered", *(f"a token, {name}" for name in names), "reading"]
+        reading = [f"{ratio:.2f}" for ratio in measured["reading"]["processor / base"].values()]
+        rows.append([f"{int(remembered):,}", *cells, *reading])
+    reads = next(iter(measures.values()))["reading"]["processor / base"]
+    header = ["tokens remembered", *(f"a token, {name}" for name in names), *(f"reading, {name}" for name in reads)]
     note = f"Multiples of the base's time with the same window of {config['memory']['window']:,} and the memory off, "
     note += f"{found[0].host}, {config['threads']} thread; processor time, in brackets by the clock; medians of "
     note += f"{config['turns']} turns. Keys are those of {config['repeated']:,} tokens, again and again. Made by "

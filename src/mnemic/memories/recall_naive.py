@@ -31,8 +31,9 @@ def naive(memory: Recall, asked: Asked) -> list[list[list[Seen]]]:
             mean = [[keys[head, blocks[u]].mean(0) for u in whole] for head in range(heads)]
             shares = [[float((scale * key @ query).exp()) for key in mean[h // group]] for h, query in enumerate(far)]
             worth = _voted(config, group, [[share / sum(row) for share in row] for row in shares])
-            new = among[0][len(whole) :]
-            among = [sorted({*_best(whole, row, always, config.wider * take), *new}) for row in worth]
+            among = [
+                sorted({*_best(whole, row, always, config.wider * take), *among[0][len(whole) :]}) for row in worth
+            ]
         rows = []
         for h, query in enumerate(far):
             its = [blocks[u] for u in among[h // group]]
@@ -66,12 +67,9 @@ def _best(blocks: list[int], worth: list[float], always: int, take: int) -> list
     return sorted([*range(always), *(u for _, u in others[:take])])
 
 
-def _worth(
-    config: RecallConfig, scale: float, query: Tensor, keys: Tensor, block: list[int], among: list[int]
-) -> float:
+def _worth(config: RecallConfig, scale: float, query: Tensor, keys: Tensor, block: list[int], of: list[int]) -> float:
     if config.choice == "mass":
-        powers = (scale * keys @ query).double().exp()
-        return float(powers[block].sum() / powers[among].sum())
+        return float((powers := (scale * keys @ query).double().exp())[block].sum() / powers[of].sum())
     part = keys[[*block, *[block[-1]] * (config.unit - len(block))]]
     if config.choice == "mean":
         return float(scale * torch.dot(part.mean(0), query))
