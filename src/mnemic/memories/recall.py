@@ -49,8 +49,7 @@ from torch import Tensor
 
 from mnemic.bank import LEAST, Bank
 from mnemic.memories.layers import distinct_layers
-from mnemic.memory import Asked, Card, Further, Memory, MemoryConfig, Site
-from mnemic.packing import Stored
+from mnemic.memory import Asked, Card, Further, Memory, MemoryConfig, Site, Stored
 from mnemic.state import State
 
 # Shapes: h heads of queries, k heads of keys, g = h / k, t tokens, n kept, m chosen, s width of a head, u blocks.

@@ -31,9 +31,8 @@ def naive(memory: Recall, asked: Asked) -> list[list[list[Seen]]]:
             mean = [[keys[head, blocks[u]].mean(0) for u in whole] for head in range(heads)]
             shares = [[float((scale * key @ query).exp()) for key in mean[h // group]] for h, query in enumerate(far)]
             worth = _voted(config, group, [[share / sum(row) for share in row] for row in shares])
-            among = [
-                sorted({*_best(whole, row, always, config.wider * take), *among[0][len(whole) :]}) for row in worth
-            ]
+            new = among[0][len(whole) :]
+            among = [sorted({*_best(whole, row, always, config.wider * take), *new}) for row in worth]
         rows = []
         for h, query in enumerate(far):
             its = [blocks[u] for u in among[h // group]]
