@@ -202,8 +202,10 @@ def test_a_packed_bank_that_no_session_makes_is_refused(change, tmp_path):
     tensors, meta = session.contents()
     edit, said = CHANGES[change]
     mnemic.state.write_file(tmp_path / "s.memory", edit(tensors), meta)
+    with pytest.raises(mnemic.StateError, match=said):  # numbers are looked at when they are used
+        mnemic.Session.load(tmp_path / "s.memory", model).forward(tokens(1, 2))
     with pytest.raises(mnemic.StateError, match=said):
-        mnemic.Session.load(tmp_path / "s.memory", model)
+        mnemic.Session.from_bytes((tmp_path / "s.memory").read_bytes(), model)
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [("base", "int8"), ("int8", "base"), ("int8", "fp8")])
