@@ -31,8 +31,6 @@ def recalling(**settings):
 def small_chunks(monkeypatch):
     for name, value in {"CHUNK": 4 * SEGMENT, "LEAST": SEGMENT, "STEP": 2 * SEGMENT}.items():
         monkeypatch.setattr(f"mnemic.bank.{name}", value)
-    for room in ("checks", "keeping"):
-        monkeypatch.setattr(f"mnemic.{room}.LEAST", SEGMENT)
 
 
 def reading(model, count=12 * SEGMENT + 3, **settings):

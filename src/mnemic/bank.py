@@ -187,7 +187,9 @@ class Bank:
         parts = [(chunk, 0, count) for chunk, count in [*loose, (last, whole)] if count]
         if not parts:
             return self
-        laid = self.spill.lay([chunk.part(*range_) for chunk, *range_ in parts], functools.partial(Chunk, sealed=True))
+        laid = self.spill.lay(
+            [chunk.part(0, count) for chunk, _, count in parts], functools.partial(Chunk, sealed=True)
+        )
         laid.take_means(parts)
         lie = len(self.chunks) - len(loose) - 1
         chunks, counts = [*self.chunks[:lie], laid], [*self.counts[:lie], laid.room]
@@ -295,7 +297,7 @@ class Bank:
         """
         if not self.length:
             return {}
-        more = -self.length % LEAST if whole else 0
+        more = filled(self.length) - self.length if whole else 0
         found = {name: F.pad(tensor, (0, 0, 0, more))[None] for name, tensor in self._tensors().items()}
         return found | {"positions": self.positions[None]}
 
@@ -330,6 +332,11 @@ class Bank:
     def _tensors(self) -> State:
         found = [chunk.part(0, there) for chunk, there in self._parts()]
         return {name: torch.cat([part[name] for part in found], 2) for name in found[0]}
+
+
+def filled(count: int) -> int:
+    """How many tokens there are with zeros behind the last, up to whole `LEAST`."""
+    return count + -count % LEAST
 
 
 def length(tensors: State) -> int:

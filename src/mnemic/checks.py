@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mnemic.attachment import check_unedited, config_of, memory_cache, router_of
-from mnemic.bank import LEAST
+from mnemic.bank import filled
 from mnemic.history import Log
 from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
@@ -185,7 +185,7 @@ def _bank(
     if meta.get("stream") is None or not router.attended or not BANK & tensors.keys():
         return {}
     count = tensors["bank.positions"].numel() if "bank.positions" in tensors else 0
-    kept, room = tensors.get("bank.keys"), count + -count % LEAST
+    kept, room = tensors.get("bank.keys"), filled(count)
     if kept is None or kept.ndim != 5 or kept.shape[3] != room:  # with no zeros behind them, as they once were written
         room = count
     if count > meta["stream"]["seen"][0]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mnemic.bank import LEAST, Bank
+from mnemic.bank import Bank, filled
 from mnemic.checks import check_kept, keys_of
 from mnemic.history import Log
 from mnemic.host.anatomy import fingerprint
@@ -97,7 +97,7 @@ def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapped 
         ledgers = {name: tuple(values) for name, values in ledger.items()}
         kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("bank.")}
         lie = {name: t for name, t in found.items() if unread is not None and name in unread.digests}
-        stay = bool(lie) and all(tensors[name] is t and not t.shape[3] % LEAST for name, t in lie.items())
+        stay = bool(lie) and all(tensors[name] is t and t.shape[3] == filled(t.shape[3]) for name, t in lie.items())
         for name, tensor in () if stay else lie.items():
             check(name[5:], tensor)
         banks = (Bank.of(kept, router.memory.stored, check if stay else None) if kept else None,)
