@@ -233,8 +233,8 @@ def test_foreign_files_are_refused(path):
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(StateError, match=r"has format None, this version of mnemic reads '1'"):
         read_file(path)
-    save_file({"weight": torch.zeros(2)}, path, {"mnemic": "2", "meta": json.dumps({})})
-    with pytest.raises(StateError, match="has format '2'"):
+    save_file({"weight": torch.zeros(2)}, path, {"mnemic": "3", "meta": json.dumps({})})
+    with pytest.raises(StateError, match="has format '3'"):
         read_file(path)
     save_file({"weight": torch.zeros(2)}, path, {"mnemic": "1"})
     with pytest.raises(StateError, match=str(path)):

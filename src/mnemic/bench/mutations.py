@@ -26,7 +26,7 @@ from mnemic.attachment import CONFIG_FILE, WEIGHTS_FILE, attach, attached, from_
 from mnemic.memories.settings import is_a
 from mnemic.memory import CONFIGS, MemoryConfig
 from mnemic.session import Session
-from mnemic.state import FORMAT, StateError, checksum, from_bytes
+from mnemic.state import APART, FORMAT, FORMAT_APART, StateError, checksum, digest_of, from_bytes
 
 SEGMENT = 8
 JUNK: tuple[Any, ...] = (
@@ -101,7 +101,9 @@ def seal(tensors: dict[str, Tensor], meta: Any) -> bytes:
     """A file with a checksum that fits, whatever is in it."""
     text = json.dumps(meta, sort_keys=True)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return steady(serialize(tensors, metadata={"mnemic": FORMAT, "meta": text, "sha256": checksum(tensors, text)}))
+    apart = {name: digest_of(tensor) for name, tensor in tensors.items() if name.startswith(APART)}
+    words = {"mnemic": FORMAT_APART, "apart": json.dumps(apart, sort_keys=True)} if apart else {"mnemic": FORMAT}
+    return steady(serialize(tensors, metadata={**words, "meta": text, "sha256": checksum(tensors, text, apart)}))
 
 
 def opened(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -388,7 +390,8 @@ def mutated_files(files: int, folder: Path, seed: int = 0, progress: Callable[[i
 
 def _session(of: Subject, wrong: bytes, folder: Path) -> None:
     (folder / "wrong.memory").write_bytes(wrong)
-    Session.load(folder / "wrong.memory", of.model)
+    # what is mapped is checked when it is used
+    Session.load(folder / "wrong.memory", of.model).contents()
 
 
 def _adapter(of: Subject, wrong: bytes, folder: Path) -> None:
