@@ -80,7 +80,8 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
         banks = (Bank.of(kept) if kept else None,)
         chosen = enumerate(kept["chosen"][0] if "chosen" in kept else ())
         held = ({place: its_kc[:, None] for place, its_kc in chosen},)
-        session._layer.stream = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks, held=held)
+        waiting = {"waiting": tensors["waiting"], "ids": tensors.get("ids")}
+        session._layer.stream = Stream(state, **waiting, **ledgers, logs=logs, banks=banks, held=held)
     if (cache := session._cache) is None or (ledger := meta.get("running")) is None:
         return
     ledgers = {name: tuple(values) for name, values in ledger.items()}
