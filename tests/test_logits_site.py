@@ -47,8 +47,6 @@ class Counts(Memory):
         counts = state["counts"] + (F.one_hot(ids_bt, VOCABULARY) * keep[..., None]).sum(1)
         return {"counts": counts, "sum": state["sum"] + (hidden_btd * keep[..., None]).sum(1)}
 
-    write_and_tell = None
-
     def write_and_tell(self, hidden_btd, state, keep_bt=None, ids_bt=None):
         return self.write(hidden_btd, state, keep_bt, ids_bt), None
 
@@ -200,7 +198,7 @@ def test_the_trunk_and_the_head_by_themselves():
 def test_embeddings_without_ids_are_refused():
     (model, attachment), ids = attached(), tokens(2, 5)
     embeddings = model.get_input_embeddings()(ids)
-    with pytest.raises(ValueError, match="Counts has to know which tokens it reads, .* call with input_ids"):
+    with pytest.raises(ValueError, match=r"Counts has to know which tokens it reads, .* call with input_ids"):
         model(inputs_embeds=embeddings)
     assert torch.equal(alone(attachment, lambda: model(inputs_embeds=embeddings)).logits, make("llama")(ids).logits)
 
@@ -234,7 +232,7 @@ def test_a_loss_without_a_head_is_refused():
     model, ids = Fused(hf.LlamaConfig(**COMMON, **GROUPED)).eval(), tokens(1, 20)
     mnemic.attach(model, CONFIG)
     cache = hf.DynamicCache(config=model.config)
-    with pytest.raises(ValueError, match="Fused ran without calling its head, where Counts reads; .*fused losses"):
+    with pytest.raises(ValueError, match=r"Fused ran without calling its head, where Counts reads; .*fused losses"):
         model(ids, labels=ids, **{CACHE: cache})
     assert model(ids, **{CACHE: cache}).logits.shape == (1, 20, VOCABULARY)
     assert stream(cache).seen == (20,)

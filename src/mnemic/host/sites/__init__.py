@@ -30,7 +30,7 @@ def check(memory: Memory, depth: int) -> None:
     """Raises `ValueError` for a site that a host of `depth` blocks does not have or does not serve."""
     if memory.takes_ids and (memory.writes_tokens_behind or not memory.writes):
         raise ValueError(
-            f"{type(memory).__name__} takes the ids of the tokens that are written, and writes none; set takes_ids=False"
+            f"{type(memory).__name__} takes the ids of tokens that are written, and writes none; set takes_ids=False"
         )
     for doing, sites, served in (("reads", memory.reads, READ), ("writes", memory.writes, WRITTEN)):
         for before, site in zip((*sites[:1], *sites), sites, strict=False):
