@@ -173,35 +173,38 @@ class KNNLM(Memory):
         """z'; the entries are those of the segment's start."""
         if not state["tokens"].shape[1]:
             return logits_btv
-        batch, _, size = logits_btv.shape
-        at_once = max(1, AT_ONCE // (batch * max(size, self.width * self.config.top_k)))
-        parts = zip(logits_btv.split(at_once, 1), wide(hidden_btd).split(at_once, 1), strict=True)
+        size = max(logits_btv.shape[-1], self.width * self.config.top_k)
+        at_once = max(1, AT_ONCE // (len(logits_btv) * size))
+        parts = zip(logits_btv.split(at_once, 1), hidden_btd.split(at_once, 1), strict=True)
         with torch.autocast(hidden_btd.device.type, enabled=False):
-            return torch.cat([self._mixed(logits, hidden, state) for logits, hidden in parts], 1)
+            return torch.cat([self._mixed(logits, *self.nearest(hidden, state)) for logits, hidden in parts], 1)
 
-    def _mixed(self, logits_btv: Tensor, hidden_btd: Tensor, state: State) -> Tensor:
-        config, keys, tokens = self.config, state["keys"].to(hidden_btd.dtype), state["tokens"]
+    def nearest(
+        self, hidden_btd: Float[Tensor, "b t d"], state: State
+    ) -> tuple[Float[Tensor, "b t m"], Int[Tensor, "b t m"]]:
+        """d_i of the entries in N, infinite where a row has fewer than `top_k`, and their tokens v_i."""
+        hidden_btd, keys, count = wide(hidden_btd), state["keys"], state["count"]
+        search = nearest if keys.shape[1] <= self.config.exact_up_to else nearest_by_faiss
         with torch.no_grad():
-            query_bhts = F.pad(hidden_btd, (0, 1), value=1.0)[:, None]
-            search = nearest if keys.shape[1] <= config.exact_up_to else nearest_by_faiss
-            given = keys if search is nearest else state["keys"]  # whose index is kept as long as it is
-            found_btm = search(query_bhts, given, state["count"], config.top_k)[:, 0]
-        place_btm = found_btm.clamp_min(0)
-        row_b11 = torch.arange(len(keys), device=keys.device)[:, None, None]
-        value_btm = tokens[row_b11, place_btm] - 1
-        real_btm = (found_btm >= 0) & (value_btm < logits_btv.shape[-1])
-        away_btm = (hidden_btd[:, :, None] - keys[row_b11, place_btm][..., :-1]).square().sum(-1)
-        score_btm = -away_btm / hidden_btd.square().sum(-1, keepdim=True) / config.temperature
-        score_btm = score_btm.masked_fill(~real_btm, torch.finfo(score_btm.dtype).min)
+            keys = keys.to(hidden_btd.dtype)  # itself where that is float32, so that its index is kept
+            found_btm = search(F.pad(hidden_btd, (0, 1), value=1.0)[:, None], keys, count, self.config.top_k)[:, 0]
+        row_b11, place_btm = torch.arange(len(keys), device=keys.device)[:, None, None], found_btm.clamp_min(0)
+        away_btm = (hidden_btd[:, :, None] - state["keys"][row_b11, place_btm][..., :-1]).square().sum(-1)
+        away_btm = away_btm / hidden_btd.square().sum(-1, keepdim=True)
+        return away_btm.masked_fill(found_btm < 0, torch.inf), state["tokens"][row_b11, place_btm] - 1
+
+    def _mixed(self, logits_btv: Tensor, away_btm: Tensor, token_btm: Tensor) -> Tensor:
+        config, logits = self.config, logits_btv.to(away_btm.dtype)
+        real_btm = away_btm.isfinite() & (token_btm < logits.shape[-1])
+        score_btm = (-away_btm / config.temperature).masked_fill(~real_btm, torch.finfo(away_btm.dtype).min)
         weight_btm = score_btm.softmax(-1) * real_btm
-        logits = logits_btv.to(hidden_btd.dtype)
-        nearest_btv = torch.zeros_like(logits).scatter_add(-1, value_btm.where(real_btm, 0), weight_btm)
+        said_btv = torch.zeros_like(logits).scatter_add(-1, token_btm.where(real_btm, 0), weight_btm)
         rate = logits.new_tensor(config.rate)
         if config.sentinel is not None:
             rate = rate * torch.sigmoid(score_btm.logsumexp(-1, keepdim=True) + config.sentinel / config.temperature)
+        there = said_btv > 0
         odds = logits.logsumexp(-1, keepdim=True) + rate.log() - (-rate).log1p()
-        there = nearest_btv > 0
-        mixed = torch.logaddexp(logits, odds + nearest_btv.where(there, 1).log())
+        mixed = torch.logaddexp(logits, odds + said_btv.where(there, 1).log())
         return torch.where(there, mixed.to(logits_btv.dtype), logits_btv)
 
     def write(

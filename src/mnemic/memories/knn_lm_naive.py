@@ -45,7 +45,7 @@ def naive_mix(config: KNNLMConfig, logits_btv: Tensor, hidden_btd: Tensor, state
         model_v, query = logits_btv[b, t].softmax(-1), hidden_btd[b, t]
         entries = [(state["keys"][b, i][:-1], int(state["tokens"][b, i]) - 1) for i in range(int(state["count"][b]))]
         away = [((query - key).square().sum() / query.square().sum(), token) for key, token in entries]
-        best = sorted(away, key=lambda pair: float(pair[0]))[: config.top_k]
+        best = sorted(away, key=lambda pair: float(pair[0].detach()))[: config.top_k]
         if not best:
             rows.append(model_v)
             continue
@@ -53,9 +53,9 @@ def naive_mix(config: KNNLMConfig, logits_btv: Tensor, hidden_btd: Tensor, state
         nearest_v = torch.zeros_like(model_v)
         for power, (_, token) in zip(powers, best, strict=True):
             nearest_v[token] += power / sum(powers)
-        rate = torch.as_tensor(config.rate)
+        rate = query.new_tensor(config.rate)
         if config.sentinel is not None:
-            own = torch.as_tensor(-config.sentinel / config.temperature).exp()
+            own = query.new_tensor(-config.sentinel / config.temperature).exp()
             rate = config.rate * sum(powers) / (sum(powers) + own)
         rows.append(rate * nearest_v + (1 - rate) * model_v)
     return torch.stack(rows).view(logits_btv.shape)
