@@ -155,8 +155,8 @@ def test_beside_another_memory(beside, tmp_path):
     ("wrong", "message"),
     [
         ({"rate": 1.0}, r"rate is 1.0; .* lies between 0 and 1"),
-        ({"temperature": 0.0}, r"temperature is 0.0; it must be above 0"),
-        ({"sentinel": 0.0}, r"sentinel is 0.0; .* None for one rate"),
+        ({"temperature": 0.0}, r"temperature is 0.0; a distance is above 0"),
+        ({"sentinel": 0.0}, r"sentinel is 0.0; a distance is above 0"),
         ({"top_k": 0}, r"top_k is 0; it must be at least 1"),
         ({"size": 0}, r"size is 0; it must be at least 1"),
     ],
@@ -193,5 +193,5 @@ def test_many_tokens_at_once_are_as_few(monkeypatch):
     state, *_ = written(memory, 3)
     logits, hidden = torch.randn(2, 7, VOCABULARY), torch.randn(2, 7, WIDTH)
     expected = memory.mix(HEAD, logits, hidden, state)
-    monkeypatch.setattr("mnemic.memories.knn_lm.AT_ONCE", 3 * 2 * WIDTH * memory.config.top_k)
+    monkeypatch.setattr("mnemic.memories.knn_lm.SCORES_AT_ONCE", 3 * 2 * WIDTH * memory.config.top_k)
     assert_near(memory.mix(HEAD, logits, hidden, state), expected, 1e-5)

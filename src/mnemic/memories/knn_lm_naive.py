@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from mnemic.memories.knn_lm import KNNLMConfig
 
 
-def naive_write(size: int, hidden_btd: Tensor, ids_bt: Tensor, state: State, keep_bt: Tensor | None) -> State:
+def naive_write(size: int, hidden_btd: Tensor, ids_bt: Tensor | None, state: State, keep_bt: Tensor | None) -> State:
     """M after one segment, and the token that waits for what follows it."""
+    assert ids_bt is not None
     rows, latest = [], []
     for b in range(len(hidden_btd)):
         entries = [(state["keys"][b, i], int(state["tokens"][b, i])) for i in range(int(state["count"][b]))]
