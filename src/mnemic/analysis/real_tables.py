@@ -98,7 +98,9 @@ def knn_lm(found: Sequence[Record]) -> str:
     note = f"{score.examples:,} tokens, the second halves of {record.config['length']:,} tokens each of "
     note += f"{record.config['documents']} novels, {record.host}, window {plain['window']}, {plain['top_k']} entries. "
     note += f"Chosen on another novel: rate {plain['rate']} and temperature {plain['temperature']}; with a sentinel at "
-    note += f"{sentinel['sentinel']}, {sentinel['rate']} and {sentinel['temperature']}. In brackets 95 % of a bootstrap "
+    note += (
+        f"{sentinel['sentinel']}, {sentinel['rate']} and {sentinel['temperature']}. In brackets 95 % of a bootstrap "
+    )
     note += f"of blocks of 256 tokens. Made by `{record.command}`."
     return f"{markdown(['memory', 'bits a byte', 'nats a token above'], rows)}\n\n{note}"
 
