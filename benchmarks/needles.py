@@ -396,6 +396,7 @@ def run(
     """All documents of a kind; those that `folder` has answers of are not read again."""
     window = bench.config.window or bench.config.segment_length
     about = asdict(KINDS[kind]) | {"kind": kind, "model": model, "seed": seed, "text": called(texts), "window": window}
+    about |= {} if bench.config.read_layers is None else {"blocks": bench.config.read_layers}
     kept, todo = Kept(folder, about), places(kind, lengths, depths, documents)
     show.phase(f"{kind}, tokens", sum(place.length for place in todo))
     for place in todo:
@@ -527,6 +528,7 @@ def main(
     depths: Annotated[int, typer.Option(min=1, help="Places of a needle, evenly from the start on.")] = 5,
     documents: Annotated[int, typer.Option(min=1, help="For each length and place.")] = 4,
     settings: Annotated[str, typer.Option(help="Of recall, by commas; the first is the score.")] = "default",
+    blocks: Annotated[str, typer.Option(help="Those that recall, by commas; all by default.")] = "",
     seed: Annotated[int, typer.Option(help="Of texts, places and numbers.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("runs/needles/records"),
     listed: Annotated[bool, typer.Option("--list", help="Name the kinds and settings.")] = False,
@@ -542,7 +544,8 @@ def main(
         if unknown := sorted(set(wanted) - known.keys()):
             raise typer.BadParameter(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
     _, held = hold_out(novels(data), 0.3)
-    bench = prepared(str(fetch(model)) if model == "smollm2" else model, named)
+    layers = [int(block) for block in blocks.split(",")] if blocks else None
+    bench = prepared(str(fetch(model)) if model == "smollm2" else model, named, layers)
     counts = [int(length) for length in lengths.split(",")]
     for kind in kinds:
         with Show(kind) as show:
@@ -552,19 +555,20 @@ def main(
         found.command = (
             f"python benchmarks/needles.py {kind} --data {data.name} --model {Path(model).name} --lengths {lengths} "
             f"--depths {depths} --documents {documents} --settings {settings} --seed {seed}"
+            f"{f' --blocks {blocks}' if blocks else ''}"
         )
         console.print(table(found))
-        of = "" if model == "smollm2" else f"-{Path(model).name}"
+        of = ("" if model == "smollm2" else f"-{Path(model).name}") + ("-blocks" if blocks else "")
         console.print(found.save(out, f"needles-{kind}{of}{f'-seed{seed}' if seed else ''}.json"))
 
 
-def prepared(folder: str, settings: Sequence[str]) -> Bench:
+def prepared(folder: str, settings: Sequence[str], blocks: list[int] | None) -> Bench:
     """The model with recall, on the accelerator where there is one, and what text is retrieved with."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.to(device).eval()
-    attachment = mnemic.attach(model, RecallConfig())
-    configs = {name: RecallConfig(**SETTINGS[name]) for name in settings}
+    configs = {name: RecallConfig(**SETTINGS[name], read_layers=blocks) for name in settings}
+    attachment = mnemic.attach(model, RecallConfig(read_layers=blocks))
     bench = Bench(model, AutoTokenizer.from_pretrained(folder), attachment, configs)
     if (package := MiniLM.folder()) is not None:
         bench.retrievers["MiniLM"] = MiniLM(package, device)

@@ -3,10 +3,10 @@
 The first 5,120 tokens of a novel are read once. A session of N remembered tokens is made of them without reading: the
 4,096 that left the window are repeated, keys and values, until there are N. What they say is of no interest here, and
 costs what other keys would. Then tokens are decoded one by one in turns: by the base (memory disabled), by the sinks
-and the window alone (budget 0), and by recall under each search and with choices that tokens share; then segments are
-read in turns. Times are medians; where tokens share a choice, of those that make one and of the others apart, each as
-often as there are such. On a machine that does other things, too, ratios hold and seconds do not; processor time is
-given beside the time on the clock.
+and the window alone (budget 0), and by recall under each search, with choices that tokens share, and in a few blocks
+alone (`FEW`, as `recall_blocks.py` ranks them); then segments are read in turns. Times are medians; where tokens share
+a choice, of those that make one and of the others apart, each as often as there are such. On a machine that does other
+things, too, ratios hold and seconds do not; processor time is given beside the time on the clock.
 
     taskset -c 1 python benchmarks/recall_speed.py --data novels.tar.xz --out results
 """
@@ -14,6 +14,7 @@ given beside the time on the clock.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import statistics
 import time
@@ -39,11 +40,13 @@ SIDES: dict[str, dict[str, Any]] = {
     "sinks + window": {"budget": 0},
     "recall": {},
     "recall, candidates": {"search": "candidates"},
-    "recall, refresh 4": {"refresh": 4},
     "recall, refresh 16": {"refresh": 16},
-    "candidates, refresh 16": {"search": "candidates", "refresh": 16},
+    "few blocks": {},
+    "few blocks, candidates": {"search": "candidates"},
 }
 """Beside the base, with what is changed of recall's settings."""
+FEW = (7, 14, 15, 17, 18, 20, 21, 23)
+"""Of SmolLM2, the blocks that attend to what is asked for."""
 
 Clock = tuple[float, float]
 
@@ -64,11 +67,17 @@ def main(
     host: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = novels(data)[0][1]
     ids = tokenize(text[len(text) // 4 :][:60_000], AutoTokenizer.from_pretrained(folder)).ids[None]
-    config = RecallConfig()
+    config, few = RecallConfig(), list(FEW)
     counts = [int(length) for length in lengths.split(",")]
-    measures = measured(host, config, ids, counts, turns, segments, READ)
+    measures = measured(host, config, few, ids, counts, turns, segments, READ)
     record = Record("recall-speed", "recall", f"{Path(folder).name}, untrained", 0, {"memory": config.to_dict()})
-    record.config |= {"turns": turns, "segments": segments, "repeated": READ, "threads": torch.get_num_threads()}
+    record.config |= {
+        "few": few,
+        "turns": turns,
+        "segments": segments,
+        "repeated": READ,
+        "threads": torch.get_num_threads(),
+    }
     record.measures = measures
     record.command = f"python benchmarks/recall_speed.py --data {data.name} --lengths {lengths} --turns {turns}"
     print(record.save(out, "recall-speed.json"))
@@ -76,28 +85,33 @@ def main(
 
 @torch.no_grad()
 def measured(
-    host: Any, config: RecallConfig, ids: torch.Tensor, lengths: list[int], turns: int, segments: int, read: int
+    host: Any,
+    config: RecallConfig,
+    few: list[int],
+    ids: torch.Tensor,
+    lengths: list[int],
+    turns: int,
+    segments: int,
+    read: int,
 ) -> dict[str, Any]:
     """Of every number of remembered tokens what each side costs, and as a multiple of the base."""
-    attachment = mnemic.attach(host, config)
-    memory: Any = attachment.memory
-    first, found = mnemic.Session(host), {}
-    first.read(ids[:, : read + (config.window or 0)])
-    assert first.stream is not None
-    kept = (first.stream.banks[0] or Bank()).tensors()
-    keys, values = kept["keys"][0][:, :, :read], kept["values"][0][:, :, :read]
+    found: dict[str, Any] = {}
+    configs = {"all": config, "few": config.replace(read_layers=few)}
+    hosts = {"all": host, "few": copy.deepcopy(host)}
+    attached = {name: mnemic.attach(hosts[name], each) for name, each in configs.items()}
+    firsts = {name: mnemic.Session(each) for name, each in hosts.items()}
+    for first in firsts.values():
+        first.read(ids[:, : read + (config.window or 0)])
 
     def under(side: str) -> contextlib.AbstractContextManager[Any]:
-        memory.config = config.replace(**SIDES.get(side, {}))
-        return attachment.disabled() if side == BASE else contextlib.nullcontext()
+        name = blocks(side)
+        memory: Any = attached[name].memory
+        memory.config = configs[name].replace(**SIDES.get(side, {}))
+        return attached[name].disabled() if side == BASE else contextlib.nullcontext()
 
     for length in lengths:
-        bank = Bank()
-        while bank.length < length:
-            bank = bank.append(keys[:, :, : length - bank.length], values[:, :, : length - bank.length])
-        filled = first.fork()
-        filled._layer.stream = first.stream.with_banks([bank])
-        sessions = {side: filled.fork() for side in (BASE, *SIDES)}
+        filled = {name: _filled(first, length, read) for name, first in firsts.items()}
+        sessions = {side: filled[blocks(side)].fork() for side in (BASE, *SIDES)}
         tokens = ids[:, -turns - 1 :].split(1, 1)
         spent: dict[str, list[Clock]] = {side: [] for side in sessions}
         for number, token in enumerate(tokens):
@@ -107,9 +121,9 @@ def measured(
                 if number:  # the first one makes what a bank derives from its keys
                     spent[side].append(clock)
         measures = summed(spent)
-        measures["bytes"] = bank.nbytes
+        measures["bytes"] = {name: _bank_of(session).nbytes for name, session in filled.items()}
         # a base that has read could not go on with the memory
-        readers = {side: filled.fork() for side in (BASE, "recall")}
+        readers = {side: filled[blocks(side)].fork() for side in (BASE, "recall", "few blocks")}
         spent = {side: [] for side in readers}
         for number in range(segments):
             part = ids[:, number * config.segment_length :][:, : config.segment_length]
@@ -119,8 +133,29 @@ def measured(
         found[f"{length}"] = measures | ({"reading": summed(spent)} if segments else {})
         ratios = ", ".join(f"{side} {ratio:.2f}" for side, ratio in measures["clock / base"].items())
         print(f"{length:,} remembered, a decoded token / base: {ratios}", flush=True)
-    memory.config = config
     return found
+
+
+def blocks(side: str) -> str:
+    """In which blocks a side recalls."""
+    return "few" if side.startswith("few") else "all"
+
+
+def _bank_of(session: mnemic.Session) -> Bank:
+    assert session.stream is not None
+    return session.stream.banks[0] or Bank()
+
+
+def _filled(first: mnemic.Session, length: int, read: int) -> mnemic.Session:
+    """A session that remembers so many tokens: the first `read` that left the window of another, again and again."""
+    kept, bank = _bank_of(first).tensors(), Bank()
+    keys, values = (kept[name][0][:, :, :read] for name in ("keys", "values"))
+    while bank.length < length:
+        bank = bank.append(keys[:, :, : length - bank.length], values[:, :, : length - bank.length])
+    filled = first.fork()
+    assert first.stream is not None
+    filled._layer.stream = first.stream.with_banks([bank])
+    return filled
 
 
 def timed(step: Callable[[], Any]) -> Clock:

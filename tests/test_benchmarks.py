@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -87,11 +88,33 @@ def test_what_recall_costs():
     """Every side decodes and reads beside as many tokens as were asked for."""
     speed, model = script("recall_speed"), make("llama")
     config = RecallConfig(segment_length=16, window=16, budget=8, sinks=4, unit=4)
-    found = speed.measured(model, config, tokens(1, 64), [24, 100], 16, 1, 20)
+    found = speed.measured(model, config, [0], tokens(1, 64), [24, 100], 16, 1, 20)
     for length in ("24", "100"):
         assert found[length]["clock / base"].keys() == speed.SIDES.keys()
-        assert found[length]["reading"]["clock / base"].keys() == {"recall"}
-    assert found["100"]["bytes"] * 24 == found["24"]["bytes"] * 100
+        assert found[length]["reading"]["clock / base"].keys() == {"recall", "few blocks"}
+        assert found[length]["bytes"]["all"] == 2 * found[length]["bytes"]["few"]
+    assert found["100"]["bytes"]["all"] * 24 == found["24"]["bytes"]["all"] * 100
+
+
+def test_which_blocks_recall(monkeypatch):
+    """Every block has a share for each of its heads, and the first few of them are read with anew."""
+    script_of_blocks, model = script("recall_blocks"), make("llama")
+    small = {"segment_length": 16, "window": 16, "budget": 8, "sinks": 4, "unit": 4}
+    monkeypatch.setattr(script_of_blocks, "RecallConfig", functools.partial(RecallConfig, **small))
+    told = [tokens(1, 64), tokens(1, 64, 1)]
+    cases = [
+        script_of_blocks.Case(document, tokens(1, 5, 2), tokens(1, 3, 3), slice(20, 24))
+        for document in range(len(told))
+    ]
+    shares, scores = script_of_blocks.measured(model, told, cases, [1])
+    assert shares.keys() == {"0", "1"}
+    assert all(len(share) == 2 and 0 <= min(share) <= max(share) <= 1 for share in shares.values())
+    best = max(shares, key=lambda block: max(shares[block]))
+    assert (scores["2"]["blocks"], scores["1"]["blocks"]) == ([0, 1], [int(best)])
+    assert scores["1"]["bytes"] < scores["2"]["bytes"]
+    record = Record("recall-blocks", "recall", "tiny", 0, {"kind": "five-depths", "documents": 2, "length": 64})
+    record.measures = {"attention": shares, "blocks": scores}
+    assert f"| 1 | {best} | " in real_tables.recall_blocks([record])
 
 
 def test_sinks_of_a_window(tmp_path, monkeypatch):

@@ -220,13 +220,13 @@ def test_decay_keeps_a_share_with_every_token():
 @torch.no_grad()
 def test_the_forget_gate_is_open_at_first_and_empties_when_shut():
     hidden = torch.randn(2, SEGMENT, 32)
-    *_, log_keep = build(rule="gated delta", shaken=False).writer(hidden, None)
+    (*_, log_keep), _ = build(rule="gated delta", shaken=False).writer(hidden, None, None)
     assert log_keep.shape == (2, 2, SEGMENT)
     assert log_keep.exp().min() > 0.99
     assert_differ(log_keep[:, 0], log_keep[:, 1], 1e-6)
     # shut, it leaves the last pair alone, which nothing is corrected by
     shut = build(rule="gated delta", forget_bias=-1e4)
-    key, value, rate, _ = shut.writer(hidden, None)
+    (key, value, rate, _), _ = shut.writer(hidden, None, None)
     last = rate[..., -1, None, None] * key[..., -1, :, None] * value[..., -1, None, :]
     after = shut.write(hidden, {"matrix": torch.randn(2, 2, 8, 8)})
     torch.testing.assert_close(after["matrix"], last)
@@ -278,7 +278,7 @@ def test_low_precision_is_for_the_projections_only(form):
     torch.testing.assert_close(read, plain, atol=0.1, rtol=0.1)
     # a share kept of 0.999 is 1 in bfloat16
     slow = build(rule="decay", decay=0.999).bfloat16()
-    torch.testing.assert_close(slow.writer(hidden.bfloat16(), None)[-1].exp(), torch.full((2, 2, 70), 0.999))
+    torch.testing.assert_close(slow.writer(hidden.bfloat16(), None, None)[0][-1].exp(), torch.full((2, 2, 70), 0.999))
 
 
 @every_form
@@ -397,16 +397,17 @@ def test_bytes_law():
     for heads, dim in ((1, 12), (3, 12)):
         for rows in (1, 4):
             plain = build(heads=heads, dim=dim).init_state(rows)
-            assert nbytes(plain) == rows * heads * (dim // heads) ** 2 * 4
+            assert nbytes(plain) == rows * (heads * (dim // heads) ** 2 + dim) * 4
+            assert nbytes(build(heads=heads, dim=dim, shift=False).init_state(rows)) == nbytes(plain) - rows * dim * 4
             normalised = build(heads=heads, dim=dim, rule="infini", features="elu1").init_state(rows)
             assert nbytes(normalised) == nbytes(plain) + rows * dim * 4
-    assert nbytes(FastWeightsConfig().build(64, 2).init_state(1)) == 64 * 1024
+    assert nbytes(FastWeightsConfig().build(64, 2).init_state(1)) == 65 * 1024
     sizes = [FastWeightsConfig.small(SEGMENT, 64, size).build(64, 2).most_bytes(9) for size in (1, 2, 3, 32, 33)]
     assert sizes == sorted(set(sizes))
     assert FastWeightsConfig.small(SEGMENT, 64).build(64, 2).most_bytes(9) == sizes[3]
     session = mnemic.Session(host("llama", CONFIGS["fast-weights-0"]), window=SEGMENT)
     session.read(tokens(1, 10 * SEGMENT))
-    assert session.nbytes == 2 * 8 * 8 * 4
+    assert session.nbytes == 2 * 8 * 8 * 4 + 16 * 4
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

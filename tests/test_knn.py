@@ -141,7 +141,8 @@ def test_keys_and_queries_have_length_one():
     torch.testing.assert_close(norms, torch.ones(2, SEGMENT, 2))
     for projection in (memory.key, memory.previous, memory.query):
         projection.weight.mul_(3)
-    torch.testing.assert_close(written(memory, segment), state, atol=1e-6, rtol=1e-5)
+    again = written(memory, segment)
+    assert all(torch.allclose(again[name], state[name], atol=1e-6, rtol=1e-5) for name in ("keys", "values", "count"))
     torch.testing.assert_close(memory.read(Site(0), hidden, state), read)
 
 
@@ -158,10 +159,12 @@ def test_a_token_asks_for_what_followed_it_before_anything_is_learned():
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("size", [8, 16, 20, 31, 40])
-def test_an_entry_is_read_for_exactly_as_many_segments_as_fit(size):
+def test_an_entry_is_read_for_exactly_as_many_segments_as_fit(size, shift):
     # recall by the size of the memory: all of what is no older than size // segment_length segments, none of the rest
-    memory = build(size=size, top_k=size)
+    # but the token before the oldest key
+    memory = build(size=size, top_k=size, shift=shift)
     segments = draw(7, 1, SEGMENT, 32).requires_grad_()
     state, fits = memory.init_state(1), size // SEGMENT
     asked = draw(1, 3, 32, seed=2)
@@ -169,11 +172,12 @@ def test_an_entry_is_read_for_exactly_as_many_segments_as_fit(size):
         state = memory.write(segments[age - 1], state)
         gradient = torch.autograd.grad(memory.read(Site(0), asked, state).sum(), segments, retain_graph=True)[0]
         readable = [bool(each.abs().sum() > 0) for each in gradient]
-        assert readable == [written_at >= age - fits for written_at in range(age)] + [False] * (7 - age)
+        assert readable == [written_at >= age - fits - shift for written_at in range(age)] + [False] * (7 - age)
         assert state["count"].tolist() == [min(age, fits) * SEGMENT]
         assert state["keys"].shape[1] == state["values"].shape[1] == min(age, fits) * SEGMENT
-    assert memory.reach == fits
-    assert KNNConfig(segment_length=SEGMENT, size=size).build(32, 2, causal=False).reach == fits - 1
+    assert memory.reach == fits + shift
+    encoder = KNNConfig(segment_length=SEGMENT, size=size, shift=shift).build(32, 2, causal=False)
+    assert encoder.reach == fits + shift - 1
 
 
 @torch.no_grad()
@@ -206,15 +210,15 @@ def test_padding_leaves_no_trace(form):
 @torch.no_grad()
 def test_bytes_law():
     memory = build(size=20)
-    assert nbytes(memory.init_state(3)) == 3 * memory.most_bytes(0) == 24
+    assert nbytes(memory.init_state(3)) == 3 * memory.most_bytes(0) == 3 * (8 + 16 * 4)
     for segments in (1, 2, 3):
         state = written(memory, *draw(segments, 2, SEGMENT, 32))
-        assert nbytes(state) == 2 * (8 + min(segments, 2) * SEGMENT * 16 * 8)
+        assert nbytes(state) == 2 * (8 + 16 * 4 + min(segments, 2) * SEGMENT * 16 * 8)
         assert nbytes(state) <= 2 * memory.most_bytes(segments)
-    assert memory.most_bytes(3) == 8 + 20 * 16 * 8
+    assert memory.most_bytes(3) == 8 + 16 * 4 + 20 * 16 * 8
     session = mnemic.Session(host("llama", CONFIGS["knn-0"]), window=SEGMENT)
     session.read(tokens(1, 10 * SEGMENT))
-    assert session.nbytes == 8 + 24 * 16 * 8
+    assert session.nbytes == 8 + 16 * 4 + 24 * 16 * 8
     sizes = [KNNConfig.small(SEGMENT, 64, size).build(64, 2).most_bytes(9) for size in (1, 2, 3, 500, 512)]
     assert sizes == sorted(set(sizes))
     assert KNNConfig.small(SEGMENT, 64).build(64, 2).most_bytes(9) == sizes[-1]

@@ -79,7 +79,7 @@ def draw(time, rows=2, heads=2, size=5, **given):
 
 def start(layers, rows=2, heads=2, size=5, expansion=2, written=True):
     """A state that is not empty unless `written=False`, and first weights, in float64."""
-    config = TitansConfig(layers=layers, dim=heads * size, heads=heads, expansion=expansion)
+    config = TitansConfig(layers=layers, dim=heads * size, heads=heads, expansion=expansion, shift=False)
     state = config.build(8, 2).init_state(rows)
     state = {name: (torch.randn if written else torch.zeros)(t.shape, dtype=torch.float64) for name, t in state.items()}
     return state, [torch.randn(heads, *shape, dtype=torch.float64) for shape in config.shapes]
@@ -331,7 +331,8 @@ def test_low_precision_is_for_the_projections_only(form):
     # a share kept of 0.9997 is 1 in bfloat16
     slow = build(shaken=False).bfloat16()
     torch.nn.init.zeros_(slow.writer.forget.weight)
-    torch.testing.assert_close(slow.writer(hidden.bfloat16(), None).log_keep.exp(), torch.full((2, 2, 20), 0.99966))
+    pairs, _ = slow.writer(hidden.bfloat16(), None, None)
+    torch.testing.assert_close(pairs.log_keep.exp(), torch.full((2, 2, 20), 0.99966))
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -359,7 +360,7 @@ def test_the_gates_at_first():
         memory = build(shaken=False, **settings)
         for gate in (memory.writer.rate, memory.writer.momentum, memory.writer.forget):
             torch.nn.init.zeros_(gate.weight)
-        pairs = memory.writer(hidden, None)
+        pairs, _ = memory.writer(hidden, None, None)
         torch.testing.assert_close(pairs.rate, torch.full((2, 2, SEGMENT), rate), atol=1e-4, rtol=0)
         torch.testing.assert_close(pairs.log_momentum.exp(), torch.full((2, 2, SEGMENT), 0.5))
         assert pairs.log_keep.exp().min() > 0.999
@@ -468,15 +469,15 @@ def test_bytes_law():
         for rows in (1, 4):
             wide = {"expansion": expansion} if layers > 1 else {}
             state = build(layers=layers, **wide).init_state(rows)
-            assert nbytes(state) == rows * 8 * 2 * count
+            assert nbytes(state) == rows * (8 * 2 * count + 16 * 4)
             assert not any(tensor.any() for tensor in state.values())
-    assert nbytes(TitansConfig().build(64, 2).init_state(1)) == 512 * 1024
+    assert nbytes(TitansConfig().build(64, 2).init_state(1)) == 513 * 1024
     sizes = [TitansConfig.small(SEGMENT, 64, size).build(64, 2).most_bytes(9) for size in (1, 2, 3, 32, 33)]
     assert sizes == sorted(set(sizes))
     assert TitansConfig.small(SEGMENT, 64).build(64, 2).most_bytes(9) == sizes[3]
     session = mnemic.Session(host("llama", CONFIGS["titans-0"]), window=SEGMENT)
     session.read(tokens(1, 10 * SEGMENT))
-    assert session.nbytes == 8 * 2 * 2 * 8 * 16
+    assert session.nbytes == 8 * 2 * 2 * 8 * 16 + 16 * 4
 
 
 # --- as context: tokens before the segment ---------------------------------------------------------------------------

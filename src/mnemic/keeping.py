@@ -60,6 +60,14 @@ def contents(session: Session) -> tuple[State, dict[str, Any]]:
     return tensors, meta
 
 
+def brought_up(tensors: State, meta: Mapping[str, Any], router: Router) -> State:
+    """The contents of a file with those names of the state that earlier releases did not have, as in a new stream."""
+    if meta.get("stream") is None:
+        return tensors
+    first = router.memory.init_state(1)
+    return {f"state.{name}": first[name].cpu() for name in router.memory.newer if name in first} | tensors
+
+
 def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
     """Puts contents that passed `check_contents` into a new session."""
     router = session._router

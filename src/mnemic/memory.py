@@ -65,11 +65,11 @@ class MemoryTokens:
 class Asked:
     """What the attention of one block asks a memory for, for tokens of one row.
 
-    `turned_hts` are the queries as the block turned them by their positions `position_t`; the window's oldest key
-    stands at `first`, and the window has `window` keys at most. `bank` has what left it, of this block at `place`.
-    `turn(x, position)` puts positions in, and takes them out with `back=True`. `scale` multiplies products. `number`
-    says which token of its segment each one is, from 0 on; -1 for padding. While a session is `reading`, nobody waits
-    for what the model says. With `chosen_ktc` what was chosen before is wanted again: `Further.chosen_ktc`.
+    `turned_hts` are the queries as the block turned them by their positions `position_t`; the window's oldest key that
+    may leave stands at `first`, and the window has `window` keys at most. `bank` has what left it, of this block at
+    `place`. `turn(x, position)` puts positions in, and takes them out with `back=True`. `scale` multiplies products.
+    `number` says which token of its segment each one is, from 0 on; -1 for padding. While a session is `reading`,
+    nobody waits for what the model says. With `chosen_ktc` what was chosen before is wanted again (see `Further`).
     """
 
     turned_hts: Float[Tensor, "h t s"]
@@ -269,6 +269,8 @@ class Memory(nn.Module, ABC):
     """True where reads after the write see what the running segment wrote: encoders, which look both ways."""
     starts_empty: bool = False
     """True where a new stream has nothing to read: its first segment is the base's own and trains nothing."""
+    newer: tuple[str, ...] = ()
+    """Names of the state that files of earlier releases do not have: they go on as in a new stream."""
     place: Tensor
     """An empty tensor where the memory computes, in its dtype: for memories without parameters too."""
 

@@ -466,6 +466,7 @@ class Session:
             session = cls(model, tokenizer, window=meta["window"], sinks=meta.get("sinks", 0), **settings)
         except ValueError as error:
             raise StateError(f"{source} has a window that this model cannot have: {error}") from error
+        tensors = keeping.brought_up(tensors, meta, router)
         check_contents(tensors, meta, model, source)
         keeping.fill(session, tensors, meta)
         return session

@@ -47,7 +47,7 @@ def needles(found: Sequence[Record]) -> str:
         return missing("needles")
     rows, commands = [], []
     names = list(dict.fromkeys(name for record in found for score in record.scores for name in score.controls))
-    for record in sorted(found, key=lambda record: (record.host, record.measures["kind"])):
+    for record in sorted(found, key=lambda record: (record.host, record.measures["kind"], "blocks" in record.config)):
         for length in dict.fromkeys(score.length for score in record.scores):
             scores = [score for score in record.scores if score.length == length]
             told = {name: "".join(score.outcomes.get(name, "") for score in scores) for name in ("memory", *names)}
@@ -55,7 +55,7 @@ def needles(found: Sequence[Record]) -> str:
             size = max(score.details["session bytes"] for score in scores) / 2**20
             shown = [
                 record.config["model"],
-                record.measures["kind"],
+                record.measures["kind"] + (f", {len(few)} blocks" if (few := record.config.get("blocks")) else ""),
                 f"{length:,}",
                 len(told["memory"]),
                 *cells,
@@ -68,6 +68,21 @@ def needles(found: Sequence[Record]) -> str:
     return f"{markdown(header, rows)}\n\n{note}{', '.join(dict.fromkeys(commands))}."
 
 
+def recall_blocks(found: Sequence[Record]) -> str:
+    """What a few blocks recall, those first that attend to needles most."""
+    if not found:
+        return missing("blocks")
+    config, rows = found[0].config, []
+    every = max(score["bytes"] for score in found[0].measures["blocks"].values())
+    for score in sorted(found[0].measures["blocks"].values(), key=lambda score: len(score["blocks"])):
+        blocks, right = score["blocks"], f"{100 * score['right']:.1f}"
+        names = "all" if score["bytes"] == every else ", ".join(map(str, blocks))
+        rows.append([str(len(blocks)), names, right, f"{score['nats']:.2f}", f"{score['bytes'] / 2**20:.0f}"])
+    note = f"Per cent of answers that would be said and nats of an answer, {config['kind']}, {config['documents']} "
+    note += f"documents of {config['length']:,} tokens of other novels than those of needles, {found[0].host}. Made by "
+    return f"{markdown(['blocks', 'which', 'right', 'nats', 'MiB'], rows)}\n\n{note}`{found[0].command}`."
+
+
 def recall_speed(found: Sequence[Record]) -> str:
     """A decoded token and reading as multiples of the base's, by what is remembered."""
     if not found:
@@ -77,8 +92,10 @@ def recall_speed(found: Sequence[Record]) -> str:
     for remembered, measured in measures.items():
         ratios = [measured["processor / base"], measured["clock / base"]]
         cells = [f"{ratios[0][name]:.2f} ({ratios[1][name]:.2f})" for name in names]
-        rows.append([f"{int(remembered):,}", *cells, f"{measured['reading']['processor / base']['recall']:.2f}"])
-    header = ["tokens remembered", *(f"a token, {name}" for name in names), "reading"]
+        reading = [f"{ratio:.2f}" for ratio in measured["reading"]["processor / base"].values()]
+        rows.append([f"{int(remembered):,}", *cells, *reading])
+    reads = next(iter(measures.values()))["reading"]["processor / base"]
+    header = ["tokens remembered", *(f"a token, {name}" for name in names), *(f"reading, {name}" for name in reads)]
     note = f"Multiples of the base's time with the same window of {config['memory']['window']:,} and the memory off, "
     note += f"{found[0].host}, {config['threads']} thread; processor time, in brackets by the clock; medians of "
     note += f"{config['turns']} turns. Keys are those of {config['repeated']:,} tokens, again and again. Made by "

@@ -75,7 +75,8 @@ class Router(nn.Module):
         self.attended = attention.served(anatomy, [site.layer for site in memory.attention_reads])
         self.sinkless: str | None = None
         """Why a window has no sinks here."""
-        if self.attended or memory.span is not None:
+        everywhere = bool(self.attended) and self.attended == attention.served(anatomy, range(self.depth))
+        if everywhere or memory.span is not None:
             self.sinkless = "this memory says itself which keys a token sees"
         elif length_dependent(anatomy.trunk):
             self.sinkless = "the model's rotary embedding is that of texts of the window's length"
@@ -265,13 +266,13 @@ class Router(nn.Module):
 
     def close_segment(self, trunk: nn.Module, cache: MemoryCache, rows: Sequence[int]) -> None:
         """`rows` end their segment: of the keys that leave the window, a memory that keeps keys gets those it keeps."""
-        if self.attended and self.enabled:
-            attention.take_leaving(self, cache, rows)
         window, moved = cache.window, None
         if window is not None and window.sinks and any(window.runs_out(row) for row in rows):
             if not self.moving:
                 self.moving = (movable(examine(trunk), self.disabled),)
             moved = self.moving[0]
+        if self.attended and self.enabled:
+            attention.take_leaving(self, cache, rows, moved is not None)
         cache.close_segment(rows, moved)
 
     def run_wordless(self, trunk: nn.Module, cache: MemoryCache, wordless: Wordless) -> None:

@@ -190,6 +190,8 @@ class EMTConfig(MemoryConfig):
 class EMT(Memory):
     """The module: `stack` memories, each with slots, a controller, and a reader for every read layer."""
 
+    newer = ("last",)
+
     def __init__(self, config: EMTConfig, width: int, depth: int) -> None:
         super().__init__()
         self.config, self.width = config, width

@@ -1,7 +1,7 @@
 """Fast weights: a matrix that every token writes a pair of key and value into, and that a query multiplies.
 
-One recurrence, with settings. x_t is the layer-normed hidden state of token t of a segment, x_{t-1} that of the token
-before it in the segment (zero for the first). For each head, with a matrix W of `dim / heads` rows and columns,
+One recurrence, with settings. x_t is the layer-normed hidden state of token t, x_{t-1} that of the token before it, in
+the segment before for the first of a segment. For each head, with a matrix W of `dim / heads` rows and columns,
 
     k_t = φ(K x_t + K' x_{t-1}),   v_t = V x_t            K' only with `shift`
     β_t = sigmoid(b . x_t + `rate_bias`)                  how much is written; 1 for Infini-attention
@@ -34,7 +34,7 @@ A segment is written in chunks. Within one, all v_t - v̄_t solve one triangular
 2024, arXiv 2406.06484), so no loop over tokens is left.
 
 What is trained: the projections. What is forgotten: what is overwritten, and what λ takes; the plain sums only blur.
-State: `heads * (dim / heads)² * 4` bytes a stream, 64 KiB by default; "elu1" adds `dim * 4`.
+State: `heads * (dim / heads)² * 4` bytes a stream, 64 KiB by default; "elu1" and `shift` add `dim * 4` each.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mnemic.memories.layers import resolve_sites, shifted
+from mnemic.memories.layers import latest, resolve_sites, shifted
 from mnemic.memories.rules import elu_plus_one
 from mnemic.memory import Attribution, Card, Memory, MemoryConfig, Site
 from mnemic.state import State
@@ -169,6 +169,8 @@ class FastWeightsConfig(MemoryConfig):
 class FastWeights(Memory):
     """The module: a writer, and a reader for every read layer."""
 
+    newer = ("last",)
+
     def __init__(self, config: FastWeightsConfig, width: int, depth: int, causal: bool = True) -> None:
         super().__init__()
         self.config = config
@@ -189,11 +191,15 @@ class FastWeights(Memory):
         return not self.reads_own_segment and super().writes_see_reads
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
-        """Zeros, float32: `matrix [b, h, k, v]`, and with "elu1" `normaliser [b, h, k]`."""
+        """Zeros, float32: `matrix [b, h, k, v]`, with "elu1" `normaliser [b, h, k]`, with `shift` `last [b, h * k]`,
+        K' x of the last token.
+        """
         size = self.config.dim // self.config.heads
         state = {"matrix": torch.zeros(batch, self.config.heads, size, size, device=device)}
         if self.config.features == "elu1":
             state["normaliser"] = torch.zeros(batch, self.config.heads, size, device=device)
+        if self.config.shift:
+            state["last"] = torch.zeros(batch, self.config.dim, device=device)
         return state
 
     def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
@@ -206,10 +212,13 @@ class FastWeights(Memory):
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:
         """The matrix after one segment."""
-        return self._written(self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt), state)
+        return self._written(*self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt, state.get("last")), state)
 
-    def _written(self, pairs: tuple[Tensor, Tensor, Tensor | None, Tensor | None], state: State) -> State:
+    def _written(
+        self, pairs: tuple[Tensor, Tensor, Tensor | None, Tensor | None], last_bd: Tensor | None, state: State
+    ) -> State:
         after = write_pairs(state, *pairs, delta=self.config.delta, correct=self.config.correct)
+        after |= {} if last_bd is None else {"last": last_bd}
         return {name: tensor.float() for name, tensor in after.items()}
 
     def write_and_tell(
@@ -218,8 +227,8 @@ class FastWeights(Memory):
         """A place for each head: by how much its matrix changed, and β_t ‖k_t‖ ‖v_t - v̄_t‖ of every token, v̄ of the
         matrix that the segment found.
         """
-        pairs = self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt)
-        after, (key, value, rate, _) = self._written(pairs, state), pairs
+        pairs, last_bd = self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt, state.get("last"))
+        after, (key, value, rate, _) = self._written(pairs, last_bd, state), pairs
         if self.config.delta:
             value = wide(value) - read_pairs(state, key)
         weight_bht = key.norm(dim=-1) * value.norm(dim=-1)
@@ -269,16 +278,19 @@ class Writer(nn.Module):
                 nn.init.constant_(gate.bias, bias)
 
     def forward(
-        self, hidden_btd: Tensor, keep_bt: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Keys, values, rates (None for 1) and the logarithms of λ (None for λ = 1).
+        self, hidden_btd: Tensor, keep_bt: Tensor | None, last_bd: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], Tensor | None]:
+        """Keys, values, rates (None for 1) and the logarithms of λ (None for λ = 1); and K' x of the last token, as
+        `last_bd` is that of the token before the segment.
 
         Padding has a key of zero and keeps everything, so it changes nothing.
         """
         hidden_btd = self.norm(hidden_btd)
         key = self.key(hidden_btd)
-        if self.previous is not None:
-            key = key + self.previous(shifted(hidden_btd, keep_bt))
+        if self.previous is not None and last_bd is not None:
+            before_btd, last_bd = self.previous(hidden_btd), last_bd.to(key.dtype)
+            key = key + shifted(before_btd, keep_bt, last_bd)
+            last_bd = latest(before_btd, keep_bt, last_bd)
         key, value = (
             flat.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for flat in (key, self.value(hidden_btd))
         )
@@ -292,7 +304,7 @@ class Writer(nn.Module):
         if keep_bt is not None:
             key = key * keep_bt[:, None, :, None]
             log_keep = None if log_keep is None else log_keep * keep_bt[:, None]
-        return key, value, rate, log_keep
+        return (key, value, rate, log_keep), last_bd
 
 
 class Reader(nn.Module):
@@ -418,12 +430,15 @@ def _naive(memory: FastWeights, hidden_btd: Tensor, state: State, keep_bt: Tenso
     outputs, rows = [], []
     for b in range(hidden_btd.shape[0]):
         kept = [t for t in range(hidden_btd.shape[1]) if keep_bt is None or keep_bt[b, t]]
-        row = [{name: tensor[b, head] for name, tensor in state.items()} for head in range(config.heads)]
+        row = [{n: tensor[b, head] for n, tensor in state.items() if n != "last"} for head in range(config.heads)]
         parts = [slice(head * size, (head + 1) * size) for head in range(config.heads)]
         outputs.append(torch.stack([_naive_read(reader, config, token, row, parts) for token in hidden_btd[b]]))
         tokens = [memory.writer.norm(hidden_btd[b, t]) for t in kept]
-        after = [_naive_write(memory.writer, config, tokens, row[h], h, parts[h]) for h in range(config.heads)]
-        rows.append({name: torch.stack([each[name] for each in after]) for name in state})
+        last = state["last"][b] if config.shift else None
+        after = [_naive_write(memory.writer, config, tokens, row[h], h, parts[h], last) for h in range(config.heads)]
+        rows.append({name: torch.stack([each[name] for each in after]) for name in row[0]})
+        if last is not None:
+            rows[-1]["last"] = memory.writer.previous(tokens[-1]) if tokens else last  # pyright: ignore
     return torch.stack(outputs), {name: torch.stack([row[name] for row in rows]) for name in state}
 
 
@@ -447,14 +462,19 @@ def _naive_read(
 
 
 def _naive_write(
-    writer: Any, config: FastWeightsConfig, tokens: list[Tensor], found: State, head: int, part: slice
+    writer: Any,
+    config: FastWeightsConfig,
+    tokens: list[Tensor],
+    found: State,
+    head: int,
+    part: slice,
+    before: Tensor | None,
 ) -> State:
-    state, before = found, None
+    state = found
     for token in tokens:
         key = writer.key(token)
-        if config.shift and before is not None:
-            key = key + writer.previous(before)
-        before = token
+        if before is not None:
+            key, before = key + before, writer.previous(token)
         key, value = _naive_features(config, key[part]), writer.value(token)[part]
         kept = {"decay": config.decay}.get(config.rule, 1.0)
         if config.rule == "gated delta":

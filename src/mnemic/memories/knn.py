@@ -1,7 +1,7 @@
 """Memorizing Transformer: keys and values of all that was read, of which a query attends to the few nearest.
 
 Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913), section 3. x_t is the layer-normed hidden state of
-token t after one upper block, x_{t-1} that of the token before it in the segment (zero for the first). For each head,
+token t after one upper block, x_{t-1} that of the token before it, also across a segment's border. For each head,
 
     k_t = unit(K x_t + K' x_{t-1}),   v_t = V x_t         K' only with `shift`
     M  <- M, (k_t, v_t)                                   at a segment's end; beyond `size` entries the oldest leave
@@ -26,7 +26,7 @@ Beyond: FAISS's IndexFlatIP, on the CPU, as exact. The search tells which entrie
 scores are computed again from query and key, and have one.
 
 What is trained: the projections, s and b. What is forgotten: the oldest segments.
-State: `8 * dim` bytes an entry, 16 MiB a stream by default when it is full.
+State: `8 * dim` bytes an entry, 16 MiB a stream by default when it is full; `shift` adds `4 * dim`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mnemic.memories.fast_weights import unit, wide
-from mnemic.memories.layers import resolve_layer, shifted
+from mnemic.memories.layers import latest, resolve_layer, shifted
 from mnemic.memory import Card, Memory, MemoryConfig, Site
 from mnemic.state import State, check_range, push_rows
 
@@ -132,6 +132,8 @@ class KNNConfig(MemoryConfig):
 class KNN(Memory):
     """The module: projections of one layer, and a number or two for each head."""
 
+    newer = ("last",)
+
     def __init__(self, config: KNNConfig, width: int, depth: int, causal: bool = True) -> None:
         super().__init__()
         check_faiss(config.segments * config.segment_length, config.exact_up_to)
@@ -139,8 +141,8 @@ class KNN(Memory):
         layer = max(0, depth * 3 // 4 - 1) if config.layer is None else resolve_layer(config.layer, depth, "layer")
         self.reads = self.writes = (Site(layer),)
         self.reads_own_segment, self.starts_empty = not causal, causal
-        # of the segments that fit, an encoder's own is one
-        self.reach = config.segments if causal else config.segments - 1
+        # of the segments that fit, an encoder's own is one; the oldest key may be of one more
+        self.reach = config.segments + config.shift - (not causal)
         self.norm = nn.LayerNorm(width)
         self.key, self.value, self.query = (nn.Linear(width, config.dim, bias=False) for _ in range(3))
         self.previous = nn.Linear(width, config.dim, bias=False) if config.shift else None
@@ -152,9 +154,10 @@ class KNN(Memory):
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """No entries. `keys` and `values [b, n, dim]` float32, a row's own `count [b]` int64 first, oldest first, then
-        zeros.
+        zeros; with `shift` `last [b, dim]`, K' x of the last token.
         """
-        return {
+        last = {"last": torch.zeros(batch, self.config.dim, device=device)} if self.config.shift else {}
+        return last | {
             "keys": torch.zeros(batch, 0, self.config.dim, device=device),
             "values": torch.zeros(batch, 0, self.config.dim, device=device),
             "count": torch.zeros(batch, dtype=torch.long, device=device),
@@ -162,7 +165,8 @@ class KNN(Memory):
 
     def most_bytes(self, written: int) -> int:
         """`size` entries, whatever was written, once something was."""
-        return 8 + (8 * self.config.dim * self.config.size if written else 0)
+        last = 4 * self.config.dim if self.config.shift else 0
+        return 8 + last + (8 * self.config.dim * self.config.size if written else 0)
 
     def check_state(self, state: State, written: int) -> None:
         """As many keys as values, and the count among them."""
@@ -186,14 +190,16 @@ class KNN(Memory):
     ) -> State:
         """The entries after one segment."""
         hidden_btd = self.norm(hidden_btd.to(self.parameter_dtype()))
-        key_btd = self.key(hidden_btd)
+        key_btd, last = self.key(hidden_btd), {}
         if self.previous is not None:
-            key_btd = key_btd + self.previous(shifted(hidden_btd, keep_bt))
+            before_btd, last_bd = self.previous(hidden_btd), state["last"].to(key_btd.dtype)
+            key_btd = key_btd + shifted(before_btd, keep_bt, last_bd)
+            last = {"last": latest(before_btd, keep_bt, last_bd).float()}
         key_btd = unit(wide(key_btd).unflatten(-1, (self.config.heads, -1))).flatten(2)
         counts, most = state["count"].tolist(), self.config.segments * self.config.segment_length
         keys, count = push_rows(state["keys"], counts, key_btd.float(), keep_bt, most)
         values, _ = push_rows(state["values"], counts, self.value(hidden_btd).float(), keep_bt, most)
-        return {"keys": keys, "values": values, "count": state["count"].new_tensor(count)}
+        return last | {"keys": keys, "values": values, "count": state["count"].new_tensor(count)}
 
     def _by_head(self, flat_btd: Tensor) -> Tensor:
         return flat_btd.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
@@ -334,7 +340,7 @@ def _naive(memory: KNN, hidden_btd: Tensor, state: State, keep_bt: Tensor | None
     config = memory.config
     size, most = config.dim // config.heads, config.segments * config.segment_length
     parts = [slice(head * size, (head + 1) * size) for head in range(config.heads)]
-    outputs, rows = [], []
+    outputs, rows, lasts = [], [], []
     for b in range(hidden_btd.shape[0]):
         count = int(state["count"][b])
         entries = [(state["keys"][b, i], state["values"][b, i]) for i in range(count)]
@@ -348,20 +354,21 @@ def _naive(memory: KNN, hidden_btd: Tensor, state: State, keep_bt: Tensor | None
                 read = sum((p / sum(powers) * v for p, (_, v) in zip(powers, scored, strict=True)), 0 * query)
                 reads.append(torch.sigmoid(memory.gate[head]) * read)
             outputs.append(token + memory.output(torch.cat(reads)))
-        before = None
+        before = state["last"][b] if config.shift else None
         for t, token in enumerate(hidden_btd[b]):
             if keep_bt is None or keep_bt[b, t]:
                 token, key = memory.norm(token), memory.key(memory.norm(token))
                 if memory.previous is not None and before is not None:
-                    key = key + memory.previous(before)
+                    key, before = key + before, memory.previous(token)
                 units = [key[part] / torch.dot(key[part], key[part]).sqrt() for part in parts]
                 entries = [*entries, (torch.cat(units), memory.value(token))][-most:]
-                before = token
         rows.append(entries)
+        lasts.append(before)
     longest, nothing = max(map(len, rows)), hidden_btd.new_zeros(config.dim)
     keys, values = (
         torch.stack([torch.stack([entry[i] for entry in row] + [nothing] * (longest - len(row))) for row in rows])
         for i in (0, 1)
     )
     count = torch.tensor([len(row) for row in rows], device=hidden_btd.device)
-    return torch.stack(outputs).view(hidden_btd.shape), {"keys": keys, "values": values, "count": count}
+    after = {"keys": keys, "values": values, "count": count}
+    return torch.stack(outputs).view(hidden_btd.shape), after | ({"last": torch.stack(lasts)} if config.shift else {})

@@ -38,7 +38,7 @@ State: `2 x layers x heads of keys x their width` numbers a token in the base's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -48,6 +48,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mnemic.bank import LEAST
+from mnemic.memories.layers import distinct_layers
 from mnemic.memory import Asked, Card, Further, Memory, MemoryConfig, Site
 from mnemic.state import State
 
@@ -67,7 +68,8 @@ class RecallConfig(MemoryConfig):
     `layout` "line" chosen keys stand one behind another before the window; "capped", all at the distance of the window.
     `recall_in_reading` lets a session retrieve while it reads, too. `search` says whose mass is known: that of all that
     is kept ("exact") or of "candidates", `wider` times the budget, which costs a fraction of it and may miss some.
-    `refresh` is how many tokens of a segment share one choice, that of the first of them.
+    `refresh` is how many tokens of a segment share one choice, that of the first of them. `read_layers` are the blocks
+    that recall, by default all; the others see the window and its sinks.
     """
 
     kind: ClassVar[str] = "recall"
@@ -95,6 +97,7 @@ class RecallConfig(MemoryConfig):
     search: Literal["exact", "candidates"] = "exact"
     wider: int = 4
     refresh: int = 1
+    read_layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +111,8 @@ class RecallConfig(MemoryConfig):
             raise ValueError(f"wider is {self.wider}; use 1 or more")
         if not 1 <= self.refresh <= self.segment_length:
             raise ValueError(f"refresh is {self.refresh}; use 1 to segment_length={self.segment_length}")
+        if self.read_layers is not None and not self.read_layers:
+            raise ValueError("read_layers is empty; name at least one block, or leave it out for all")
         if self.refresh > 1 and self.layout == "capped":
             raise ValueError(f"refresh is {self.refresh}, but 'capped' places keys for each token; use layout='line'")
 
@@ -119,9 +124,10 @@ class RecallConfig(MemoryConfig):
 
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
-        """Room for two blocks of 4 beside 4 sinks, which reading uses too; InfLLM's choices; a choice for 5 tokens."""
+        """Two blocks of 4 and 4 sinks, in reading, too; InfLLM's choices; a choice for 5 tokens; one block reads."""
         small = {"segment_length": 8, "window": 16, "budget": 8, "sinks": 4, "unit": 4, "recall_in_reading": True}
-        return [cls(**small), cls(**small, choice="mean", by="layer", layout="capped"), cls(**small, refresh=5)]
+        others = ({"choice": "mean", "by": "layer", "layout": "capped"}, {"refresh": 5}, {"read_layers": [0]})
+        return [cls(**small), *(cls(**small, **other) for other in others)]
 
     @classmethod
     def small(cls, segment_length: int, width: int, size: int | None = None) -> RecallConfig:
@@ -129,21 +135,20 @@ class RecallConfig(MemoryConfig):
         return cls(segment_length=segment_length, window=None, unit=4, sinks=4, budget=4 * (size or 8))
 
     def build(self, width: int, depth: int, causal: bool = True) -> Recall:
-        """The module, which serves every block that sees all keys of the window; raises `ValueError` for an encoder."""
+        """The module; raises `ValueError` for an encoder, and for a block that the host does not have."""
         if not causal:
-            raise ValueError(
-                "recall keeps the keys of decoders, and an encoder has none to keep; use another mechanism"
-            )
-        return Recall(self, depth)
+            raise ValueError("an encoder has no keys that recall could keep for it; use another mechanism")
+        layers = range(depth) if self.read_layers is None else distinct_layers(self.read_layers, depth, "read_layers")
+        return Recall(self, layers)
 
 
 class Recall(Memory):
     """The module: no parameters."""
 
-    def __init__(self, config: RecallConfig, depth: int) -> None:
+    def __init__(self, config: RecallConfig, layers: Iterable[int]) -> None:
         super().__init__()
         self.config = config
-        self.reads, self.writes = tuple(Site(layer, "attention") for layer in range(depth)), ()
+        self.reads, self.writes = tuple(Site(layer, "attention") for layer in layers), ()
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """Nothing: what is kept is in the bank."""

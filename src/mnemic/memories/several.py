@@ -135,6 +135,7 @@ class Several(Memory):
         self.gradient_reach = None if None in scopes else max(each for each in scopes if each is not None)
         self.reads_own_segment = any(each.reads_own_segment for each in members)
         self.starts_empty = all(each.starts_empty for each in members)
+        self.newer = tuple(start + name for start, each in self.all for name in each.newer)
 
     @property
     def all(self) -> Iterator[tuple[str, Memory]]:

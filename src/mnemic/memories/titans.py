@@ -1,7 +1,7 @@
 """Titans' neural memory: a small network that every token trains on a pair of key and value, and that a query asks.
 
-Behrouz et al. 2025, arXiv 2501.00663. x_t is the layer-normed hidden state of token t of a segment, x_{t-1} that of the
-token before it in the segment (zero for the first). For each head, with a network M of `layers` matrices W_1 ... W_L,
+Behrouz et al. 2025, arXiv 2501.00663. x_t is the layer-normed hidden state of token t, x_{t-1} that of the token before
+it, also across a segment's border. For each head, with a network M of `layers` matrices W_1 ... W_L,
 
     k_t = unit(K x_t + K' x_{t-1}),   v_t = V x_t         K' only with `shift`
     M(k) = W_Lᵀ a_{L-1},   a_l = σ(W_lᵀ a_{l-1}),  a_0 = k
@@ -51,7 +51,7 @@ The network and its training are in `titans_network`.
 
 What is trained: the projections, M_*, p and e. What is forgotten: what α takes, and what other keys are trained over.
 State: M_t - M_* and S_t, `8 * heads * n` bytes a stream, where n counts the numbers of one head's network: `size * 2`
-for each hidden unit of two layers, with `size = dim / heads`; 512 KiB by default.
+for each hidden unit of two layers, with `size = dim / heads`; 512 KiB by default. `shift` adds `4 * dim`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mnemic.memories.fast_weights import by_head, scaled, unit, wide
-from mnemic.memories.layers import resolve_sites
+from mnemic.memories.layers import latest, resolve_sites, shifted
 from mnemic.memories.titans_naive import titans_naive
 from mnemic.memories.titans_network import Pairs, learn, recall
 from mnemic.memory import Attribution, Card, Memory, MemoryConfig, MemoryTokens, Site
@@ -211,6 +211,8 @@ class Titans(Memory):
     `tokens [n, d]` are p and e; None, and no `asker`, where nothing stands before a segment.
     """
 
+    newer = ("last",)
+
     def __init__(self, config: TitansConfig, width: int, depth: int, causal: bool = True) -> None:
         super().__init__()
         self.config = config
@@ -236,8 +238,11 @@ class Titans(Memory):
         return not self.reads_own_segment and super().writes_see_reads
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
-        """Zeros, float32: for every layer l `learned_l`, M - M_*, and `momentum_l`, S, both `[b, h, in, out]`."""
-        return {
+        """Zeros, float32: for every layer l `learned_l`, M - M_*, and `momentum_l`, S, both `[b, h, in, out]`; with
+        `shift` `last [b, h * k]`, K' x of the last token.
+        """
+        last = {"last": torch.zeros(batch, self.config.dim, device=device)} if self.config.shift else {}
+        return last | {
             f"{name}_{layer}": torch.zeros(batch, self.config.heads, *shape, device=device)
             for name in ("learned", "momentum")
             for layer, shape in enumerate(self.config.shapes, 1)
@@ -261,11 +266,12 @@ class Titans(Memory):
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:
         """What one segment teaches the network."""
-        return self._learn(self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt), state)
+        return self._learn(*self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt, state.get("last")), state)
 
-    def _learn(self, pairs: Pairs, state: State) -> State:
+    def _learn(self, pairs: Pairs, last_bd: Tensor | None, state: State) -> State:
         config = self.config
         after = learn(state, list(self.first), pairs, config.chunk, config.window_tokens, config.clip)
+        after |= {} if last_bd is None else {"last": last_bd}
         return {name: tensor.float() for name, tensor in after.items()}
 
     def write_and_tell(
@@ -274,8 +280,8 @@ class Titans(Memory):
         """A place for each head: by how much its network changed, and θ_t ‖M(k_t) - v_t‖ of every token, M as the
         segment found it.
         """
-        pairs = self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt)
-        after = self._learn(pairs, state)
+        pairs, last_bd = self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt, state.get("last"))
+        after = self._learn(pairs, last_bd, state)
         surprise_bht = (recall(state, list(self.first), pairs.key) - pairs.value).norm(dim=-1) * pairs.rate
         if keep_bt is not None:
             # the writer moves padding to the end
@@ -311,8 +317,10 @@ class Writer(nn.Module):
             # the shares of a window then add up to about 1
             nn.init.constant_(self.share.bias, -math.log(max(config.window_tokens - 1, 1)))
 
-    def forward(self, hidden_btd: Tensor, keep_bt: Tensor | None) -> Pairs:
-        """The pairs of a segment."""
+    def forward(
+        self, hidden_btd: Tensor, keep_bt: Tensor | None, last_bd: Tensor | None
+    ) -> tuple[Pairs, Tensor | None]:
+        """The pairs of a segment; and K' x of its last token, as `last_bd` is that of the token before it."""
         if keep_bt is None:
             keep_bt = hidden_btd.new_ones(hidden_btd.shape[:2], dtype=torch.bool)
         else:
@@ -322,8 +330,10 @@ class Writer(nn.Module):
             hidden_btd = hidden_btd.gather(1, order_bt[..., None].expand_as(hidden_btd))
         hidden_btd, real_b1t = self.norm(hidden_btd), keep_bt[:, None]
         key = self.key(hidden_btd)
-        if self.previous is not None:
-            key = key + self.previous(F.pad(hidden_btd, (0, 0, 1, -1)))
+        if self.previous is not None and last_bd is not None:
+            before_btd, last_bd = self.previous(hidden_btd), last_bd.to(key.dtype)
+            key = key + shifted(before_btd, None, last_bd)
+            last_bd = latest(before_btd, keep_bt, last_bd)
         key, value = (
             wide(flat.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)) for flat in (key, self.value(hidden_btd))
         )
@@ -331,7 +341,7 @@ class Writer(nn.Module):
             wide(gate(hidden_btd)).transpose(1, 2) for gate in (self.rate, self.momentum, self.forget)
         )
         share = torch.ones_like(rate) if self.share is None else wide(self.share(hidden_btd)).transpose(1, 2).sigmoid()
-        return Pairs(
+        pairs = Pairs(
             key=unit(key),
             value=value,
             rate=rate.sigmoid() * real_b1t,
@@ -340,6 +350,7 @@ class Writer(nn.Module):
             share=share,
             real=real_b1t.to(key.dtype),
         )
+        return pairs, last_bd
 
 
 class Reader(nn.Module):

@@ -29,15 +29,18 @@ def titans_naive(memory: Titans, hidden_btd: Tensor, state: State, keep_bt: Tens
     for b in range(hidden_btd.shape[0]):
         kept = [t for t in range(hidden_btd.shape[1]) if keep_bt is None or keep_bt[b, t]]
         tokens, heads, networks = [memory.writer.norm(hidden_btd[b, t]) for t in kept], [], []
+        last = state["last"][b] if config.shift else None
         for head in range(config.heads):
             first = [weights[head] for weights in memory.first]
             learned = [state[f"learned_{layer + 1}"][b, head] for layer in range(count)]
             surprise = [state[f"momentum_{layer + 1}"][b, head] for layer in range(count)]
             networks.append([f + m for f, m in zip(first, learned, strict=True)])
             part = slice(head * size, (head + 1) * size)
-            heads.append(_write(memory, tokens, first, learned, surprise, head, part))
+            heads.append(_write(memory, tokens, first, learned, surprise, head, part, last))
         outputs += [token if reader is None else token + _read(reader, token, networks) for token in hidden_btd[b]]
-        rows.append({name: torch.stack([after[name] for after in heads]) for name in state})
+        rows.append({name: torch.stack([after[name] for after in heads]) for name in heads[0]})
+        if last is not None:
+            rows[-1]["last"] = memory.writer.previous(tokens[-1]) if tokens else last  # pyright: ignore
     return (
         torch.stack(outputs).view(hidden_btd.shape),
         {name: torch.stack([row[name] for row in rows]) for name in state},
@@ -86,14 +89,15 @@ def _write(
     surprise: list[Tensor],
     head: int,
     part: slice,
+    before: Tensor | None,
 ) -> State:
     config, writer = memory.config, memory.writer
     pairs: list[tuple[Tensor, Tensor]] = []
     matrices: list[Tensor] = []
     for t, token in enumerate(tokens):
         key = writer.key(token)
-        if writer.previous is not None and t > 0:
-            key = key + writer.previous(tokens[t - 1])
+        if writer.previous is not None and before is not None:
+            key, before = key + before, writer.previous(token)
         pairs.append((key[part] / torch.dot(key[part], key[part]).sqrt(), writer.value(token)[part]))
         if t % config.chunk == 0:
             matrices = [f + m for f, m in zip(first, learned, strict=True)]

@@ -169,7 +169,7 @@ def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwar
     asked = Asked(
         turned_hts=query[row],
         position_t=position,
-        first=window.position[row] - window.context[row],
+        first=window.position[row] - window.context[row] + min(window.sinks, window.context[row]),
         scale=float(kwargs.get("scaling") or query.shape[-1] ** -0.5),
         bank=bank,
         place=place,
@@ -228,17 +228,19 @@ def check_asked(router: Router, call: Call, trunk: Any) -> None:
 
 
 @torch.no_grad()
-def take_leaving(router: Router, cache: MemoryCache, rows: Sequence[int]) -> None:
-    """The keys that leave the window when `rows` end their segment join the banks of their streams."""
+def take_leaving(router: Router, cache: MemoryCache, rows: Sequence[int], moves: bool) -> None:
+    """The keys that leave the window when `rows` end their segment join the banks of their streams; `moves` as in
+    `Window.close_segment`.
+    """
     window, stream = cache.window, cache.memory.stream
     if window is None or stream is None or not rows:
         return
-    gone = window.valid & ~window.close_segment(rows).valid
+    gone = window.valid & ~window.close_segment(rows, moves).valid
     banks = list(stream.banks)
     layers = [cache.layers[layer] for layer in router.attended]
     for row in gone.any(1).nonzero().flatten().tolist():
         columns = gone[row].nonzero().flatten()
-        # the window's keys stand one behind another
+        # the window's keys behind its sinks, which stay, stand one behind another
         rank = window.valid[row].long().cumsum(0)[columns] - 1
         position = window.position[row] - window.context[row] + rank
         kept: dict[str, list[Tensor]] = {"keys": [], "values": []}
