@@ -42,8 +42,8 @@ from needles import Kept
 from recall_perplexity import BLOCK, novel, scored
 
 WINDOW = 1024
-RATES = [0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9]
-TEMPERATURES = [0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2]
+RATES = [0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7]
+TEMPERATURES = [0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2]
 SENTINELS = [0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5]
 OWN, SENTINEL, NONE, FRESH, ZEROED, OTHER = "memory", "sentinel", "no memory", "fresh", "zeroed", "other novel"
 

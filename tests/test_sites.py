@@ -69,7 +69,7 @@ def elsewhere(monkeypatch, name, **at):
         ({"writes": (Site(1, "ffn"),)}, "writes ffn of block 1, .*; there are input, output, logits"),
         ({"reads": (Site(0, "logits"),)}, "reads logits of block 0, but those stand behind the last block, 1"),
         ({"writes": (Site(0, "logits"),)}, "writes logits of block 0, but those stand behind the last block, 1"),
-        ({"writes": (), "takes_ids": True}, "takes the ids of the tokens that are written, and writes none"),
+        ({"writes": (), "takes_ids": True}, "takes the ids of tokens that are written, and writes none"),
         (
             {"writes": (Site(0, "attention"),)},
             "writes attention of block 0, .* keys and values are kept for what",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,8 +89,8 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
         banks = (Bank.of(kept) if kept else None,)
         chosen = enumerate(kept["chosen"][0] if "chosen" in kept else ())
         held = ({place: its_kc[:, None] for place, its_kc in chosen},)
-        waiting = {"waiting": tensors["waiting"], "ids": tensors.get("ids")}
-        session._layer.stream = Stream(state, **waiting, **ledgers, logs=logs, banks=banks, held=held)
+        stream = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks, held=held)
+        session._layer.stream = replace(stream, ids=tensors.get("ids"))
     if (cache := session._cache) is None or (ledger := meta.get("running")) is None:
         return
     ledgers = {name: tuple(values) for name, values in ledger.items()}

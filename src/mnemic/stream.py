@@ -285,9 +285,9 @@ class Stream:
     def select(self, rows: Sequence[int]) -> Stream:
         """Rows by index, repeats allowed."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self.waiting.device)
-        counts, *others = (tuple(values[row] for row in rows) for values in self._ledgers)
-        waiting = self._waits(lambda tensor: tensor[:, : max(counts, default=0)][index])
-        return replace(Stream(select(self.state, index), self.waiting, counts, *others), **waiting)
+        ledgers: list[Any] = [tuple(values[row] for row in rows) for values in self._ledgers]
+        waiting = self._waits(lambda tensor: tensor[:, : max(ledgers[0], default=0)][index])
+        return replace(Stream(select(self.state, index), self.waiting, *ledgers), **waiting)
 
     def repeat(self, times: int) -> Stream:
         """Every row `times` times in place."""

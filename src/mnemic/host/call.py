@@ -123,7 +123,7 @@ class Ahead:
     logits, as the model was told: so many of the last ones (0 for all), or their places. `undo` takes the call back.
     """
 
-    kept: int | Tensor = 0
+    kept: int | Tensor | None = 0
     hidden_btd: Tensor | None = None
     reads: list[tuple[int, int, State]] = field(default_factory=list)
     undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)

@@ -61,7 +61,7 @@ class KNNLMConfig(MemoryConfig):
 
     size: int = 65_536
     top_k: int = 64
-    rate: float = 0.25
+    rate: float = 0.1
     temperature: float = 0.05
     sentinel: float | None = None
     exact_up_to: int = 1_048_576

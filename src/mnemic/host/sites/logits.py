@@ -66,7 +66,7 @@ def around(
     Raises:
         ValueError: the head did not run, as in a loss that is computed without logits.
     """
-    ahead, waiting = Ahead(bound(model, args, kwargs).get(KEEP)), thread.ahead.setdefault(id(router), [])
+    ahead, waiting = Ahead(bound(model, args, kwargs).get(KEEP, 0)), thread.ahead.setdefault(id(router), [])
     waiting.append(ahead)
     try:
         output = forward(*args, **kwargs)
@@ -167,7 +167,7 @@ def scale_of(anatomy: Anatomy, alone: Callable[[], contextlib.AbstractContextMan
     name = type(model).__name__
     if len(ramp) != 1:
         raise ValueError(newer(f"{name} called its head {len(ramp)} times for one token; this memory reads there"))
-    said = output.logits if isinstance(output, ModelOutput) else output[0]
+    said: Tensor = output["logits"] if isinstance(output, ModelOutput) else output[0]
     there, came = ramp[0].flatten().double().cpu(), said.flatten().double().cpu()
     scale = float(came @ there / (there @ there)) if came.shape == there.shape else 0.0
     if scale <= 0 or not bool(((came - scale * there).abs() <= NEAR * scale * there.abs()).all()):
