@@ -62,14 +62,22 @@ def main(
     texts, _ = hold_out(novels(data), 0.3)
     told, cases = drawn(tokenizer, texts, length, documents, seed)
     shares, scores = measured(host, told, cases, [int(count) for count in counts.split(",")])
-    record = Record("recall-blocks", "recall", f"{Path(folder).name}, untrained", seed)
-    record.config = {"memory": RecallConfig().to_dict(), "length": length, "documents": documents, "kind": KIND}
-    record.measures = {"attention": shares, "blocks": scores}
+    record = recorded(Path(folder).name, seed, length, documents, shares, scores)
     record.command = (
         f"python benchmarks/recall_blocks.py --data {data.name} --length {length} --documents {documents} "
         f"--counts {counts} --seed {seed}"
     )
     print(record.save(out, "recall-blocks.json"))
+
+
+def recorded(
+    model: str, seed: int, length: int, documents: int, shares: dict[str, list[float]], scores: dict[str, Any]
+) -> Record:
+    """What was measured, to be saved."""
+    config = {"memory": RecallConfig().to_dict(), "length": length, "documents": documents, "kind": KIND}
+    record = Record("recall-blocks", "recall", f"{model}, untrained", seed, config)
+    record.measures = {"attention": shares, "blocks": scores}
+    return record
 
 
 def drawn(

@@ -45,7 +45,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "few blocks, candidates": {"search": "candidates"},
 }
 """Beside the base, with what is changed of recall's settings."""
-FEW = (7, 14, 15, 17, 18, 20, 21, 23)
+FEW = (6, 7, 14, 17, 18, 20, 21, 23)
 """Of SmolLM2, the blocks that attend to what is asked for."""
 
 Clock = tuple[float, float]

@@ -96,7 +96,7 @@ def test_what_recall_costs():
     assert found["100"]["bytes"]["all"] * 24 == found["24"]["bytes"]["all"] * 100
 
 
-def test_which_blocks_recall(monkeypatch):
+def test_which_blocks_recall(tmp_path, monkeypatch):
     """Every block has a share for each of its heads, and the first few of them are read with anew."""
     script_of_blocks, model = script("recall_blocks"), make("llama")
     small = {"segment_length": 16, "window": 16, "budget": 8, "sinks": 4, "unit": 4}
@@ -112,9 +112,11 @@ def test_which_blocks_recall(monkeypatch):
     best = max(shares, key=lambda block: max(shares[block]))
     assert (scores["2"]["blocks"], scores["1"]["blocks"]) == ([0, 1], [int(best)])
     assert scores["1"]["bytes"] < scores["2"]["bytes"]
-    record = Record("recall-blocks", "recall", "tiny", 0, {"kind": "five-depths", "documents": 2, "length": 64})
-    record.measures = {"attention": shares, "blocks": scores}
-    assert f"| 1 | {best} | " in real_tables.recall_blocks([record])
+    record = script_of_blocks.recorded("tiny", 0, 64, 2, shares, scores)
+    record.command = "python benchmarks/recall_blocks.py"
+    path = record.save(tmp_path, "recall-blocks.json")
+    assert problems(path) == []
+    assert f"| 1 | {best} | " in real_tables.recall_blocks([Record.load(path)])
 
 
 def test_sinks_of_a_window(tmp_path, monkeypatch):

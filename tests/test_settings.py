@@ -97,7 +97,7 @@ def inside(memory: mnemic.Memory, config: mnemic.MemoryConfig) -> list[Any]:
     found: list[Any] = []
     generator = torch.Generator().manual_seed(2)
     keys, values = torch.randn(2, 3, 2, 37, 4, generator=generator)
-    bank = Bank().append(keys, values)
+    bank = Bank(stored=memory.stored).append(keys, values)
 
     def turn(x, at, back=False):
         return x + (-1 if back else 1) * at[:, None] / 64

@@ -8,15 +8,21 @@ few chunks, however often forks read on first.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from mnemic.packing import Stored, pack, parts, products, unpack
+from mnemic.spilling import Spill
+from mnemic.state import State, nbytes
 
 CHUNK = 65_536
 """Tokens of a full chunk. Within one, runs are found by a single look-up."""
@@ -25,43 +31,69 @@ LEAST = 256
 STEP = 16_384
 """A chunk that is full but for `CHUNK` is copied into one of twice the room, or of that much more."""
 
+Check = Callable[[str, Tensor], None]
+"""Raises `StateError` for a tensor, by its name in a chunk, that is not as it was written."""
+
 
 class Chunk:
-    """Room for `room` tokens, of which `used` are there: `keys [l, k, room, s]` and `values [l, k, room, v]`. `means`
-    are made of `LEAST` tokens each that are there, and stay as they are.
+    """Room for `room` tokens, of which `used` are there: `tensors` `[l, k, room, ...]` by name. `means` are made of
+    `LEAST` tokens each that are there, and stay as they are.
+
+    One that is `sealed` takes no more: its tensors may lie in a file, and `check(name, tensor)` is called before one is
+    used.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, count: int) -> None:
-        """An empty one with room for `count` tokens such as these."""
-        self.room, self.used = LEAST, 0
-        while self.room < count:
-            self.room += min(self.room, STEP)
-        with torch.inference_mode(False):  # whoever comes later may write outside of it
-            self.keys, self.values = (
-                torch.zeros(*new.shape[:2], self.room, new.shape[3], dtype=new.dtype, device=new.device)
-                for new in (keys, values)
-            )
+    def __init__(self, tensors: State, check: Check | None = None, *, sealed: bool) -> None:
+        self.tensors, self.check, self.sealed = tensors, check, sealed
+        self.room = length(tensors)
+        self.used = self.room if sealed else 0
         self.lock = threading.Lock()
         self.means: dict[tuple[int, int], list[Tensor]] = {}
 
-    def fill(self, known: int, keys: Tensor, values: Tensor) -> bool:
+    @staticmethod
+    def empty(like: State, count: int) -> Chunk:
+        """One with room for `count` tokens such as these."""
+        room = LEAST
+        while room < count:
+            room += min(room, STEP)
+        with torch.inference_mode(False):  # whoever comes later may write outside of it
+            return Chunk(
+                {name: new.new_zeros(*new.shape[:2], room, new.shape[3]) for name, new in like.items()}, sealed=False
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What is used of it."""
+        if self.check is not None:
+            self.check(name, self.tensors[name])
+        return self.tensors[name]
+
+    def fill(self, known: int, new: State) -> bool:
         """Puts tokens behind the `known` first ones; False, and nothing done, where somebody else has done so, or there
         is no room.
         """
-        stop = known + keys.shape[2]
+        stop = known + length(new)
         with self.lock:
-            if self.used != known or stop > self.room:
+            if self.sealed or self.used != known or stop > self.room:
                 return False
             self.used = stop
-        self.keys[:, :, known:stop], self.values[:, :, known:stop] = keys, values
+        for name, tensor in new.items():
+            self.tensors[name][:, :, known:stop] = tensor
         return True
+
+    def part(self, start: int, stop: int, names: Iterable[str] | None = None) -> State:
+        """Some of its tokens."""
+        return {name: self[name][:, :, start:stop] for name in names or self.tensors}
 
     def copy(self, parts: Sequence[tuple[Chunk, int, int]]) -> None:
         """Fills an empty one with tokens of others, each from a first one on, of which it has whole `LEAST` before, to
         before another; and with their means.
         """
         for chunk, start, stop in parts:
-            self.fill(self.used, chunk.keys[:, :, start:stop], chunk.values[:, :, start:stop])
+            self.fill(self.used, chunk.part(start, stop))
+        self.take_means(parts)
+
+    def take_means(self, parts: Sequence[tuple[Chunk, int, int]]) -> None:
+        """Takes over the means of tokens of others, of which it is made."""
         for key in {key for chunk, *_ in parts for key in tuple(chunk.means)}:  # another thread may make more
             made = self.means[key] = []
             for chunk, start, stop in parts:
@@ -74,12 +106,15 @@ class Chunk:
 @dataclass(frozen=True)
 class Bank:
     """The first `counts[i]` tokens of each of the `chunks`, whole `LEAST` tokens of all but the last. `positions [n]`
-    int64 says where in the stream they stood.
+    int64 says where in the stream they stood. They are packed, as `stored` says, when they are appended, and once; a
+    bank that packs gives float32. With `spill` chunks lie in files where they would take more RAM than that allows.
     """
 
     chunks: tuple[Chunk, ...] = ()
     counts: tuple[int, ...] = ()
     positions: Int[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    stored: Stored = "base"
+    spill: Spill | None = None
     joined: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -87,8 +122,13 @@ class Bank:
         """Tokens that are there."""
         return sum(self.counts)
 
+    @property
+    def heads(self) -> int:
+        """Heads of keys."""
+        return self.chunks[0].tensors["keys"].shape[1]
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Bank.of, (self.tensors(),)  # a chunk may hold what forks have read
+        return Bank.of, (self.tensors(), self.stored, None, self.spill)  # a chunk may hold what forks have read
 
     def append(
         self,
@@ -97,73 +137,115 @@ class Bank:
         positions_n: Int[Tensor, " n"] | None = None,
     ) -> Bank:
         """The bank with `n` more tokens, by default those behind its last one. The first ones decide the dtype."""
-        keys_lkns, values_lknv, count = keys_lkns.detach(), values_lknv.detach(), keys_lkns.shape[2]
-        if self.chunks:
-            keys_lkns, values_lknv = keys_lkns.to(self.chunks[0].keys), values_lknv.to(self.chunks[0].values)
         if positions_n is None:
-            positions_n = torch.arange(count) + (int(self.positions[-1]) + 1 if self.length else 0)
-        chunks, counts = list(self.chunks), list(self.counts)
-        while count:
-            last, known = (chunks.pop(), counts.pop()) if counts and counts[-1] < CHUNK else (None, 0)
-            new = min(count, CHUNK - known)
-            # slicing from the end, where -0 is not
-            keys, values = (each[:, :, each.shape[2] - count :][:, :, :new] for each in (keys_lkns, values_lknv))
-            if last is None or not last.fill(known, keys, values):
-                # where a fork has read on, it has another end; else it has no room
-                share = known // LEAST * LEAST if last is not None and last.used != known else 0
-                parts, size = [] if last is None else [(last, share, known)], known - share + new
+            positions_n = torch.arange(keys_lkns.shape[2]) + (int(self.positions[-1]) + 1 if self.length else 0)
+        keys = pack("keys", keys_lkns.detach(), self.stored)
+        return self._append(keys | pack("values", values_lknv.detach(), self.stored), positions_n)
+
+    def _append(self, new: State, positions_n: Int[Tensor, " n"]) -> Bank:
+        """`append` for tokens as they are stored."""
+        if self.chunks:
+            new = {name: tensor.to(self.chunks[0].tensors[name]) for name, tensor in new.items()}
+        chunks, counts, begin, end = list(self.chunks), list(self.counts), 0, length(new)
+        while begin < end:
+            goes_on = counts and (counts[-1] % LEAST if chunks[-1].sealed else counts[-1] < CHUNK)
+            last, known = (chunks.pop(), counts.pop()) if goes_on else (None, 0)
+            count = min(end - begin, CHUNK - known % CHUNK)
+            some = {name: tensor[:, :, begin : begin + count] for name, tensor in new.items()}
+            if last is None or not last.fill(known, some):
+                # where a fork has read on, it has another end, and so has what is sealed; else it has no room
+                ended = last is not None and (last.sealed or last.used != known)
+                share = known // LEAST * LEAST if ended else 0
+                before, size = [] if last is None else [(last, share, known)], known - share + count
                 if last is not None and share:
                     chunks.append(last)
                     counts.append(share)
                 # those before that are no longer are copied too, or every fork would leave one for good
-                while counts and counts[-1] <= size <= CHUNK - counts[-1]:
-                    parts.insert(0, (chunks.pop(), 0, counts[-1]))
+                while counts and not chunks[-1].sealed and counts[-1] <= size <= CHUNK - counts[-1]:
+                    before.insert(0, (chunks.pop(), 0, counts[-1]))
                     size += counts.pop()
-                last, known = Chunk(keys, values, size), size - new
-                last.copy(parts)
-                last.fill(known, keys, values)
+                last, known = Chunk.empty(some, size), size - count
+                last.copy(before)
+                last.fill(known, some)
             chunks.append(last)
-            counts.append(known + new)
-            count -= new
-        return Bank(tuple(chunks), tuple(counts), torch.cat([self.positions, positions_n.cpu()]))
+            counts.append(known + count)
+            begin += count
+        positions = torch.cat([self.positions, positions_n.cpu()])
+        return replace(self, chunks=tuple(chunks), counts=tuple(counts), positions=positions)._spilled()
+
+    def spilling(self, spill: Spill) -> Bank:
+        """The same bank, whose chunks lie where `spill` says from now on."""
+        return replace(self, spill=spill)._spilled()
+
+    def _spilled(self) -> Bank:
+        """With a file for whole `LEAST` tokens of all that is in RAM, where that is more than it may be."""
+        loose = [(chunk, there) for chunk, there in self._parts() if not chunk.sealed]
+        if self.spill is None or sum(nbytes(chunk.tensors) for chunk, _ in loose) <= self.spill.ram:
+            return self
+        last, there = loose.pop()
+        whole = there // LEAST * LEAST
+        parts = [(chunk, 0, count) for chunk, count in [*loose, (last, whole)] if count]
+        if not parts:
+            return self
+        laid = self.spill.lay(
+            [chunk.part(0, count) for chunk, _, count in parts], functools.partial(Chunk, sealed=True)
+        )
+        laid.take_means(parts)
+        lie = len(self.chunks) - len(loose) - 1
+        chunks, counts = [*self.chunks[:lie], laid], [*self.counts[:lie], laid.room]
+        if there > whole:
+            rest = last.part(whole, there)
+            chunks.append(Chunk.empty(rest, there - whole))
+            chunks[-1].fill(0, rest)
+            counts.append(there - whole)
+        return replace(self, chunks=tuple(chunks), counts=tuple(counts))
+
+    def emptied(self) -> Bank:
+        """A bank of nothing, which keeps tokens as this one does."""
+        return Bank(stored=self.stored, spill=self.spill)
 
     def without(self, first: int, last: int) -> Bank:
         """The bank without the tokens that stood at `first` to `last`, in chunks of its own."""
         stay = (self.positions < first) | (self.positions > last)
         if not stay.any():
-            return Bank()
-        keys, values = (tensor[0][:, :, stay.to(tensor.device)] for tensor in self._tensors())
-        return Bank().append(keys, values, self.positions[stay])
+            return self.emptied()
+        left = {name: tensor[:, :, stay.to(tensor.device)] for name, tensor in self._tensors().items()}
+        return self.emptied()._append(left, self.positions[stay])
 
     def zeroed(self) -> Bank:
         """As many tokens, all of them zero."""
         if not self.length:
             return self
-        keys, values = (torch.zeros_like(tensor[0]) for tensor in self._tensors())
-        return Bank().append(keys, values, self.positions)
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in self._tensors().items()}
+        return self.emptied()._append(zeros, self.positions)
 
     def keys(self, place: int) -> list[Float[Tensor, "k n s"]]:
         """The keys of the `place`-th block that is kept, chunk by chunk."""
-        return [chunk.keys[place, :, :there] for chunk, there in self._parts()]
+        return [unpack("keys", part) for part in self._of("keys", place)]
 
     def values(self, place: int) -> list[Float[Tensor, "k n v"]]:
         """Its values, likewise."""
-        return [chunk.values[place, :, :there] for chunk, there in self._parts()]
+        return [unpack("values", part) for part in self._of("values", place)]
+
+    def products(self, query_kms: Float[Tensor, "k m s"], place: int) -> Float[Tensor, "k m n"]:
+        """Queries in float32 times the keys of a block."""
+        return torch.cat([products(query_kms, "keys", part) for part in self._of("keys", place)], -1)
 
     def first(self, place: int, count: int) -> tuple[Float[Tensor, "k n s"], Float[Tensor, "k n v"]]:
         """Keys and values of the first `count` tokens, or of as many as there are."""
-        found = []
-        for parts in (self.keys(place), self.values(place)):
-            begins = itertools.accumulate(self.counts, initial=0)
-            found.append([part[:, : max(0, count - begin)] for begin, part in zip(begins, parts, strict=False)])
-        keys, values = (torch.cat(parts, 1) for parts in found)
+        keys, values = (
+            torch.cat([unpack(name, part) for part in self._of(name, place, count)], 1) for name in ("keys", "values")
+        )
         return keys, values
 
     def runs(self, name: str, place: int, start_ktm: Int[Tensor, "k t m"], run: int) -> Float[Tensor, "k t n s"]:
         """`keys` or `values` of runs of `run` tokens from the given starts on, `n = m * run`, head by head. A start is
         a multiple of `run`, which divides `LEAST`; what is behind the end is zero, or what a fork has read.
         """
-        tables = [getattr(chunk, name)[place] for chunk in self.chunks]
+        return unpack(name, {part: self._runs(part, place, start_ktm, run) for part in parts(name, self.stored)})
+
+    def _runs(self, name: str, place: int, start_ktm: Int[Tensor, "k t m"], run: int) -> Tensor:
+        tables = [chunk[name][place] for chunk in self.chunks]
         heads, room, width = tables[0].shape
         tables = [table.view(-1, run * width) for table in tables]
         if len(tables) == 1:
@@ -194,38 +276,69 @@ class Bank:
             with torch.inference_mode(False), torch.no_grad():
                 for chunk, there in self._parts():
                     made, whole = chunk.means.get(key, []), there // LEAST
-                    for part in chunk.keys[place, :, : whole * LEAST].split(LEAST, 1)[len(made) : whole]:
-                        made = [*made, part.float().unflatten(1, (-1, run)).mean(2).transpose(1, 2)]
+                    for begin in range(len(made) * LEAST, whole * LEAST, LEAST):
+                        part = chunk.part(begin, begin + LEAST, parts("keys", self.stored))
+                        part = {name: tensor[place] for name, tensor in part.items()}
+                        made = [*made, unpack("keys", part).float().unflatten(1, (-1, run)).mean(2).transpose(1, 2)]
                     chunk.means[key] = made
                     found += made[:whole]
-                self.joined[key] = torch.cat(found, -1) if found else self.chunks[0].keys[place].mT[..., :0].float()
+                self.joined[key] = torch.cat(found, -1) if found else self.keys(place)[0].mT[..., :0].float()
         return self.joined[key]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tokens that are there."""
-        parts = (tensor[:, :, :there] for chunk, there in self._parts() for tensor in (chunk.keys, chunk.values))
-        return sum(part.numel() * part.element_size() for part in parts)
+        found = [{name: t[:, :, :there] for name, t in chunk.tensors.items()} for chunk, there in self._parts()]
+        return sum(nbytes(part) for part in found)  # which uses nothing
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it: `keys [1, l, k, n, s]`, `values [1, l, k, n, v]`, `positions [1, n]`; nothing of an empty bank."""
+    def tensors(self, *, whole: bool = False) -> State:
+        """All of it: `keys [1, l, k, n, s]`, `values [1, l, k, n, v]`, `positions [1, n]`, and what else packing makes;
+        nothing of an empty bank. For a file, with zeros behind them up to `whole` `LEAST` tokens.
+        """
         if not self.length:
             return {}
-        keys, values = self._tensors()
-        return {"keys": keys, "values": values, "positions": self.positions[None]}
+        more = filled(self.length) - self.length if whole else 0
+        found = {name: F.pad(tensor, (0, 0, 0, more))[None] for name, tensor in self._tensors().items()}
+        return found | {"positions": self.positions[None]}
 
     @staticmethod
-    def of(tensors: dict[str, Tensor]) -> Bank:
-        """The inverse of `tensors`."""
+    def of(tensors: State, stored: Stored = "base", check: Check | None = None, spill: Spill | None = None) -> Bank:
+        """The inverse of `tensors`, of a bank that stores in this way; tokens behind those that have positions are left
+        out. With `check` the tensors, of whole `LEAST` tokens, become a chunk as they are, and are checked when used.
+        """
         if not tensors:
-            return Bank()
-        return Bank().append(tensors["keys"][0], tensors["values"][0], tensors["positions"][0])
+            return Bank(stored=stored, spill=spill)
+        kept = {part: tensors[part][0] for name in ("keys", "values") for part in parts(name, stored)}
+        positions = tensors["positions"][0].cpu()
+        if check is not None:
+            return Bank((Chunk(kept, check, sealed=True),), (len(positions),), positions, stored)
+        kept = {name: tensor[:, :, : len(positions)] for name, tensor in kept.items()}
+        return Bank(stored=stored, spill=spill)._append(kept, positions)
 
     def _parts(self) -> list[tuple[Chunk, int]]:
         return list(zip(self.chunks, self.counts, strict=True))
 
-    def _tensors(self) -> tuple[Tensor, Tensor]:
-        parts = self._parts()
-        keys = torch.cat([chunk.keys[:, :, :there] for chunk, there in parts], 2)
-        values = torch.cat([chunk.values[:, :, :there] for chunk, there in parts], 2)
-        return keys[None], values[None]
+    def _of(self, name: str, place: int, count: int | None = None) -> list[State]:
+        """`keys` or `values` of one block as they are stored, chunk by chunk; of the first `count` tokens alone."""
+        found, left = [], self.length if count is None else count
+        for chunk, there in self._parts():
+            if found and left <= 0:  # what is not used is not read
+                break
+            some = chunk.part(0, min(there, left), parts(name, self.stored))
+            found.append({part: tensor[place] for part, tensor in some.items()})
+            left -= there
+        return found
+
+    def _tensors(self) -> State:
+        found = [chunk.part(0, there) for chunk, there in self._parts()]
+        return {name: torch.cat([part[name] for part in found], 2) for name in found[0]}
+
+
+def filled(count: int) -> int:
+    """How many tokens there are with zeros behind the last, up to whole `LEAST`."""
+    return count + -count % LEAST
+
+
+def length(tensors: State) -> int:
+    """How many tokens `[l, k, n, ...]` there are."""
+    return next(iter(tensors.values())).shape[2]

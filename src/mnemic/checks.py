@@ -8,19 +8,21 @@ written must pass the same checks, so that no good version is replaced by one th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from mnemic.attachment import check_unedited, config_of, memory_cache, router_of
+from mnemic.bank import filled
 from mnemic.history import Log
 from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
 from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
+from mnemic.packing import CODES, parts
 from mnemic.state import State, StateError, check_range, is_finite
 from mnemic.stream import waiting_width
 
@@ -29,7 +31,8 @@ MOST = 2**62
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of hidden states and keys beside the model's own: under autocast they are not the weights'."""
 HISTORY = {f"history.{name}" for name in Log(text=()).tensors()}
-BANK = {"bank.keys", "bank.values", "bank.positions", "bank.chosen"}
+SCALES = {f"bank.{parts(name, 'int8')[1]}" for name in ("keys", "values")}
+BANK = {"bank.keys", "bank.values", *SCALES, "bank.positions", "bank.chosen"}
 STREAM, WINDOW = ("counts", "written", "seen"), ("context", "running", "position")
 
 Kind = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
@@ -67,12 +70,14 @@ def check_description(meta: Mapping[str, Any], source: object) -> None:
         raise StateError(f"{source} has a description of the wrong kind: {said}; restore it from a copy")
 
 
-def check_contents(tensors: State, meta: Mapping[str, Any], model: nn.Module, source: object) -> None:
+def check_contents(
+    tensors: State, meta: Mapping[str, Any], model: nn.Module, source: object, unread: Collection[str] = ()
+) -> None:
     """Raises `StateError` unless the tensors are such as `model` and its memory make in a session with the meta's
-    window. `meta` has passed `check_description`.
+    window. `meta` has passed `check_description`. The numbers in those that are `unread` are left to `check_kept`.
     """
     try:
-        _check_fit(tensors, meta, model, key_shapes)
+        _check_fit(tensors, meta, model, key_shapes, unread)
     except StateError as error:
         raise StateError(f"{source} does not fit this model and its memory: {error}; restore it from a copy") from error
 
@@ -109,7 +114,7 @@ def check_bytes(tensors: State, meta: Mapping[str, Any], source: object) -> None
             raise StateError(f"nothing here keeps {', '.join(unknown)[:200]!r}")
         if lacking := _lacking(tensors, meta):
             raise StateError(f"it lacks {lacking}")
-        _check_finite(tensors)
+        check_kept(tensors)
         _check_numbers(tensors, meta, config.segment_length)
     except StateError as error:
         raise StateError(f"{source} is no session that could be loaded: {error}") from error
@@ -134,6 +139,7 @@ def _check_fit(
     meta: Mapping[str, Any],
     model: nn.Module,
     keys: Callable[[nn.Module], dict[str, tuple[int, int]]],
+    unread: Collection[str] = (),
 ) -> None:
     """Raises `StateError` unless tensors and counts are such as the model and its memory make; `keys` gives the heads
     and width of the keys and values.
@@ -154,7 +160,7 @@ def _check_fit(
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
             found = f"{list(tensor.shape)} of {tensor.dtype}"
             raise StateError(f"{name} is {found}, here it would be {list(shape)} of {dtypes[0]}")
-    _check_finite(tensors)
+    check_kept({name: tensor for name, tensor in tensors.items() if name not in unread})
     _check_numbers(tensors, meta, router.segment_length)
     if (stream := meta.get("stream")) is not None:
         state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
@@ -181,18 +187,34 @@ def _bank(
     router = router_of(model)
     if meta.get("stream") is None or not router.attended or not BANK & tensors.keys():
         return {}
-    count = max((tensors[name].shape[3] for name in BANK & tensors.keys() if tensors[name].ndim == 5), default=0)
+    count = tensors["bank.positions"].numel() if "bank.positions" in tensors else 0
+    kept, room = tensors.get("bank.keys"), filled(count)
+    if kept is None or kept.ndim != 5 or kept.shape[3] != room:  # with no zeros behind them, as they once were written
+        room = count
     if count > meta["stream"]["seen"][0]:
         raise StateError(f"its bank has {count} tokens, and {meta['stream']['seen'][0]} were read")
-    expected: dict[str, Kind] = {}
+    expected, stored = {}, router.memory.stored
     for kind in ("keys", "values"):
         heads, width = keys(model)[f"{kind}.{router.attended[0]}"]
-        expected[f"bank.{kind}"] = ((1, len(router.attended), heads, count, width), (router.dtype, *FLOATS))
+        numbers, *scale = (f"bank.{part}" for part in parts(kind, stored))
+        dtypes = (router.dtype, *FLOATS) if stored == "base" else (CODES[stored],)
+        expected[numbers] = ((1, len(router.attended), heads, room, width), dtypes)
+        expected |= {name: ((1, len(router.attended), heads, room, 1), (torch.float32,)) for name in scale}
     if (chosen := tensors.get("bank.chosen")) is not None:
         heads, _ = keys(model)[f"keys.{router.attended[0]}"]
         size = chosen.shape[-1] if chosen.ndim else 0
         expected["bank.chosen"] = ((1, len(router.attended), heads, size), (torch.long,))
     return expected | {"bank.positions": ((1, count), (torch.long,))}
+
+
+def check_kept(tensors: State) -> None:
+    """Raises `StateError` for numbers that are not finite, and scales of packed keys and values below 0."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise StateError(f"{name} is NaN or infinite somewhere")
+    for name in sorted(SCALES & tensors.keys()):
+        if tensors[name].numel() and (least := float(tensors[name].min())) < 0:
+            raise StateError(f"{name} goes down to {least:g}, and scales are 0 or more")
 
 
 def _check_in_order(name: str, numbers: torch.Tensor | None, count: int) -> None:
@@ -327,12 +349,6 @@ def _check_history(tensors: State, meta: Mapping[str, Any]) -> None:
         raise StateError(f"keep_text is {keeps}, and its history has {'no ' if text is None else ''}text")
     if text is not None and text.numel() > seen:
         raise StateError(f"it has {text.numel()} tokens of text, and {seen} were read")
-
-
-def _check_finite(tensors: State) -> None:
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise StateError(f"{name} is NaN or infinite somewhere")
 
 
 def _check_numbers(tensors: State, meta: Mapping[str, Any], length: int) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mnemic.bank import Bank
-from mnemic.checks import keys_of
+from mnemic.bank import Bank, filled
+from mnemic.checks import check_kept, keys_of
 from mnemic.history import Log
 from mnemic.host.anatomy import fingerprint
 from mnemic.host.cache import Window
@@ -20,8 +21,10 @@ from mnemic.host.release import DynamicLayer
 from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
 from mnemic.host.wrappers import unwrapped, whole
+from mnemic.mapping import Mapped
 from mnemic.memory import Further
 from mnemic.rereading import reread, window_ids
+from mnemic.spilling import Spill
 from mnemic.state import State, StateError
 from mnemic.stream import Stream
 
@@ -31,9 +34,10 @@ if TYPE_CHECKING:
 
 def contents(session: Session) -> tuple[State, dict[str, Any]]:
     """The tensors: the stream's; `bank.keys` and `bank.values` `[1, blocks, heads, n, width]` where keys are kept that
-    left the window, with `bank.chosen [1, blocks, heads, c]` where the next tokens share what was chosen of them;
-    `history.*`; of the window `window.valid [1, kept]` and, unless its tokens can be read again and are to be, `keys.*`
-    and `values.*` `[1, heads, kept, width]` in the base's dtype.
+    left the window, with zeros behind them to fill the last chunk, so that a file can be mapped, and `bank.positions
+    [1, n]`; `bank.chosen [1, blocks, heads, c]` where the next tokens share what was chosen of them; `history.*`; of
+    the window `window.valid [1, kept]` and, unless its tokens can be read again and are to be, `keys.*` and `values.*`
+    `[1, heads, kept, width]` in the base's dtype.
     """
     if session._layer.off:
         raise StateError(
@@ -45,7 +49,7 @@ def contents(session: Session) -> tuple[State, dict[str, Any]]:
         stream = session.stream.detach()
         tensors |= stream.tensors()
         if (bank := stream.banks[0]) is not None:
-            tensors |= {f"bank.{name}": tensor for name, tensor in bank.tensors().items()}
+            tensors |= {f"bank.{name}": tensor for name, tensor in bank.tensors(whole=True).items()}
             tensors |= _chosen(stream.held[0])
         if (log := stream.logs[0]) is not None:
             tensors |= {f"history.{name}": tensor for name, tensor in log.tensors().items()}
@@ -69,15 +73,21 @@ def brought_up(tensors: State, meta: Mapping[str, Any], router: Router) -> State
     return {f"state.{name}": first[name].cpu() for name in router.memory.newer if name in first} | tensors
 
 
-def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
-    """Puts contents that passed `check_contents` into a new session."""
+def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapped | None) -> None:
+    """Puts contents that passed `check_contents` into a new session. What is `unread` is checked when it is used, or
+    now where it goes on in another dtype or on another device.
+    """
     router = session._router
+
+    def check(name: str, tensor: Tensor) -> None:
+        assert unread is not None
+        unread.check(f"bank.{name}", tensor, check_kept)
+
+    found = tensors
     # keys of a base in float32 go on in the same base in bfloat16
     dtype: Any = unwrapped(session.model).dtype
     tensors = {
-        name: tensor.to(
-            router.device, dtype if name.startswith(("keys.", "values.", "bank.keys", "bank.values")) else tensor.dtype
-        )
+        name: tensor.to(router.device, dtype if _in_dtype(name, tensor) else tensor.dtype)
         for name, tensor in tensors.items()
     }
     if (ledger := meta.get("stream")) is not None:
@@ -86,7 +96,11 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
         logs = (Log.of(noted) if noted else session._empty_log,)  # a file of before there were histories has none
         ledgers: dict[str, Any] = {name: tuple(values) for name, values in ledger.items()}
         kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("bank.")}
-        banks = (Bank.of(kept) if kept else None,)
+        lie = {name: t for name, t in found.items() if unread is not None and name in unread.digests}
+        stay = bool(lie) and all(tensors[name] is t and t.shape[3] == filled(t.shape[3]) for name, t in lie.items())
+        for name, tensor in () if stay else lie.items():
+            check(name[5:], tensor)
+        banks = (Bank.of(kept, router.memory.stored, check if stay else None) if kept else None,)
         chosen = enumerate(kept["chosen"][0] if "chosen" in kept else ())
         held = ({place: its_kc[:, None] for place, its_kc in chosen},)
         carried = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks, held=held)
@@ -109,11 +123,63 @@ def fill(session: Session, tensors: State, meta: dict[str, Any]) -> None:
         reread(session.model, cache, cache.window, ids.to(router.device), router.segment_length)
 
 
+def forget(session: Session, first: int, last: int) -> int:
+    """`Session.forget`, in a call of the session."""
+    stream, cache = session.stream, session._cache
+    if not session._router.attended:
+        kind = session._router.config.kind
+        raise ValueError(f"a memory of kind {kind!r} keeps no token apart from others; reset() forgets all")
+    if session._router.memory.writes:
+        raise ValueError(
+            "beside recall another memory has written these tokens, which it cannot take apart again; reset() "
+            "forgets all"
+        )
+    left = 0 if stream is None or cache is None or cache.window is None else cache.window.context[0]
+    seen = 0 if stream is None else stream.seen[0]
+    if not 0 <= first <= last < seen - left:
+        raise ValueError(
+            f"tokens {first} to {last} cannot be forgotten: of {seen} that were read the last {left} are in "
+            f"the window; use 0 <= first <= last < {seen - left}"
+        )
+    assert stream is not None
+    bank, log = stream.banks[0] or Bank(stored=session._router.memory.stored), stream.logs[0]
+    shorter = bank.without(first, last)
+    stream = replace(stream, logs=(None if log is None else log.without(first, last),))
+    session._layer.stream = stream.with_banks((shorter,))
+    session._layer.replay = None  # which knows the stream as it was
+    return bank.length - shorter.length
+
+
+def spill_to(session: Session, folder: Path, ram: int) -> None:
+    """`Session.spill_to`, in a call of the session."""
+    if not session._router.attended:
+        kind = session._router.config.kind
+        raise ValueError(f"a memory of kind {kind!r} keeps no keys that could be laid into files; leave it out")
+    if (device := session._router.device).type != "cpu":
+        raise ValueError(f"the model is on {device}, and files are mapped into RAM; use it on the CPU")
+    if ram < 0:
+        raise ValueError(f"ram is {ram}; use 0 bytes or more")
+    folder.mkdir(parents=True, exist_ok=True)
+    spill = Spill(folder.resolve(), ram)
+    new = Bank(stored=session._router.memory.stored, spill=spill)
+    if (stream := session.stream) is not None:
+        bank = stream.banks[0]
+        session._layer.stream = replace(stream, banks=(new if bank is None else bank.spilling(spill),))
+        session._layer.replay = None  # which knows the stream as it was
+    session._bank = session._layer.bank = new
+
+
 def _chosen(held: Mapping[int, Further | Tensor]) -> State:
     """What was chosen for all that is held; nothing where that is not all of it."""
     found = [each if isinstance(each, Tensor) else each.chosen_ktc for _, each in sorted(held.items())]
     there = [chosen_ktc[:, 0] for chosen_ktc in found if chosen_ktc is not None]
     return {"bank.chosen": torch.stack(there)[None]} if there and len(there) == len(found) else {}
+
+
+def _in_dtype(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor goes on in the base's dtype: its keys and values, unless they are packed."""
+    of_base = name.startswith(("keys.", "values.")) or name in ("bank.keys", "bank.values")
+    return of_base and tensor.is_floating_point()
 
 
 def _ids_of_window(session: Session) -> Int[Tensor, "1 k"] | None:

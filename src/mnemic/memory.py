@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mnemic.bank import Bank
 from mnemic.memories.registry import CONFIGS, Card
 from mnemic.memories.settings import defaults, hints, is_a, readable
+from mnemic.packing import Stored
 from mnemic.state import State, nbytes
 
 At = Literal["input", "attention", "ffn", "output", "logits"]
@@ -269,6 +270,8 @@ class Memory(nn.Module, ABC):
     """True where reads after the write see what the running segment wrote: encoders, which look both ways."""
     starts_empty: bool = False
     """True where a new stream has nothing to read: its first segment is the base's own and trains nothing."""
+    stored: Stored = "base"
+    """How the keys and values that are kept for it are stored: as the base gives them, or packed (`mnemic.packing`)."""
     newer: tuple[str, ...] = ()
     """Names of the state that files of earlier releases do not have: they go on as in a new stream."""
     place: Tensor

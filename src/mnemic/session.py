@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +29,10 @@ from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward
 from mnemic.locks import Lock, alone
+from mnemic.mapping import Mapped, map_file
 from mnemic.sources import Sources, noting
-from mnemic.state import StateError, from_bytes, read_file, to_bytes, write_file
+from mnemic.spilling import RAM
+from mnemic.state import StateError, from_bytes, to_bytes, write_file
 from mnemic.stream import Stream
 from mnemic.texts import Text, check_known, given, token_ids
 from mnemic.turns import Messages, Turns
@@ -104,6 +107,8 @@ class Session:
         self.sinks = self._cache.settings[-1] if self._cache is not None else 0
         self._layer = MemoryLayer() if self._cache is None else self._cache.memory
         self._layer.log = self._empty_log
+        self._bank: Bank | None = None
+        """What a new stream's begins with, where it is not the usual one."""
         self.stored: Stored | None = None
         self.lock = Lock()
         self._before: int | None = 0
@@ -358,29 +363,21 @@ class Session:
             ValueError: another kind of memory, or tokens that are still in the window.
         """
         with self._call():
-            stream, cache = self.stream, self._cache
-            if not self._router.attended:
-                kind = self._router.config.kind
-                raise ValueError(f"a memory of kind {kind!r} keeps no token apart from others; reset() forgets all")
-            if self._router.memory.writes:
-                raise ValueError(
-                    "beside recall another memory has written these tokens, which it cannot take apart again; reset() "
-                    "forgets all"
-                )
-            left = 0 if stream is None or cache is None or cache.window is None else cache.window.context[0]
-            seen = 0 if stream is None else stream.seen[0]
-            if not 0 <= first <= last < seen - left:
-                raise ValueError(
-                    f"tokens {first} to {last} cannot be forgotten: of {seen} that were read the last {left} are in "
-                    f"the window; use 0 <= first <= last < {seen - left}"
-                )
-            assert stream is not None
-            bank, log = stream.banks[0] or Bank(), stream.logs[0]
-            shorter = bank.without(first, last)
-            stream = replace(stream, logs=(None if log is None else log.without(first, last),))
-            self._layer.stream = stream.with_banks((shorter,))
-            self._layer.replay = None  # which knows the stream as it was
-            return bank.length - shorter.length
+            return keeping.forget(self, first, last)
+
+    def spill_to(self, folder: str | os.PathLike[str], ram: int = RAM) -> None:
+        """From now on lays keys and values that left the window into files of `folder` whenever those in RAM take more
+        than `ram` bytes. The files are mapped: what is used of them is in RAM while there is room. For memories inside
+        attention, and for this session and its forks; files of sessions, and what is loaded, know nothing of it.
+
+        The files hold what was read, as a session's file does. Each goes when no session holds it any more. A call that
+        cannot write them raises `OSError` and leaves the session as it was.
+
+        Raises:
+            ValueError: another kind of memory, a model on a GPU, or `ram` below 0.
+        """
+        with self._call():
+            keeping.spill_to(self, Path(folder), ram)
 
     @alone
     def reset(self) -> None:
@@ -395,6 +392,7 @@ class Session:
         """An independent session that begins with what this one has read."""
         settings = {"keep_text": self.keep_text, "keep_keys": self.keep_keys}
         other = Session(self.model, self.tokenizer, window=self.window, sinks=self.sinks, **settings)
+        other._bank = self._bank
         if self._cache is not None:
             other._adopt(self._cache.fork())
         other._layer.stream = self._layer.stream
@@ -422,11 +420,15 @@ class Session:
     ) -> Session:
         """The session that `save` wrote.
 
+        Keys and values that left the window stay in the file, which is mapped: it may be replaced or deleted, but not
+        be written into. They are read when they are used, and all of them are checked then: whatever uses them raises
+        `StateError` if they were changed.
+
         Raises:
             StateError: another base model (unless `strict=False`), another memory or its config, an edited or truncated
                 file, and contents that this model and memory would not make. Nothing is loaded then.
         """
-        return cls._of(*read_file(path), path, model, tokenizer, strict)
+        return cls._of(*map_file(path), path, model, tokenizer, strict)
 
     @classmethod
     def from_bytes(
@@ -439,13 +441,14 @@ class Session:
         source: object = "these bytes",
     ) -> Session:
         """The session that `to_bytes` gave; raises `StateError` as `load` does. `source` is how errors name it."""
-        return cls._of(*from_bytes(data, source), source, model, tokenizer, strict)
+        return cls._of(*from_bytes(data, source), None, source, model, tokenizer, strict)
 
     @classmethod
     def _of(
         cls,
         tensors: dict[str, Tensor],
         meta: dict[str, Any],
+        unread: Mapped | None,
         source: object,
         model: nn.Module,
         tokenizer: Any,
@@ -467,8 +470,8 @@ class Session:
         except ValueError as error:
             raise StateError(f"{source} has a window that this model cannot have: {error}") from error
         tensors = keeping.brought_up(tensors, meta, router)
-        check_contents(tensors, meta, model, source)
-        keeping.fill(session, tensors, meta)
+        check_contents(tensors, meta, model, source, unread.digests if unread is not None else ())
+        keeping.fill(session, tensors, meta, unread)
         return session
 
     def checked(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -509,7 +512,7 @@ class Session:
 
     def _adopt(self, cache: MemoryCache) -> None:
         self._cache, self._layer = cache, cache.memory
-        self._layer.log = self._empty_log
+        self._layer.log, self._layer.bank = self._empty_log, self._bank
 
     def _standing(self) -> tuple[Any, ...]:
         """What becomes another object whenever the session takes in something."""

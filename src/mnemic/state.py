@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ State = dict[str, Tensor]
 """Named tensors, batch first: `{"slots": [B, ...], ...}`."""
 
 FORMAT = "1"
+FORMAT_APART = "2"
+"""Of a file with tensors that have a checksum each."""
+APART = ("bank.keys", "bank.values")
+"""What their names begin with: they may be larger than all else, and are read, and checked, when they are used."""
 META_LIMIT = 8 * 2**20
 """Most bytes of a file's description, as JSON."""
 HEADER_LIMIT = 4 * META_LIMIT
@@ -229,7 +234,8 @@ def push_rows(
 
 
 def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
-    """Tensors and metadata as the bytes of one safetensors file, with a checksum over both.
+    """Tensors and metadata as the bytes of one safetensors file, with a checksum over both; those that are `APART` have
+    a checksum each, and that over all is over theirs.
 
     Raises:
         StateError: a dtype that files do not hold, a description beyond `META_LIMIT`, or one that `from_bytes` would
@@ -251,7 +257,9 @@ def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
         ) from error
     if len(text) > META_LIMIT:
         raise StateError(f"the description has {len(text):,} bytes, a file holds {META_LIMIT:,}; leave something out")
-    return serialize(tensors, metadata={"mnemic": FORMAT, "meta": text, "sha256": checksum(tensors, text)})
+    apart = {name: digest_of(tensor) for name, tensor in tensors.items() if name.startswith(APART)}
+    words = {"mnemic": FORMAT_APART, "apart": json.dumps(apart, sort_keys=True)} if apart else {"mnemic": FORMAT}
+    return serialize(tensors, metadata={**words, "meta": text, "sha256": checksum(tensors, text, apart)})
 
 
 def from_bytes(data: bytes, source: object = "these bytes") -> tuple[State, dict[str, Any]]:
@@ -260,25 +268,41 @@ def from_bytes(data: bytes, source: object = "these bytes") -> tuple[State, dict
     Raises:
         StateError: truncated, edited or foreign bytes, and any that `to_bytes` would not make. Nothing is loaded.
     """
-    header = _header(data, source)
+    words, _, _ = header_of(data, source)
     try:
         tensors = deserialize(data)
     except SafetensorError as error:
         raise StateError(f"{source} is not a whole safetensors file ({error}); restore it from a copy") from error
-    if header.get("mnemic") != FORMAT:
-        raise StateError(f"{source} has format {header.get('mnemic')!r}, this version of mnemic reads {FORMAT!r}")
+    meta, apart = description_of(tensors, words, source)
+    for name, digest in apart.items():
+        check_digest(name, tensors[name], digest, source)
+    return tensors, meta
+
+
+def description_of(tensors: State, words: Mapping[str, str], source: object) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a file says of its tensors, and the checksums of those that are `APART`, which are still to be checked."""
+    if (known := words.get("mnemic")) not in (FORMAT, FORMAT_APART):
+        said = f"{FORMAT!r} and {FORMAT_APART!r}"
+        raise StateError(f"{source} has format {known!r}, this version of mnemic reads {said}")
     try:
-        meta = strict_json(header["meta"])
+        meta, apart = strict_json(words["meta"]), strict_json(words["apart"] if known == FORMAT_APART else "{}")
     except (KeyError, ValueError, RecursionError) as error:
         raise StateError(f"{source} has no readable description ({error!r}); restore it from a copy") from error
-    if not isinstance(meta, dict) or len(header["meta"]) > META_LIMIT:
+    if not isinstance(meta, dict) or len(words["meta"]) > META_LIMIT:
         raise StateError(f"{source} has a description that is no dictionary of at most {META_LIMIT:,} bytes")
-    if checksum(tensors, json.dumps(meta, sort_keys=True)) != header.get("sha256"):
+    stand = {name for name in tensors if name.startswith(APART)} if known == FORMAT_APART else set()
+    if (
+        not isinstance(apart, dict)
+        or apart.keys() != stand
+        or not all(isinstance(each, str) for each in apart.values())
+    ):
+        raise StateError(f"{source} has no checksum for each of {sorted(stand)}; restore it from a copy")
+    if checksum(tensors, json.dumps(meta, sort_keys=True), apart) != words.get("sha256"):
         raise StateError(f"{source} was changed after it was written: its checksum differs; restore it from a copy")
     for name, tensor in tensors.items():
         if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
             raise StateError(f"{source} has bytes in {name} that are neither True nor False")
-    return tensors, meta
+    return meta, apart
 
 
 def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -321,18 +345,38 @@ def read_file(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]]:
     return from_bytes(Path(path).read_bytes(), path)
 
 
-def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    """SHA-256 over a file's description, as JSON, and its tensors."""
+def checksum(tensors: Mapping[str, Tensor], text: str, apart: Mapping[str, str] | None = None) -> str:
+    """SHA-256 over a file's description, as JSON, and its tensors, or the checksums of those that stand apart."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        digest.update(apart[name].encode() if apart and name in apart else bytes_of(tensor))
     return digest.hexdigest()
 
 
-def _header(data: bytes, source: object) -> dict[str, str]:
-    """The header's own words, once its tensors are such as may be made; where they lie is safetensors' to check."""
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 over the values of a tensor."""
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()
+
+
+def check_digest(name: str, tensor: Tensor, digest: str, source: object) -> None:
+    """Raises `StateError` for a tensor that has another checksum than its file says."""
+    if digest_of(tensor) != digest:
+        raise StateError(
+            f"{source} was changed after it was written: the checksum of {name} differs; restore it from a copy"
+        )
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor in memory; of one that is contiguous without a copy."""
+    return tensor.flatten().view(torch.uint8).numpy().data
+
+
+def header_of(data: bytes | mmap, source: object) -> tuple[dict[str, str], dict[str, Any], int]:
+    """The header's own words, its entries, once they are of tensors that may be made, and where these begin; where they
+    lie is safetensors' to check.
+    """
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, HEADER_LIMIT):
         raise StateError(
@@ -351,7 +395,7 @@ def _header(data: bytes, source: object) -> dict[str, str]:
         raise StateError(
             f"{source} is not a whole safetensors file (its header: {str(error)[:200]}); restore it from a copy"
         ) from error
-    return words
+    return words, entries, 8 + length
 
 
 def _possible(dtype: Any, shape: Any, data_offsets: Any) -> bool:

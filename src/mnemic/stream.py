@@ -264,11 +264,9 @@ class Stream:
             for values in (self.counts, self.written, self.seen)
         )
         logs = tuple(log.begun() if log is not None and row in rows else log for row, log in enumerate(self.logs))
-        banks = tuple(None if row in rows else bank for row, bank in enumerate(self.banks))
-        waiting = self._waiting(index, counts)
-        return Stream(state, **waiting, counts=counts, written=written, seen=seen, logs=logs, banks=banks).holding(
-            self.held
-        )
+        banks = tuple(bank.emptied() if bank and row in rows else bank for row, bank in enumerate(self.banks))
+        ledgers: Any = (counts, written, seen, logs, banks)
+        return replace(Stream(state, self.waiting, *ledgers), **self._waiting(index, counts)).holding(self.held)
 
     def _waiting(self, emptied: Tensor, counts: Sequence[int]) -> dict[str, Any]:
         # a copy filled with zeros, no view: what a row forgot stays neither in memory nor in a file

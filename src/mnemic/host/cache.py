@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mnemic.bank import Bank
 from mnemic.history import Log
 from mnemic.host.release import Cache, DummyLayer, DynamicCache, DynamicLayer
 from mnemic.sources import Noted
@@ -36,12 +37,14 @@ class MemoryLayer(DummyLayer):
         """Whether tokens were read with a memory inside attention switched off: their keys are not the stream's."""
         self.log: Log | None = None
         """What the history of a new stream begins with; None for streams without one."""
+        self.bank: Bank | None = None
+        """The bank that a new stream begins with; None for the usual one."""
         self.noted: Noted | None = None
         """Which kept tokens were attended to, while somebody wants to know."""
 
     def begin(self, stream: Stream) -> Stream:
-        """A new stream with its history."""
-        return replace(stream, logs=(self.log,) * stream.batch)
+        """A new stream with its history and its bank."""
+        return replace(stream, logs=(self.log,) * stream.batch, banks=(self.bank,) * stream.batch)
 
     def _map(self, function: Callable[[Stream], Stream]) -> None:
         if self.stream is not None:
@@ -456,7 +459,7 @@ class MemoryCache(DynamicCache):
         """An independent copy: what one reads from here on, the other does not."""
         copy = self._new()
         copy.window, copy.memory.stream, copy.memory.log = self.window, self.memory.stream, self.memory.log
-        copy.memory.off = self.memory.off
+        copy.memory.off, copy.memory.bank = self.memory.off, self.memory.bank
         for mine, theirs in zip(self.layers, copy.layers, strict=True):
             if isinstance(mine, DynamicLayer) and mine.is_initialized:
                 theirs.lazy_initialization(mine.keys, mine.values)  # pyright: ignore

@@ -33,7 +33,7 @@ While a session reads, only the sinks are seen before the window (`recall_in_rea
 window costs, and the keys are those of a base with that window.
 
 What is trained: nothing. What is forgotten: nothing.
-State: `2 x layers x heads of keys x their width` numbers a token in the base's dtype, in the stream's bank.
+State: `2 x layers x heads of keys x their width` numbers a token, in the base's dtype or packed, in the stream's bank.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mnemic.bank import LEAST
+from mnemic.bank import LEAST, Bank
 from mnemic.memories.layers import distinct_layers
-from mnemic.memory import Asked, Card, Further, Memory, MemoryConfig, Site
+from mnemic.memory import Asked, Card, Further, Memory, MemoryConfig, Site, Stored
 from mnemic.state import State
 
 # Shapes: h heads of queries, k heads of keys, g = h / k, t tokens, n kept, m chosen, s width of a head, u blocks.
@@ -68,8 +68,8 @@ class RecallConfig(MemoryConfig):
     `layout` "line" chosen keys stand one behind another before the window; "capped", all at the distance of the window.
     `recall_in_reading` lets a session retrieve while it reads, too. `search` says whose mass is known: that of all that
     is kept ("exact") or of "candidates", `wider` times the budget, which costs a fraction of it and may miss some.
-    `refresh` is how many tokens of a segment share one choice, that of the first of them. `read_layers` are the blocks
-    that recall, by default all; the others see the window and its sinks.
+    `refresh` tokens of a segment share one choice, that of the first of them. `read_layers` are the blocks that recall,
+    by default all; the others see the window and its sinks. `stored` is as in `mnemic.packing`.
     """
 
     kind: ClassVar[str] = "recall"
@@ -98,14 +98,14 @@ class RecallConfig(MemoryConfig):
     wider: int = 4
     refresh: int = 1
     read_layers: list[int] | None = None
+    stored: Stored = "base"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.unit < 1 or LEAST % self.unit:
             raise ValueError(f"unit is {self.unit}; use a power of 2 up to {LEAST}")
         for name in ("budget", "sinks"):
-            value = getattr(self, name)
-            if value < 0 or value % self.unit:
+            if (value := getattr(self, name)) < 0 or value % self.unit:
                 raise ValueError(f"{name} is {value}; use a multiple of unit={self.unit}, or 0")
         if self.wider < 1:
             raise ValueError(f"wider is {self.wider}; use 1 or more")
@@ -147,7 +147,7 @@ class Recall(Memory):
 
     def __init__(self, config: RecallConfig, layers: Iterable[int]) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.stored = config, config.stored
         self.reads, self.writes = tuple(Site(layer, "attention") for layer in layers), ()
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
@@ -200,7 +200,7 @@ class Recall(Memory):
     def _chosen(self, asked: Asked) -> Int[Tensor, "k t u"]:
         """Where the chosen blocks begin, in order of time."""
         config, bank = self.config, asked.bank
-        query_kgts = self._far(asked).unflatten(0, (bank.chunks[0].keys.shape[1], -1)) * asked.scale
+        query_kgts = self._far(asked).unflatten(0, (bank.heads, -1)) * asked.scale
         choose, at_once = self._among_all, len(asked.turned_hts) * bank.length
         if config.choice == "mass" and config.search == "candidates":
             choose, at_once = self._among_candidates, query_kgts[:, 0, 0].numel() * config.wider * config.budget
@@ -209,8 +209,7 @@ class Recall(Memory):
 
     def _among_all(self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]) -> Int[Tensor, "k t u"]:
         """The blocks that some tokens choose."""
-        score, keys = SCORES[self.config.choice], asked.bank.keys(asked.place)
-        worth_knu = score(query_kgts.flatten(1, 2), keys, self.config.unit)
+        worth_knu = SCORES[self.config.choice](query_kgts.flatten(1, 2), asked.bank, asked.place, self.config.unit)
         return self._best(self._voted(worth_knu.unflatten(1, query_kgts.shape[1:3])), 1)
 
     def _among_candidates(self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]) -> Int[Tensor, "k t u"]:
@@ -247,21 +246,20 @@ class Recall(Memory):
         return asked.turn(asked.turned_hts, asked.window - asked.position_t)
 
 
-def by_mass(query_kns: Float[Tensor, "k n s"], keys: list[Tensor], unit: int) -> Float[Tensor, "k n u"]:
+def by_mass(query_kns: Float[Tensor, "k n s"], bank: Bank, place: int, unit: int) -> Float[Tensor, "k n u"]:
     """The share of each block in the attention over all that is kept."""
-    product = torch.cat([query_kns @ part.float().transpose(-1, -2) for part in keys], -1)
-    product = F.pad(product, (0, -product.shape[-1] % unit), value=-torch.inf)
+    product = F.pad(bank.products(query_kns, place), (0, -bank.length % unit), value=-torch.inf)
     return product.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
 
 
-def by_mean(query_kns: Float[Tensor, "k n s"], keys: list[Tensor], unit: int) -> Float[Tensor, "k n u"]:
+def by_mean(query_kns: Float[Tensor, "k n s"], bank: Bank, place: int, unit: int) -> Float[Tensor, "k n u"]:
     """The product with a block's mean key."""
-    return query_kns @ torch.cat([part.mean(2) for part in _blocks(keys, unit)], 1).mT
+    return query_kns @ torch.cat([part.mean(2) for part in _blocks(bank.keys(place), unit)], 1).mT
 
 
-def by_bounds(query_kns: Float[Tensor, "k n s"], keys: list[Tensor], unit: int) -> Float[Tensor, "k n u"]:
+def by_bounds(query_kns: Float[Tensor, "k n s"], bank: Bank, place: int, unit: int) -> Float[Tensor, "k n u"]:
     """The most that a product with any key of the block can be, by the least and the greatest of each channel."""
-    ends = zip(*(part.aminmax(dim=2) for part in _blocks(keys, unit)), strict=True)
+    ends = zip(*(part.aminmax(dim=2) for part in _blocks(bank.keys(place), unit)), strict=True)
     low, high = (torch.cat(parts, 1).mT for parts in ends)
     return query_kns.clamp_min(0) @ high + query_kns.clamp_max(0) @ low
 

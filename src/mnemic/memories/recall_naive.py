@@ -66,12 +66,9 @@ def _best(blocks: list[int], worth: list[float], always: int, take: int) -> list
     return sorted([*range(always), *(u for _, u in others[:take])])
 
 
-def _worth(
-    config: RecallConfig, scale: float, query: Tensor, keys: Tensor, block: list[int], among: list[int]
-) -> float:
+def _worth(config: RecallConfig, scale: float, query: Tensor, keys: Tensor, block: list[int], of: list[int]) -> float:
     if config.choice == "mass":
-        powers = (scale * keys @ query).double().exp()
-        return float(powers[block].sum() / powers[among].sum())
+        return float((powers := (scale * keys @ query).double().exp())[block].sum() / powers[of].sum())
     part = keys[[*block, *[block[-1]] * (config.unit - len(block))]]
     if config.choice == "mean":
         return float(scale * torch.dot(part.mean(0), query))

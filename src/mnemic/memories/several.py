@@ -124,6 +124,7 @@ class Several(Memory):
                 "which theirs are none; attach one of them alone"
             )
         self.beside = beside[0].beside if beside else 0
+        self.stored = inside[0].stored if inside else "base"
         self.writes_tokens_behind = any(each.writes_tokens_behind for each in members)
         if self.writes_tokens_behind:
             raise ValueError("a memory that writes tokens behind a segment stands alone")

@@ -251,7 +251,7 @@ def take_leaving(router: Router, cache: MemoryCache, rows: Sequence[int], moves:
             plain = turning(layer.keys[row][:, columns], position, back=True)
             kept["keys"].append(plain.to(layer.keys.dtype))
             kept["values"].append(layer.values[row][:, columns])
-        bank = banks[row] or Bank()
+        bank = banks[row] or Bank(stored=router.memory.stored)
         stood = stream.seen[row] - window.context[row] + rank
         banks[row] = bank.append(torch.stack(kept["keys"]), torch.stack(kept["values"]), stood)
     cache.memory.stream = stream.with_banks(banks)

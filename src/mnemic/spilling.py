@@ -1,0 +1,110 @@
+"""Chunks of banks in files, for sessions whose keys and values do not fit into RAM.
+
+A chunk file is a safetensors file, named by its content: the SHA-256 of its header and of its tensors' checksums. It is
+written once, mapped, and removed when nobody holds its chunk any more; a process that is killed leaves its files.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mnemic.mapping import Mapped, map_tensors
+from mnemic.state import DTYPES, State, StateError, bytes_of, nbytes
+
+if TYPE_CHECKING:
+    from mnemic.bank import Chunk
+
+RAM = 2**30
+"""Bytes that stay in RAM unless somebody says otherwise."""
+
+
+@dataclass(frozen=True)
+class Spill:
+    """Where a bank lays its chunks when they take more than `ram` bytes: in files of `folder`."""
+
+    folder: Path
+    ram: int
+    held: weakref.WeakValueDictionary[Path, Chunk] = field(
+        default_factory=weakref.WeakValueDictionary, init=False, repr=False, compare=False
+    )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Spill, (self.folder, self.ram)
+
+    def lay(self, parts: Sequence[State], make: Callable[[State, Callable[[str, Tensor], None]], Chunk]) -> Chunk:
+        """One chunk of the tokens of some parts `[l, k, n, ...]`, which lies in a file: `make` makes it of its tensors
+        and of what checks them.
+
+        Raises:
+            OSError: it could not be written (a full disk, a folder that is not there). Nothing of it stays then.
+        """
+        try:
+            descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".chunk")
+            try:
+                digest, digests = _write(descriptor, parts)
+                data, _, tensors = map_tensors(temporary)
+                path = self.folder / f"{digest}.chunk"
+                chunk = self.held.get(path)  # of a fork, which has read the same
+                if chunk is None or not _sound(chunk):
+                    chunk = make(tensors, Mapped(data, f"chunk {path}", digests).check)
+                    os.replace(temporary, path)
+                    self.held[path] = chunk
+                    weakref.finalize(chunk, path.unlink, missing_ok=True)
+                return chunk
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        except OSError as error:
+            size = sum(nbytes(part) for part in parts)
+            raise OSError(
+                error.errno or errno.EIO,
+                f"a chunk of {size:,} bytes could not be written to {self.folder} ({error.strerror or error}); make "
+                "room there, or name another folder with spill_to. The session is as it was before the call",
+            ) from error
+
+
+def _sound(chunk: Chunk) -> bool:
+    """Whether a chunk is as it was written."""
+    try:
+        return all(chunk[name] is not None for name in chunk.tensors)
+    except StateError:
+        return False
+
+
+def _write(descriptor: int, parts: Sequence[State]) -> tuple[str, dict[str, str]]:
+    """Writes the tokens of all parts; returns the checksum of it all and of each tensor. Nothing is copied for that."""
+    named = {dtype: name for name, dtype in DTYPES.items()}
+    # the widest numbers first, so that all lie at multiples of their size
+    names = sorted(parts[0], key=lambda name: (-parts[0][name].itemsize, name))
+    entries, end = {}, 0
+    for name in names:
+        blocks, heads, _, width = parts[0][name].shape
+        shape = [blocks, heads, sum(part[name].shape[2] for part in parts), width]
+        begin, end = end, end + math.prod(shape) * parts[0][name].itemsize
+        entries[name] = {"dtype": named[parts[0][name].dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    digests = {}
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            digest = hashlib.sha256()
+            blocks, heads = parts[0][name].shape[:2]
+            for block, head, part in itertools.product(range(blocks), range(heads), parts):
+                data = bytes_of(part[name][block, head])
+                file.write(data)
+                digest.update(data)
+            digests[name] = digest.hexdigest()
+    return hashlib.sha256(text + json.dumps(digests, sort_keys=True).encode()).hexdigest(), digests
