@@ -107,8 +107,10 @@ class Call:
     def reads(self) -> list[tuple[int, int, State]]:
         """What each piece reads, with its first token in the whole call and the one behind its last."""
         start = self.now.start
-        pieces = self.pieces if self.states else ()  # none where it is switched off
-        return [(start + p.start, start + p.stop, state) for p, state in zip(pieces, self.states, strict=True)]
+        # none where it is switched off, one where nothing is written
+        states = self.states * len(self.pieces) if len(self.states) == 1 else self.states
+        pieces = self.pieces if states else ()
+        return [(start + p.start, start + p.stop, state) for p, state in zip(pieces, states, strict=True)]
 
     @property
     def cache(self) -> Cache | None:

@@ -172,7 +172,7 @@ class Router(nn.Module):
         named = getattr(trunk.config, "return_dict", True) if named is None else named
         if not named:
             arguments["return_dict"] = True
-        outputs, reads = [], []
+        outputs, reads, ahead = [], [], logits.ahead_of(self)
         with contextlib.ExitStack() as undo:
             plan = planned(self, trunk, arguments, undo)
             for number in range(len(plan.passes)):
@@ -184,10 +184,10 @@ class Router(nn.Module):
                 finally:
                     self.calls.remove(call)
                 outputs.append(self._closed(trunk, call, output))
-                reads += call.reads
+                reads += call.reads if ahead is not None else ()
             output = joined(outputs) if len(outputs) > 1 else outputs[0]
             undone = undo.pop_all()
-            if (ahead := logits.ahead_of(self)) is not None:
+            if ahead is not None:
                 ahead.hidden_btd, ahead.reads, ahead.undo = output[0], reads, undone
         if plan.private_cache:
             output[OUTPUT_CACHE] = None
