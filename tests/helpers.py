@@ -32,6 +32,8 @@ CONFIGS: dict[str, mnemic.MemoryConfig] = {
 FIRST_FORMS = {kind: CONFIGS[f"{kind}-0"] for kind in mnemic.CONFIGS}
 INSIDE = {label for label, config in CONFIGS.items() if config.build(WIDTH, DEPTH).attention_reads}
 """Configs of memories inside attention: these have an effect once keys left the window, so they are tested with one."""
+AT_THE_HEAD = {label for label, config in CONFIGS.items() if config.build(WIDTH, DEPTH).logits_reads}
+"""Configs of memories that read the output distribution, which not every family has as its head puts it out."""
 TRAINED = {kind: config for kind, config in FIRST_FORMS.items() if list(config.build(WIDTH, DEPTH).parameters())}
 
 
@@ -57,7 +59,8 @@ def _seams() -> dict[tuple[bool, ...], str]:
     for label, config in CONFIGS.items():
         memory = config.build(WIDTH, DEPTH)
         inside = len(memory.attention_reads) > 0
-        seams.setdefault((memory.writes_see_reads, memory.beside > 0, len(memory.writes) > 1, inside), label)
+        seam = memory.writes_see_reads, memory.beside > 0, len(memory.writes) > 1, inside, len(memory.logits_reads) > 0
+        seams.setdefault(seam, label)
     return seams
 
 
@@ -122,8 +125,8 @@ def first_forms(families: Iterable[str]) -> Callable[[Any], Any]:
 @functools.cache
 def _refusal(label: str, causal: bool, name: str | None) -> str | None:
     try:
-        memory = CONFIGS[label].build(WIDTH, DEPTH, causal=causal)
-        if name is not None and memory.attention_reads:
+        CONFIGS[label].build(WIDTH, DEPTH, causal=causal)
+        if name is not None:
             mnemic.attach(make(name), CONFIGS[label])
     except ValueError as refused:
         return str(refused)
@@ -131,11 +134,11 @@ def _refusal(label: str, causal: bool, name: str | None) -> str | None:
 
 
 def refusal(label: str, name: str) -> str | None:
-    """Why a mechanism does not serve a family; None where it does. Only inside attention does it depend on more than
-    whether the family is a decoder.
+    """Why a mechanism does not serve a family; None where it does. Only inside attention and at the head does it depend
+    on more than whether the family is a decoder.
     """
-    inside = label in INSIDE and name in DECODERS
-    return _refusal(label, name in DECODERS, name if inside else None)
+    looks = label in INSIDE | AT_THE_HEAD and name in DECODERS
+    return _refusal(label, name in DECODERS, name if looks else None)
 
 
 def trains(model: nn.Module) -> bool:
@@ -172,6 +175,11 @@ def tokens(batch: int, time: int, seed: int = 0) -> Tensor:
 def other(ids: Tensor) -> Tensor:
     """Ids that differ from these at every place."""
     return (ids - 3 + 41) % (VOCABULARY - 3) + 3
+
+
+def known(memory: mnemic.Memory, batch: int, time: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random ids as a memory takes them beside hidden states; nothing where it takes none."""
+    return memory.known(tokens(batch, time, seed))
 
 
 def shake(module: nn.Module, seed: int = 0, scale: float = 0.2) -> None:

@@ -51,8 +51,8 @@ def test_gradient_reaches_bptt_segments_back_and_no_further(config, name, bptt_s
     memory_class = type(memory)
     write, written = memory_class.write, []
 
-    def recording_write(self, hidden_btd, state, keep_bt=None):
-        after = write(self, hidden_btd, state, keep_bt)
+    def recording_write(self, hidden_btd, state, keep_bt=None, **known):
+        after = write(self, hidden_btd, state, keep_bt, **known)
         if self.gradient_reach == 0:
             assert not any(tensor.requires_grad for tensor in after.values())
         elif torch.is_grad_enabled():
@@ -90,7 +90,8 @@ def test_both_ways_of_unrolling_agree(config, name):
     results = []
     for parallel in (True, False):
         result = unroll(model, ids, ids, parallel=parallel)
-        results.append((result, torch.autograd.grad(result.loss, mnemic.attached(model).parameters())))
+        gradients = torch.autograd.grad(result.loss, mnemic.attached(model).parameters()) if trains(model) else ()
+        results.append((result, gradients))
     (one, one_gradients), (other, other_gradients) = results
     assert_near(one.loss, other.loss, 1e-5)
     assert_near(one.logits, other.logits)

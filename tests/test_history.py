@@ -11,7 +11,7 @@ import torch
 
 import mnemic
 from families import WIDTH
-from helpers import CONFIGS, SEGMENT, TRAINED, assert_near, every_config, host, other, tokens
+from helpers import CONFIGS, SEGMENT, TRAINED, assert_near, every_config, host, known, other, tokens
 from mnemic import history
 from mnemic.history import ENTRIES, PER_PLACE, SHARED, TOKENS, WRITES, Log, Told
 from mnemic.host.release import GENERATE_CACHE as CACHE
@@ -150,10 +150,10 @@ def test_what_every_mechanism_tells(config):
     hidden, keep = torch.randn(3, 6, width), torch.ones(3, 6, dtype=torch.bool)
     keep[1, 2:4], keep[2, 5] = False, False
     state = memory.init_state(3)
-    state = memory.write(torch.randn(3, SEGMENT, width), state)
+    state, ids = memory.write(torch.randn(3, SEGMENT, width), state, **known(memory, 3, SEGMENT)), known(memory, 3, 6)
     before = {name: tensor.clone() for name, tensor in state.items()}
-    after, found = memory.write_and_tell(hidden, state, keep)
-    written = memory.write(hidden, state, keep)
+    after, found = memory.write_and_tell(hidden, state, keep, **ids)
+    written = memory.write(hidden, state, keep, **ids)
     assert all(torch.equal(tensor, written[name]) for name, tensor in after.items())
     assert after.keys() == written.keys()
     assert (found is not None) == (label in TELLING)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import mnemic
-from families import make
-from helpers import CONFIGS, SEGMENT, every_config, host, shake, tokens
+from families import VOCABULARY, make
+from helpers import CONFIGS, SEGMENT, every_config, host, known, shake, tokens
 from mnemic.attachment import CONFIG_FILE, WEIGHTS_FILE
 from mnemic.bank import Bank
 from mnemic.memory import Asked, UnknownSetting
@@ -25,6 +25,7 @@ CORE = {"segment_length", "window"}
 """What the core uses of every config."""
 ELSEWHERE = {
     *(("knn", name) for name in ("exact_up_to", "size")),
+    ("knn-lm", "exact_up_to"),
     *(("recall", name) for name in ("search", "wider")),
     *(("memoria", name) for name in ("correlation", "edges", "positive_edges", "random_ltm_seeds")),
 }
@@ -79,11 +80,14 @@ def told(config: mnemic.MemoryConfig) -> list[Any]:
             trace = {key: trace.get(key, 0) + value.sum(1) for key, value in left.items()}
         beside = (memory.tokens_before(state), memory.tokens_behind(state))
         found += [part for each in beside if each is not None for part in (each.embeddings, *each.inputs.values())]
+        ids = known(memory, 2, length)
         if (loss := memory.auxiliary(hidden[:, :length], state, kept)) is not None:
             found.append(loss)
         state = {key: value + trace.get(key, 0) for key, value in state.items()}
-        state = memory.write(hidden[:, :length], state, kept)
+        state = memory.write(hidden[:, :length], state, kept, **ids)
         found += state.values()
+        for site in memory.logits_reads:
+            found.append(memory.mix(site, torch.randn(2, SEGMENT, VOCABULARY, generator=generator), hidden, state))
     found += inside(memory, config)
     return [*plain, *(tensor.detach() for tensor in found)]
 

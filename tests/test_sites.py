@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_importing_the_contract_loads_no_mechanism():
 class Elsewhere(EMT):
     """An EMT that names sites as it is told."""
 
-    at: ClassVar[dict[str, tuple[Site, ...]]] = {}
+    at: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -66,9 +66,10 @@ def elsewhere(monkeypatch, name, **at):
             {"reads": (Site(0, "ffn"),)},
             "Elsewhere reads ffn of block 0, which is not served: no mechanism",
         ),
-        ({"writes": (Site(1, "ffn"),)}, "writes ffn of block 1, .*; there are input, output"),
-        ({"reads": (Site(1, "logits"),)}, "reads logits of block 1, .*; there are input, attention, output"),
-        ({"writes": (Site(1, "logits"),)}, "writes logits of block 1, .* no mechanism needs it yet"),
+        ({"writes": (Site(1, "ffn"),)}, "writes ffn of block 1, .*; there are input, output, logits"),
+        ({"reads": (Site(0, "logits"),)}, "reads logits of block 0, but those stand behind the last block, 1"),
+        ({"writes": (Site(0, "logits"),)}, "writes logits of block 0, but those stand behind the last block, 1"),
+        ({"writes": (), "takes_ids": True}, "takes the ids of tokens that are written, and writes none"),
         (
             {"writes": (Site(0, "attention"),)},
             "writes attention of block 0, .* keys and values are kept for what",
@@ -114,7 +115,8 @@ def hooks_of(model: nn.Module) -> dict[str, int]:
     """How many hooks each block has before and after it."""
     blocks = mnemic.attached(model).anatomy.blocks
     before = {f"input_{i}": len(block._forward_pre_hooks) for i, block in enumerate(blocks)}
-    return before | {f"output_{i}": len(block._forward_hooks) for i, block in enumerate(blocks)}
+    after = {f"output_{i}": len(block._forward_hooks) for i, block in enumerate(blocks)}
+    return before | after | {f"logits_{len(blocks) - 1}": len(model.lm_head._forward_hooks)}
 
 
 @pytest.mark.parametrize("label", CONFIGS)
@@ -124,5 +126,6 @@ def test_hooks_stand_where_a_memory_names_sites(label):
         pytest.skip("memory tokens enter every block")
     model = make("llama")
     mnemic.attach(model, CONFIGS[label])
-    named = {f"{site.at}_{site.layer}" for site in (*memory.hidden_reads, *memory.writes)}
+    between = [site for site in (*memory.hidden_reads, *memory.writes) if site.at != "logits"]
+    named = {f"{site.at}_{site.layer}" for site in (*between, *memory.logits_reads)}
     assert {place for place, count in hooks_of(model).items() if count} == named

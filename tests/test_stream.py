@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import CONFIGS, SEGMENT
-from mnemic.memory import Site
+from mnemic.memory import Memory, Site
 from mnemic.state import StateError, append_rows, grow
 from mnemic.stream import Piece, Stream, check_finite, cut
 
@@ -163,7 +163,7 @@ def test_detach_cuts_the_gradient(memory, ragged):
 class Diary:
     """A memory in so far as a stream needs it: every write adds one page, the sum of its tokens, and `ink` dries."""
 
-    writes_tokens_behind, writes = False, (Site(0),)
+    writes_tokens_behind, writes, takes_ids, known = False, (Site(0),), False, Memory.known
 
     def init_state(self, batch, device=None):
         return {

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mnemic.memories.fast_weights import FastWeightsConfig
     from mnemic.memories.infinity_former import InfinityFormerConfig
     from mnemic.memories.knn import KNNConfig
+    from mnemic.memories.knn_lm import KNNLMConfig
     from mnemic.memories.memoria import MemoriaConfig
     from mnemic.memories.memory_prompt import MemoryPromptConfig
     from mnemic.memories.persistent import PersistentConfig
@@ -49,6 +50,7 @@ __all__ = [
     "FetchError",
     "InfinityFormerConfig",
     "KNNConfig",
+    "KNNLMConfig",
     "MemoriaConfig",
     "Memory",
     "MemoryCache",

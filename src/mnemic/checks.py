@@ -23,7 +23,7 @@ from mnemic.host.cache import MemoryCache
 from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
 from mnemic.packing import CODES, parts
-from mnemic.state import State, StateError, is_finite
+from mnemic.state import State, StateError, check_range, is_finite
 from mnemic.stream import waiting_width
 
 MOST = 2**62
@@ -165,6 +165,9 @@ def _check_fit(
     if (stream := meta.get("stream")) is not None:
         state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
         router.memory.check_state(state, stream["written"][0])
+        if (ids := tensors.get("ids")) is not None:
+            embeddings: Any = examine(model).trunk.get_input_embeddings()
+            check_range("ids", ids, 0, embeddings.weight.shape[0] - 1)
         positions = tensors.get("bank.positions")
         _check_in_order("positions", positions, stream["seen"][0])
         _check_in_order("chosen tokens", tensors.get("bank.chosen"), 0 if positions is None else positions.numel())
@@ -230,7 +233,7 @@ def _has_place(name: str, meta: Mapping[str, Any]) -> bool:
     """Whether a tensor belongs to something that the description tells of."""
     if name == "window.valid" or _is_key(name):
         return meta.get("running") is not None
-    of_stream = name == "waiting" or name in BANK or name.startswith("state.")
+    of_stream = name in ("waiting", "ids") or name in BANK or name.startswith("state.")
     return name in HISTORY or (meta.get("stream") is not None and of_stream)
 
 
@@ -253,6 +256,8 @@ def _stream(tensors: State, meta: Mapping[str, Any], router: Router) -> dict[str
         return {}
     waiting = (1, meta["stream"]["counts"][0], waiting_width(router.memory, router.width))
     expected: dict[str, Kind] = {"waiting": (waiting, (router.dtype, *FLOATS))}
+    if router.memory.takes_ids:
+        expected["ids"] = (waiting[:2], (torch.long,))
     for name, first in router.memory.init_state(1).items():
         found = tensors.get(f"state.{name}", first)
         sizes = found.shape if found.ndim == first.ndim else first.shape

@@ -94,7 +94,7 @@ def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapped 
         state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
         noted = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("history.")}
         logs = (Log.of(noted) if noted else session._empty_log,)  # a file of before there were histories has none
-        ledgers = {name: tuple(values) for name, values in ledger.items()}
+        ledgers: dict[str, Any] = {name: tuple(values) for name, values in ledger.items()}
         kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("bank.")}
         lie = {name: t for name, t in found.items() if unread is not None and name in unread.digests}
         stay = bool(lie) and all(tensors[name] is t and t.shape[3] == filled(t.shape[3]) for name, t in lie.items())
@@ -103,7 +103,8 @@ def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapped 
         banks = (Bank.of(kept, router.memory.stored, check if stay else None) if kept else None,)
         chosen = enumerate(kept["chosen"][0] if "chosen" in kept else ())
         held = ({place: its_kc[:, None] for place, its_kc in chosen},)
-        session._layer.stream = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks, held=held)
+        carried = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks, held=held)
+        session._layer.stream = replace(carried, ids=tensors.get("ids"))
     if (cache := session._cache) is None or (ledger := meta.get("running")) is None:
         return
     ledgers = {name: tuple(values) for name, values in ledger.items()}

@@ -33,8 +33,9 @@ At = Literal["input", "attention", "ffn", "output", "logits"]
 class Site:
     """A place in a host's forward pass: block `layer`, counted from 0, and where in it. The earlier one is the smaller.
 
-    At "input" and "output" hidden states pass. At "attention" a memory gives keys and values of its own. The others
-    are names: the host serves them with the first mechanism that needs them.
+    At "input" and "output" hidden states pass. At "attention" a memory gives keys and values of its own. At "logits",
+    behind the last block, it changes the distribution of the next token, and may write the hidden states that the head
+    makes it of. "ffn" is a name: the host serves it with the first mechanism that needs it.
     """
 
     layer: int
@@ -245,7 +246,7 @@ class Memory(nn.Module, ABC):
 
     reads: tuple[Site, ...]
     """Where the memory reads, in order. At an "attention" site it is asked by `further`, and the keys and values that
-    leave the window there are kept for it.
+    leave the window there are kept for it; at "logits" it is asked by `mix`.
     """
     writes: tuple[Site, ...]
     """The sites whose hidden states `write` gets, in order, joined along d. The write happens at the last of them."""
@@ -255,6 +256,10 @@ class Memory(nn.Module, ABC):
     """
     writes_tokens_behind: bool = False
     """True where `write` gets the hidden states of the tokens behind the segment instead of the segment's own."""
+    takes_ids: bool = False
+    """True where the memory has to know which tokens are written. Then `write`, `write_and_tell` and `naive` get their
+    ids `[b, t]` as `ids_bt=`, and calls without `input_ids` are refused.
+    """
     span: int | None = None
     """How many keys a token sees at most, its own among them; None for all that are there."""
     reach: int | None = None
@@ -295,6 +300,14 @@ class Memory(nn.Module, ABC):
         which the core sums over real tokens and adds to the state. Only where `writes_see_reads`.
         """
         return self.read(site, hidden_btd, state), {}
+
+    def mix(
+        self, site: Site, logits_btv: Float[Tensor, "b t v"], hidden_btd: Float[Tensor, "b t d"], state: State
+    ) -> Float[Tensor, "b t v"]:
+        """The logits at `site`, a "logits" site of `reads`, with what the memory adds to the distribution; same shape
+        and dtype. `hidden_btd` are the hidden states behind the last block that the head made them of.
+        """
+        return logits_btv
 
     def further(self, site: Site, asked: Asked) -> Further | None:
         """What the attention at `site`, one of `reads`, sees before the window; None for nothing."""
@@ -372,15 +385,24 @@ class Memory(nn.Module, ABC):
         counts beyond a table, places that are not there. For files from elsewhere; by default nothing is checked.
         """
 
+    def known(self, ids_bt: Int[Tensor, "b t"] | None) -> dict[str, Any]:
+        """The ids of a segment's tokens as `write` gets them: by name, where the memory takes them."""
+        return {"ids_bt": ids_bt} if self.takes_ids else {}
+
     @property
     def hidden_reads(self) -> tuple[Site, ...]:
         """The sites where `read` is called."""
-        return tuple(site for site in self.reads if site.at != "attention")
+        return tuple(site for site in self.reads if site.at not in ("attention", "logits"))
 
     @property
     def attention_reads(self) -> tuple[Site, ...]:
         """The sites where `further` is called."""
         return tuple(site for site in self.reads if site.at == "attention")
+
+    @property
+    def logits_reads(self) -> tuple[Site, ...]:
+        """The sites where `mix` is called."""
+        return tuple(site for site in self.reads if site.at == "logits")
 
     @property
     def writes_see_reads(self) -> bool:

@@ -50,7 +50,10 @@ def reread(model: nn.Module, cache: MemoryCache, window: Window, ids: Int[Tensor
     behind = window.position[0] - window.context[0] + sinks
     empty = replace(window, valid=window.valid[:, :0], context=(0,), running=(0,), position=(0,))
     # pieces shorter than a segment, each with the memory as it is: none fills a segment, so nothing is written
-    idle = None if stream is None else replace(stream, waiting=stream.waiting[:, :0], counts=(0,), logs=())
+    idle = None
+    if stream is not None:
+        ids_waiting = None if stream.ids is None else stream.ids[:, :0]
+        idle = replace(stream, waiting=stream.waiting[:, :0], ids=ids_waiting, counts=(0,), logs=())
     cache.window = empty
     with evaluating(model), reading():
         for first, part in ((0, ids[:, :sinks]), (behind, ids[:, sinks:])):

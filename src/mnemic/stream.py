@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +86,7 @@ class Stream:
     `logs[b]` is the row's history, None where nobody keeps one; it has no part in what is computed. `banks[b]` has the
     keys and values that left its window, None where nothing has. `held[b]` is what the running segment's tokens share
     of what attention sees before the window, by the block's place in the bank; after loading, what was chosen for it.
+    `ids [b, p]` are those of the tokens that wait, for a memory that takes them; None for all others.
     """
 
     state: State
@@ -96,6 +97,7 @@ class Stream:
     logs: tuple[Log | None, ...] = ()
     banks: tuple[Bank | None, ...] = ()
     held: tuple[Mapping[int, Further | Tensor], ...] = ()
+    ids: Int[Tensor, "b p"] | None = None
 
     def __post_init__(self) -> None:
         for name, nothing in (("logs", None), ("banks", None), ("held", {})):
@@ -107,7 +109,8 @@ class Stream:
         """`batch` streams at their beginning, on the device and in the dtype of the hidden states `like [., ., d]`."""
         zeros = (0,) * batch
         waiting = like.new_zeros(batch, 0, waiting_width(memory, like.shape[-1]))
-        return Stream(memory.init_state(batch, like.device), waiting, zeros, zeros, zeros)
+        ids = torch.zeros(batch, 0, dtype=torch.long, device=like.device) if memory.takes_ids else None
+        return Stream(memory.init_state(batch, like.device), waiting, zeros, zeros, zeros, ids=ids)
 
     @property
     def batch(self) -> int:
@@ -131,19 +134,29 @@ class Stream:
 
     def tensors(self) -> State:
         """Every carried tensor by name, the state's under `state.`."""
-        return {"waiting": self.waiting, **{f"state.{name}": tensor for name, tensor in self.state.items()}}
+        waiting = {"waiting": self.waiting} if self.ids is None else {"waiting": self.waiting, "ids": self.ids}
+        return waiting | {f"state.{name}": tensor for name, tensor in self.state.items()}
 
     def with_tensors(self, tensors: State) -> Stream:
         """The same stream over other tensors of the same names."""
         state = {name: tensors[f"state.{name}"] for name in self.state}
-        return replace(self, state=state, waiting=tensors["waiting"])
+        return replace(self, state=state, waiting=tensors["waiting"], ids=tensors.get("ids"))
 
-    def append(self, hidden_btd: Float[Tensor, "b t d"], keep_bt: Bool[Tensor, "b t"] | None) -> Stream:
+    def append(
+        self,
+        hidden_btd: Float[Tensor, "b t d"],
+        keep_bt: Bool[Tensor, "b t"] | None,
+        ids_bt: Int[Tensor, "b t"] | None = None,
+    ) -> Stream:
         """Tokens join the running segment; it must not overflow, which `cut` sees to."""
         waiting, counts = append_rows(self.waiting, list(self.counts), hidden_btd, keep_bt)
+        ids = self.ids
+        if ids is not None:
+            assert ids_bt is not None  # `planned` refuses a call without
+            ids = append_rows(ids[..., None], list(self.counts), ids_bt[..., None].to(ids), keep_bt)[0][..., 0]
         added = [after - before for after, before in zip(counts, self.counts, strict=True)]
         seen = tuple(total + new for total, new in zip(self.seen, added, strict=True))
-        return replace(self, waiting=waiting, counts=tuple(counts), seen=seen)
+        return replace(self, waiting=waiting, ids=ids, counts=tuple(counts), seen=seen)
 
     def leave(self, traces: State, keep_bt: Bool[Tensor, "b t"] | None) -> Stream:
         """What reading left behind joins the state: `traces` `[b, t, ...]` summed over real tokens."""
@@ -172,14 +185,14 @@ class Stream:
         keep = None
         if behind_bmd is None and min(lengths) < max(lengths):
             keep = torch.arange(max(lengths), device=index.device) < torch.tensor(lengths, device=index.device)[:, None]
+        ids = None if self.ids is None else self.ids[index, : max(lengths)]
         note_auxiliary(memory, hidden, state, keep)
-        after, logs = self._write(memory, rows, hidden, state, keep)
+        after, logs = self._write(memory, rows, hidden, state, keep, ids)
         if not everyone:
             after = put(self.state, index, after)
         counts = tuple(0 if row in rows else count for row, count in enumerate(self.counts))
         written = tuple(count + (row in rows) for row, count in enumerate(self.written))
-        waiting = self._waiting(index, counts)
-        stream = replace(self, state=after, waiting=waiting, counts=counts, written=written, logs=logs)
+        stream = replace(self, state=after, **self._waiting(index, counts), counts=counts, written=written, logs=logs)
         return stream.holding(self.held)
 
     def passed(self, memory: Memory, pieces: Sequence[Piece], time: int, keep_bt: Bool[Tensor, "b t"] | None) -> Stream:
@@ -196,17 +209,23 @@ class Stream:
         """Writes one more segment to every row, which comes at once; no row may have tokens waiting."""
         length = hidden_btd.shape[1]
         came = replace(self, counts=(length,) * self.batch, seen=tuple(count + length for count in self.seen))
-        after, logs = came._write(memory, range(self.batch), hidden_btd, self.state, None)
+        after, logs = came._write(memory, range(self.batch), hidden_btd, self.state, None, ids_bt)
         return replace(self, logs=logs).after(after, 1, length).read(ids_bt, None)
 
     def _write(
-        self, memory: Memory, rows: Sequence[int], hidden: Tensor, state: State, keep: Tensor | None
+        self,
+        memory: Memory,
+        rows: Sequence[int],
+        hidden: Tensor,
+        state: State,
+        keep: Tensor | None,
+        ids: Tensor | None,
     ) -> tuple[State, tuple[Log | None, ...]]:
         """The state after the running segment of `rows`, which are those of the tensors, and the logs after it."""
         logged = [(place, row) for place, row in enumerate(rows) if self.logs[row] is not None]
         if not logged:
-            return memory.write(hidden, state, keep), self.logs
-        after, found = memory.write_and_tell(hidden, state, keep)
+            return memory.write(hidden, state, keep, **memory.known(ids)), self.logs
+        after, found = memory.write_and_tell(hidden, state, keep, **memory.known(ids))
         told = [None] * len(logged) if found is None else told_of(found, [place for place, _ in logged])
         logs = list(self.logs)
         for (_, row), each in zip(logged, told, strict=True):
@@ -246,11 +265,16 @@ class Stream:
         )
         logs = tuple(log.begun() if log is not None and row in rows else log for row, log in enumerate(self.logs))
         banks = tuple(bank.emptied() if bank and row in rows else bank for row, bank in enumerate(self.banks))
-        return Stream(state, self._waiting(index, counts), counts, written, seen, logs, banks).holding(self.held)
+        ledgers: Any = (counts, written, seen, logs, banks)
+        return replace(Stream(state, self.waiting, *ledgers), **self._waiting(index, counts)).holding(self.held)
 
-    def _waiting(self, emptied: Tensor, counts: Sequence[int]) -> Tensor:
+    def _waiting(self, emptied: Tensor, counts: Sequence[int]) -> dict[str, Any]:
         # a copy filled with zeros, no view: what a row forgot stays neither in memory nor in a file
-        return self.waiting[:, : max(counts)].index_fill(0, emptied, 0)
+        return self._waits(lambda tensor: tensor[:, : max(counts)].index_fill(0, emptied, 0))
+
+    def _waits(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What is made of the tokens that wait: of their hidden states, and of their ids where there are any."""
+        return {"waiting": function(self.waiting), "ids": None if self.ids is None else function(self.ids)}
 
     @property
     def _ledgers(self) -> tuple[tuple[Any, ...], ...]:
@@ -259,14 +283,15 @@ class Stream:
     def select(self, rows: Sequence[int]) -> Stream:
         """Rows by index, repeats allowed."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self.waiting.device)
-        counts, *others = (tuple(values[row] for row in rows) for values in self._ledgers)
-        waiting = self.waiting[:, : max(counts, default=0)][index]
-        return Stream(select(self.state, index), waiting, counts, *others)
+        ledgers: list[Any] = [tuple(values[row] for row in rows) for values in self._ledgers]
+        waiting = self._waits(lambda tensor: tensor[:, : max(ledgers[0], default=0)][index])
+        return replace(Stream(select(self.state, index), self.waiting, *ledgers), **waiting)
 
     def repeat(self, times: int) -> Stream:
         """Every row `times` times in place."""
-        ledgers = (tuple(value for value in values for _ in range(times)) for values in self._ledgers)
-        return Stream(repeat(self.state, times), self.waiting.repeat_interleave(times, 0), *ledgers)
+        ledgers: Any = (tuple(value for value in values for _ in range(times)) for values in self._ledgers)
+        waiting = self._waits(lambda tensor: tensor.repeat_interleave(times, 0))
+        return replace(Stream(repeat(self.state, times), self.waiting, *ledgers), **waiting)
 
     def detach(self) -> Stream:
         """The same stream outside any gradient: where truncated backpropagation is cut."""
@@ -275,9 +300,13 @@ class Stream:
     @staticmethod
     def concatenate(streams: Sequence[Stream]) -> Stream:
         """Several batches of streams as one."""
-        waiting = level([stream.waiting for stream in streams])
-        ledgers = (tuple(itertools.chain(*each)) for each in zip(*(stream._ledgers for stream in streams), strict=True))
-        return Stream(concatenate([stream.state for stream in streams]), torch.cat(waiting), *ledgers)
+        waiting = torch.cat(level([stream.waiting for stream in streams]))
+        given = [stream.ids for stream in streams if stream.ids is not None]
+        ids = torch.cat(level(given)) if given else None
+        ledgers: Any = (
+            tuple(itertools.chain(*each)) for each in zip(*(stream._ledgers for stream in streams), strict=True)
+        )
+        return Stream(concatenate([stream.state for stream in streams]), waiting, *ledgers, ids=ids)
 
 
 _collected = threading.local()
@@ -312,7 +341,9 @@ def check_finite(hidden_btd: Tensor, keep_bt: Tensor | None, site: Site) -> None
         bad = bad & keep_bt
     if bad.any():
         row, time = bad.nonzero()[0].tolist()
-        where = f"entering block {site.layer}" if site.at == "input" else f"after block {site.layer}"
+        where = {"input": f"entering block {site.layer}", "logits": "entering the head"}.get(
+            site.at, f"after block {site.layer}"
+        )
         raise StateError(
             f"hidden states {where} are NaN or infinite (first at row {row}, token {time} of the call), "
             "so nothing was written; check the input and the base's dtype (float16 overflows where bfloat16 does not)"

@@ -23,7 +23,7 @@ from mnemic.attachment import memory_cache, router_of
 from mnemic.host.anatomy import base_parameters, examine
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache
-from mnemic.host.release import parameter_names
+from mnemic.host.release import KEEP, parameter_names
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward, inner_of, unwrapped
 from mnemic.state import concatenate
@@ -34,9 +34,6 @@ IGNORED = -100
 
 TOKENS_AT_ONCE = 16_384
 """How many tokens the batched lower blocks take at once: bounds the memory of `read_segments`."""
-
-KEEP = "logits_to_keep"
-"""The argument by which a model computes some logits only."""
 
 
 @dataclass
@@ -162,7 +159,7 @@ def _worth_it(model: nn.Module, router: Router, segments: int, labelled: int) ->
     if not (torch.is_grad_enabled() and base_trains(model)):
         return True
     last = router.memory.writes[-1]
-    lower = last.layer + (last.at == "output")
+    lower = last.layer + (last.at != "input")
     return labelled + segments * lower / router.depth <= segments
 
 
@@ -289,7 +286,7 @@ def _all_at_once(
     with torch.set_grad_enabled(torch.is_grad_enabled() and reach is None), collecting(losses):
         for s in range(count):
             note_auxiliary(memory, hidden[s], state)
-            state = memory.write(hidden[s], state)
+            state = memory.write(hidden[s], state, **memory.known(ids[s]))
             states.append(state)
     if not router.enabled:
         recent = [stream.state for _ in labelled]
@@ -300,7 +297,7 @@ def _all_at_once(
         for s, first in zip(labelled, begin, strict=True):
             state = states[first]
             for step in range(first, s):
-                state = memory.write(hidden[step], state)
+                state = memory.write(hidden[step], state, **memory.known(ids[step]))
             recent.append(state)
     else:
         recent = [states[s] for s in labelled]

@@ -102,6 +102,26 @@ def recall_speed(found: Sequence[Record]) -> str:
     return f"{markdown(header, rows)}\n\n{note}`{found[0].command}`."
 
 
+def knn_lm(found: Sequence[Record]) -> str:
+    """Bits a byte of second halves of novels with a kNN-LM that read the first, and how much the controls are above."""
+    if not found:
+        return missing("the kNN-LM")
+    record, score = found[0], found[0].scores[0]
+    rows = [["one rate", f"**{score.score:.4f}**", ""]]
+    for name, bits in score.controls.items():
+        above = "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**record.measures["nats above memory"][name])
+        rows.append([name, f"{bits:.4f}", above])
+    plain, sentinel = record.config["memory"], record.config["sentinel"]
+    note = f"{score.examples:,} tokens, the second halves of {record.config['length']:,} tokens each of "
+    note += f"{record.config['documents']} novels, {record.host}, window {plain['window']}, {plain['top_k']} entries. "
+    note += f"Chosen on another novel: rate {plain['rate']} and temperature {plain['temperature']}; with a sentinel at "
+    note += (
+        f"{sentinel['sentinel']}, {sentinel['rate']} and {sentinel['temperature']}. In brackets 95 % of a bootstrap "
+    )
+    note += f"of blocks of 256 tokens. Made by `{record.command}`."
+    return f"{markdown(['memory', 'bits a byte', 'nats a token above'], rows)}\n\n{note}"
+
+
 def window_sinks(found: Sequence[Record]) -> str:
     """Perplexity of a novel in windows with sinks, without, and with all keys recomputed."""
     if not found:

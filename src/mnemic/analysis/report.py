@@ -62,6 +62,7 @@ def tables(results: Path) -> dict[str, str]:
     made["recall-blocks"] = real_tables.recall_blocks(records(results, "recall-blocks"))
     made["recall-speed"] = real_tables.recall_speed(records(results, "recall-speed"))
     made["window-sinks"] = real_tables.window_sinks(records(results, "window-sinks"))
+    made["knn-lm"] = real_tables.knn_lm(records(results, "knn-lm"))
     made["copying"] = real_tables.copying(records(results, "copying"))
     made["told"] = real_tables.told(records(results, "told"))
     made["zero-shot"] = zero_shot(records(results, "zero-shot"))

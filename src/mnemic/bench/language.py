@@ -245,8 +245,9 @@ def resume(
     stream = None
     if "stream" in meta:
         named = {name.removeprefix("stream."): tensor for name, tensor in tensors.items() if name.startswith("stream.")}
-        state = {name.removeprefix("state."): named[name] for name in named if name != "waiting"}
-        stream = Stream(state, named["waiting"], **{name: tuple(values) for name, values in meta["stream"].items()})
+        state = {name.removeprefix("state."): named[name] for name in named if name.startswith("state.")}
+        ledgers = {name: tuple(values) for name, values in meta["stream"].items()}
+        stream = Stream(state, named["waiting"], **ledgers, ids=named.get("ids"))
     return meta["step"], meta["seconds"], stream
 
 

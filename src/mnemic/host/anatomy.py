@@ -47,9 +47,12 @@ class Anatomy:
     `positions` is how many positions the host has (None where positions are relative to the keys at hand, ALiBi);
     `takes_positions` whether its forward accepts `position_ids`; `causal` is False for encoders;
     `slides` is True where some layers see only the latest keys, counted as they lie; `cache_name` is what the trunk
-    calls the cache that it takes ("" for an encoder that takes none).
+    calls the cache that it takes ("" for an encoder that takes none). `head` makes logits of what leaves the trunk, in
+    the forward of `model`; None where there is none.
     """
 
+    model: PreTrainedModel
+    head: nn.Module | None
     trunk: PreTrainedModel
     blocks: nn.ModuleList
     width: int
@@ -101,6 +104,8 @@ def examine(model: nn.Module) -> Anatomy:
         positions = text.max_position_embeddings
     slides = getattr(text, "sliding_window", None) is not None
     return Anatomy(
+        base,
+        base.get_output_embeddings() if base is not trunk else None,
         trunk,
         lists[0],
         text.hidden_size,

@@ -104,9 +104,33 @@ class Call:
         return None if ids is None else ids[:, self.now.start : self.now.stop]
 
     @property
+    def reads(self) -> list[tuple[int, int, State]]:
+        """What each piece reads, with its first token in the whole call and the one behind its last."""
+        start = self.now.start
+        # none where it is switched off, one where nothing is written
+        states = self.states * len(self.pieces) if len(self.states) == 1 else self.states
+        pieces = self.pieces if states else ()
+        return [(start + p.start, start + p.stop, state) for p, state in zip(pieces, states, strict=True)]
+
+    @property
     def cache(self) -> Cache | None:
         """What it rides."""
         return self.plan.cache
+
+
+@dataclass(eq=False)
+class Ahead:
+    """What is to be known at the head of a model, when its trunk has run: what left the trunk, all tokens of the call,
+    and what each piece of them reads, with its first token and the one behind its last. `kept` says which tokens get
+    logits, as the model was told: so many of the last ones (0 for all), or their places. `undo` takes the call back.
+    """
+
+    kept: int | Tensor | None = 0
+    hidden_btd: Tensor | None = None
+    reads: list[tuple[int, int, State]] = field(default_factory=list)
+    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    met: bool = False
+    """Whether the head has run."""
 
 
 @dataclass
@@ -134,6 +158,8 @@ class Thread(threading.local):
     def __init__(self) -> None:
         self.calls: dict[int, list[Call]] = {}
         """Of every router (by id) its running calls, innermost last."""
+        self.ahead: dict[int, list[Ahead]] = {}
+        """Of every router (by id) the calls of its whole model whose head is still to come, innermost last."""
         self.watch: Watch | None = None
         """What is to be seen of the base alone, and nothing else."""
         self.carried: MemoryLayer | None = None

@@ -35,6 +35,11 @@ def planned(router: Router, trunk: Any, given: dict[str, Any], undo: contextlib.
         shape = None if inputs is None else list(inputs.shape[:2])
         raise ValueError(f"the input is empty (shape {shape}); pass at least one row and one token")
     batch, time = inputs.shape[:2]
+    if enabled and router.memory.takes_ids and arguments.get("input_ids") is None and wordless is None:
+        raise ValueError(
+            f"{type(router.memory).__name__} has to know which tokens it reads, and inputs_embeds do not say; call "
+            "with input_ids"
+        )
     plan = Plan(arguments, batch, time, (Pass(0, time, ()),), wordless=wordless)
     if not router.causal:
         return _of_encoder(router, plan) if enabled else plan

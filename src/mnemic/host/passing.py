@@ -33,7 +33,7 @@ def passed(router: Router, site: Site, hidden_btd: Tensor) -> Tensor:
     writes = site in memory.writes[-1:]
     if writes and not memory.writes_see_reads:
         _write(router, call)
-    read_btd = _read(router, call, site, hidden_btd) if site in memory.reads else hidden_btd
+    read_btd = _read(router, call, site, hidden_btd) if site in memory.hidden_reads else hidden_btd
     if writes and memory.writes_see_reads:
         # after the read, for its traces; what is written is the hidden state from before it all the same
         _write(router, call)
@@ -81,7 +81,9 @@ def _write(router: Router, call: Call) -> None:
     if keep is not None:
         hidden_btd = hidden_btd.masked_fill(~keep[..., None], 0)
     traces, call.traces = call.traces, {}
-    call.stream, call.states = _advance(router, stream, hidden_btd, keep, call.pieces, traces)
+    # a call of memory tokens alone has no words
+    ids = call.ids if call.ids is not None else hidden_btd.new_zeros(hidden_btd.shape[:2], dtype=torch.long)
+    call.stream, call.states = _advance(router, stream, hidden_btd, ids, keep, call.pieces, traces)
     if router.memory.reads_own_segment:
         call.states = [call.stream.state]
     if call.plan.layer is not None and not torch.is_grad_enabled() and not router.memory.beside:
@@ -92,7 +94,7 @@ def _write(router: Router, call: Call) -> None:
             kept = None if keep is None else keep[:, :time]
             pieces = cut(before.counts, time, router.segment_length, kept) if time else []
             left = {name: trace[:, :time] for name, trace in traces.items()}
-            return _advance(router, before, hidden[:, :time], kept, pieces, left)[0]
+            return _advance(router, before, hidden[:, :time], ids[:, :time], kept, pieces, left)[0]
 
         _replay(call, first)
 
@@ -127,7 +129,13 @@ def _write_behind(router: Router, call: Call, behind_bmd: Tensor) -> None:
 
 
 def _advance(
-    router: Router, stream: Stream, hidden_btd: Tensor, keep: Tensor | None, pieces: Sequence[Piece], traces: State
+    router: Router,
+    stream: Stream,
+    hidden_btd: Tensor,
+    ids_bt: Tensor,
+    keep: Tensor | None,
+    pieces: Sequence[Piece],
+    traces: State,
 ) -> tuple[Stream, list[State]]:
     """The stream after these tokens, and the state each piece reads; `traces` are those of a single piece."""
     states = []
@@ -137,7 +145,7 @@ def _advance(
             stream = stream.reset(router.memory, piece.fresh)
         states.append(stream.state)
         part = slice(piece.start, piece.stop)
-        stream = stream.append(hidden_btd[:, part], None if keep is None else keep[:, part])
+        stream = stream.append(hidden_btd[:, part], None if keep is None else keep[:, part], ids_bt[:, part])
         stream = stream.commit(router.memory, piece.ended)
     return stream, states
 

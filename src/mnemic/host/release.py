@@ -44,6 +44,8 @@ except ImportError as error:
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What a cache is called, newest first."""
+KEEP = "logits_to_keep"
+"""The argument by which a model computes some logits only."""
 _prepare: Any = vars(GenerationMixin)["prepare_inputs_for_generation"]
 _generates = inspect.signature(_prepare).parameters
 GENERATE_CACHE = next((name for name in CACHE_NAMES if name in _generates), CACHE_NAMES[0])

@@ -28,11 +28,12 @@ from mnemic.host.cache import MemoryCache
 from mnemic.host.call import Call, SeenError, Watch, aside, disabling, eager, is_disabled, thread
 from mnemic.host.guard import Guard
 from mnemic.host.opening import opened, planned
-from mnemic.host.passing import counted
+from mnemic.host.passing import counted, passed
 from mnemic.host.release import OUTPUT_CACHE
 from mnemic.host.ropes import length_dependent, rotations
-from mnemic.host.sites import attention
+from mnemic.host.sites import attention, logits
 from mnemic.host.sites.input import Input
+from mnemic.host.sites.logits import Logits
 from mnemic.host.sites.output import Output
 from mnemic.host.turning import Turning, movable, turnings
 from mnemic.host.wrappers import check_present, check_whole, warn_frozen
@@ -50,7 +51,7 @@ class Router(nn.Module):
     """
 
     like: Tensor
-    guard: Guard
+    guards: tuple[Guard, ...]
     attentions: tuple[nn.Module, ...]
 
     def __init__(self, memory: Memory, config: MemoryConfig, anatomy: Anatomy) -> None:
@@ -82,23 +83,29 @@ class Router(nn.Module):
         self.turnings: list[Turning] = []
         self.moving: tuple[dict[int, Turning] | None, ...] = ()  # looked up when first needed
         object.__setattr__(self, "attentions", ())  # the modules of `attended`, which are the trunk's
-        hooks = {"input": Input, "output": Output}
-        self.hooks = nn.ModuleDict(
-            {f"{site.at}_{site.layer}": hooks[site.at](site, self) for site in sites.named(memory, self.depth)}
-        )
+        self.logits_scale = 1.0  # found out when it is installed
+        logits.check(memory, anatomy)
+        hooks = {"input": Input, "output": Output, "logits": Logits}
+        where = [*sites.named(memory, self.depth), *memory.logits_reads]
+        self.hooks = nn.ModuleDict({f"{site.at}_{site.layer}": hooks[site.at](site, self) for site in where})
 
     def install(self, anatomy: Anatomy) -> None:
         """Registers the hooks."""
         handles = []
         for hook in self.hooks.values():
-            assert isinstance(hook, Input | Output)
-            handles.append(hook.install(anatomy.blocks[hook.site.layer]))
+            assert isinstance(hook, Input | Output | Logits)
+            module = anatomy.head if isinstance(hook, Logits) else anatomy.blocks[hook.site.layer]
+            assert module is not None  # checked
+            handles.append(hook.install(module))
         for rotary in length_dependent(anatomy.trunk):
             handles.append(rotary.register_forward_hook(self.rotate, with_kwargs=True))
         object.__setattr__(self, "handles", handles)
         setattr(anatomy.trunk, MEMORY_NAME, self)
-        object.__setattr__(self, "guard", Guard.install(anatomy.trunk))
+        guarded = (anatomy.trunk, *((anatomy.model,) if self.memory.logits_reads else ()))
+        object.__setattr__(self, "guards", tuple(Guard.install(module, anatomy.trunk) for module in guarded))
         try:
+            if self.memory.logits_reads:
+                self.logits_scale = logits.scale_of(anatomy, self.disabled)
             if self.attended:
                 attention.install(anatomy)
                 inside = [attention_of(anatomy.blocks[layer]) for layer in self.attended]
@@ -110,14 +117,16 @@ class Router(nn.Module):
 
     def remove(self, anatomy: Anatomy) -> None:
         """Takes the hooks away again. They are found by their owner, so this works on copies of a model too."""
-        for module in (*anatomy.blocks, *length_dependent(anatomy.trunk)):
+        heads = () if anatomy.head is None else (anatomy.head,)
+        for module in (*anatomy.blocks, *length_dependent(anatomy.trunk), *heads):
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key, hook in list(hooks.items()):
                     if getattr(hook, "__self__", None) in (self, *self.hooks.values()):
                         del hooks[key]
                         for marks in (module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs):
                             marks.pop(key, None)
-        Guard.remove(anatomy.trunk)
+        for module in (anatomy.trunk, anatomy.model):
+            Guard.remove(module)
         attention.remove(anatomy.trunk)
         delattr(anatomy.trunk, MEMORY_NAME)
 
@@ -152,7 +161,9 @@ class Router(nn.Module):
         """One call of the trunk: planned, carried out pass by pass, joined. Whatever ends it early takes it back."""
         arguments = bound(trunk, args, kwargs)
         if thread.watch is not None and thread.watch.router is self:
-            return forward(**arguments)
+            output = forward(**arguments)
+            self._leave(output)
+            return output
         if torch.is_grad_enabled():
             check_whole(self.memory)
             warn_frozen(self.memory, trunk)
@@ -161,7 +172,7 @@ class Router(nn.Module):
         named = getattr(trunk.config, "return_dict", True) if named is None else named
         if not named:
             arguments["return_dict"] = True
-        outputs = []
+        outputs, reads, ahead = [], [], logits.ahead_of(self)
         with contextlib.ExitStack() as undo:
             plan = planned(self, trunk, arguments, undo)
             for number in range(len(plan.passes)):
@@ -169,16 +180,33 @@ class Router(nn.Module):
                 self.calls.append(call)
                 try:
                     output = forward(**call.arguments)
+                    self._leave(output)
                 finally:
                     self.calls.remove(call)
                 outputs.append(self._closed(trunk, call, output))
+                reads += call.reads if ahead is not None else ()
             output = joined(outputs) if len(outputs) > 1 else outputs[0]
-            undo.pop_all()
+            undone = undo.pop_all()
+            if ahead is not None:
+                ahead.hidden_btd, ahead.reads, ahead.undo = output[0], reads, undone
         if plan.private_cache:
             output[OUTPUT_CACHE] = None
         if named or isinstance(output, tuple):
             return output
         return tuple(value for value in output.to_tuple() if value is not None)
+
+    def run_whole(
+        self, model: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One call of the model around the trunk, for a memory that reads at its head."""
+        return logits.around(self, model, forward, args, kwargs)
+
+    @eager
+    def _leave(self, output: Any) -> None:
+        """Hidden states leave the trunk, for the head: where the memory writes them, they pass."""
+        for site in self.memory.writes:
+            if site.at == "logits":
+                passed(self, site, output[0])
 
     @eager
     def _closed(self, trunk: nn.Module, call: Call, output: Any) -> Any:

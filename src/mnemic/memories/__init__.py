@@ -17,6 +17,7 @@ MECHANISMS = {
     "fast-weights": "FastWeightsConfig",
     "infinity-former": "InfinityFormerConfig",
     "knn": "KNNConfig",
+    "knn-lm": "KNNLMConfig",
     "memoria": "MemoriaConfig",
     "memory-prompt": "MemoryPromptConfig",
     "persistent": "PersistentConfig",

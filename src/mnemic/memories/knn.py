@@ -136,11 +136,7 @@ class KNN(Memory):
 
     def __init__(self, config: KNNConfig, width: int, depth: int, causal: bool = True) -> None:
         super().__init__()
-        if config.segments * config.segment_length > config.exact_up_to and importlib.util.find_spec("faiss") is None:
-            raise ModuleNotFoundError(
-                f"a memory of {config.size} entries needs FAISS to search more than exact_up_to={config.exact_up_to}: "
-                "pip install mnemic[faiss], or set exact_up_to to the memory's size"
-            )
+        check_faiss(config.segments * config.segment_length, config.exact_up_to)
         self.config = config
         layer = max(0, depth * 3 // 4 - 1) if config.layer is None else resolve_layer(config.layer, depth, "layer")
         self.reads = self.writes = (Site(layer),)
@@ -258,6 +254,15 @@ def nearest(
 
 
 # --- beyond `exact_up_to` --------------------------------------------------------------------------------------------
+
+
+def check_faiss(size: int, exact_up_to: int) -> None:
+    """Raises `ModuleNotFoundError` where a memory of so many entries will need FAISS, which is not installed."""
+    if size > exact_up_to and importlib.util.find_spec("faiss") is None:
+        raise ModuleNotFoundError(
+            f"a memory of {size} entries needs FAISS to search more than exact_up_to={exact_up_to}: "
+            "pip install mnemic[faiss], or set exact_up_to to the memory's size"
+        )
 
 
 class Indexes:

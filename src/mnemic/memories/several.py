@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mnemic.memories.registry import CONFIGS
@@ -129,7 +129,8 @@ class Several(Memory):
         if self.writes_tokens_behind:
             raise ValueError("a memory that writes tokens behind a segment stands alone")
         self.span = next((each.span for each in members if each.span is not None), None)
-        reaches = [each.reach for each in members if each.hidden_reads or each.beside]
+        self.takes_ids = any(each.takes_ids for each in members)
+        reaches = [each.reach for each in members if each.hidden_reads or each.logits_reads or each.beside]
         self.reach = None if None in reaches or not reaches else max(each for each in reaches if each is not None)
         scopes = [each.gradient_reach for each in members]
         self.gradient_reach = None if None in scopes else max(each for each in scopes if each is not None)
@@ -168,6 +169,15 @@ class Several(Memory):
                 traces |= {start + name: trace for name, trace in left.items()}
         return hidden_btd, traces
 
+    def mix(
+        self, site: Site, logits_btv: Float[Tensor, "b t v"], hidden_btd: Float[Tensor, "b t d"], state: State
+    ) -> Float[Tensor, "b t v"]:
+        """The logits with what each adds to the distribution."""
+        for start, each in self.all:
+            if site in each.reads:
+                logits_btv = each.mix(site, logits_btv, hidden_btd, own(state, start))
+        return logits_btv
+
     def further(self, site: Site, asked: Asked) -> Further | None:
         """What the one memory inside attention gives."""
         return next((each.further(site, asked) for _, each in self.all if site in each.reads), None)
@@ -181,35 +191,51 @@ class Several(Memory):
         return next((each.tokens_before(own(state, start)) for start, each in self.all if each.beside), None)
 
     def write(
-        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+        self,
+        hidden_btd: Float[Tensor, "b t d"],
+        state: State,
+        keep_bt: Bool[Tensor, "b t"] | None = None,
+        ids_bt: Int[Tensor, "b t"] | None = None,
     ) -> State:
         """The state of each after the segment."""
         after: State = {}
         for start, each in self.all:
-            written = each.write(self._of(each, hidden_btd), own(state, start), keep_bt)
+            written = each.write(self._of(each, hidden_btd), own(state, start), keep_bt, **each.known(ids_bt))
             after |= {start + name: tensor for name, tensor in written.items()}
         return after
 
     def write_and_tell(
-        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+        self,
+        hidden_btd: Float[Tensor, "b t d"],
+        state: State,
+        keep_bt: Bool[Tensor, "b t"] | None = None,
+        ids_bt: Int[Tensor, "b t"] | None = None,
     ) -> tuple[State, Attribution | None]:
         """`write`, and where the first of them that can tell has written."""
         after, told = {}, None
         for start, each in self.all:
-            written, found = each.write_and_tell(self._of(each, hidden_btd), own(state, start), keep_bt)
+            written, found = each.write_and_tell(
+                self._of(each, hidden_btd), own(state, start), keep_bt, **each.known(ids_bt)
+            )
             after |= {start + name: tensor for name, tensor in written.items()}
             told = found if told is None else told
         return after, told
 
     def naive(
-        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+        self,
+        hidden_btd: Float[Tensor, "b t d"],
+        state: State,
+        keep_bt: Bool[Tensor, "b t"] | None = None,
+        ids_bt: Int[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """That of each, one after another."""
         read_btd, after = hidden_btd[..., : self.width], {}
         for start, each in self.all:
             if each.hidden_reads and each.hidden_reads[0] == self.hidden_reads[0]:
-                read_btd, _ = each.naive(torch.cat([read_btd] * len(each.writes), -1), own(state, start), keep_bt)
-            _, written = each.naive(self._of(each, hidden_btd), own(state, start), keep_bt)
+                read_btd, _ = each.naive(
+                    torch.cat([read_btd] * len(each.writes), -1), own(state, start), keep_bt, **each.known(ids_bt)
+                )
+            _, written = each.naive(self._of(each, hidden_btd), own(state, start), keep_bt, **each.known(ids_bt))
             after |= {start + name: tensor for name, tensor in written.items()}
         return read_btd, after
 

@@ -11,7 +11,7 @@ from mnemic.memory import Memory, Site
 if TYPE_CHECKING:
     from mnemic.host.router import Router
 
-READ, WRITTEN = ("input", "attention", "output"), ("input", "output")
+READ, WRITTEN = ("input", "attention", "output", "logits"), ("input", "output", "logits")
 """Where a memory can read and where it can write."""
 
 
@@ -28,6 +28,10 @@ class Hook(nn.Module):
 
 def check(memory: Memory, depth: int) -> None:
     """Raises `ValueError` for a site that a host of `depth` blocks does not have or does not serve."""
+    if memory.takes_ids and (memory.writes_tokens_behind or not memory.writes):
+        raise ValueError(
+            f"{type(memory).__name__} takes the ids of tokens that are written, and writes none; set takes_ids=False"
+        )
     for doing, sites, served in (("reads", memory.reads, READ), ("writes", memory.writes, WRITTEN)):
         for before, site in zip((*sites[:1], *sites), sites, strict=False):
             said = f"{type(memory).__name__} {doing} {site}"
@@ -38,13 +42,15 @@ def check(memory: Memory, depth: int) -> None:
                 raise ValueError(f"{said}, which is not served: {yet}; there are {', '.join(served)}")
             if not 0 <= site.layer < depth:
                 raise ValueError(f"{said}, but the model has blocks 0 .. {depth - 1}")
+            if site.at == "logits" and site.layer != depth - 1:
+                raise ValueError(f"{said}, but those stand behind the last block, {depth - 1}")
             if site < before:
                 raise ValueError(f"{said} after {before}; name sites in their order in a forward pass")
 
 
 def named(memory: Memory, depth: int) -> list[Site]:
     """The sites between blocks where something has to be installed."""
-    sites = {*memory.hidden_reads, *memory.writes}
+    sites = {site for site in (*memory.hidden_reads, *memory.writes) if site.at != "logits"}
     if memory.beside:  # memory tokens enter every block, and leave with the last
         sites |= {*(Site(block, "input") for block in range(depth)), Site(depth - 1)}
     return sorted(sites)
