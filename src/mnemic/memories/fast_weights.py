@@ -212,7 +212,8 @@ class FastWeights(Memory):
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:
         """The matrix after one segment."""
-        return self._written(*self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt, state.get("last")), state)
+        pairs, last_bd = self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt, state.get("last"))
+        return self._written(pairs, last_bd, state)
 
     def _written(
         self, pairs: tuple[Tensor, Tensor, Tensor | None, Tensor | None], last_bd: Tensor | None, state: State

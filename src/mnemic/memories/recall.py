@@ -125,9 +125,9 @@ class RecallConfig(MemoryConfig):
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
         """Two blocks of 4 and 4 sinks, in reading, too; InfLLM's choices; a choice for 5 tokens; one block reads."""
-        small = {"segment_length": 8, "window": 16, "budget": 8, "sinks": 4, "unit": 4, "recall_in_reading": True}
-        others = ({"choice": "mean", "by": "layer", "layout": "capped"}, {"refresh": 5}, {"read_layers": [0]})
-        return [cls(**small), *(cls(**small, **other) for other in others)]
+        small = cls(segment_length=8, window=16, budget=8, sinks=4, unit=4, recall_in_reading=True)
+        infllm = small.replace(choice="mean", by="layer", layout="capped")
+        return [small, infllm, small.replace(refresh=5), small.replace(read_layers=[0])]
 
     @classmethod
     def small(cls, segment_length: int, width: int, size: int | None = None) -> RecallConfig:

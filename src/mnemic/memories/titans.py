@@ -266,7 +266,8 @@ class Titans(Memory):
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:
         """What one segment teaches the network."""
-        return self._learn(*self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt, state.get("last")), state)
+        pairs, last_bd = self.writer(hidden_btd.to(self.parameter_dtype()), keep_bt, state.get("last"))
+        return self._learn(pairs, last_bd, state)
 
     def _learn(self, pairs: Pairs, last_bd: Tensor | None, state: State) -> State:
         config = self.config
