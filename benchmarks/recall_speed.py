@@ -45,7 +45,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "few blocks, candidates": {"search": "candidates"},
 }
 """Beside the base, with what is changed of recall's settings."""
-FEW = (6, 7, 14, 17, 18, 20, 21, 23)
+FEW: list[int] = [5, 6, 7, 8, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 28]
 """Of SmolLM2, the blocks that attend to what is asked for."""
 
 Clock = tuple[float, float]
@@ -67,12 +67,12 @@ def main(
     host: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = novels(data)[0][1]
     ids = tokenize(text[len(text) // 4 :][:60_000], AutoTokenizer.from_pretrained(folder)).ids[None]
-    config, few = RecallConfig(), list(FEW)
+    config = RecallConfig()
     counts = [int(length) for length in lengths.split(",")]
-    measures = measured(host, config, few, ids, counts, turns, segments, READ)
+    measures = measured(host, config, FEW, ids, counts, turns, segments, READ)
     record = Record("recall-speed", "recall", f"{Path(folder).name}, untrained", 0, {"memory": config.to_dict()})
     record.config |= {
-        "few": few,
+        "few": FEW,
         "turns": turns,
         "segments": segments,
         "repeated": READ,
