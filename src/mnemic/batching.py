@@ -178,6 +178,7 @@ class SessionBatch:
         with contextlib.ExitStack() as stack:
             for session in self.sessions:
                 stack.enter_context(session.lock.use())
+                session._check_memory()
             restores = [session._snapshot() for session in self.sessions]
             try:
                 with evaluating(self.sessions[0].model):

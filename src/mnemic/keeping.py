@@ -134,12 +134,15 @@ def forget(session: Session, first: int, last: int) -> int:
             "beside recall another memory has written these tokens, which it cannot take apart again; reset() "
             "forgets all"
         )
-    left = 0 if stream is None or cache is None or cache.window is None else cache.window.context[0]
+    window = None if cache is None else cache.window
+    sinks = 0 if window is None else min(window.sinks, window.context[0])
+    left = 0 if window is None else window.context[0] - sinks
     seen = 0 if stream is None else stream.seen[0]
-    if not 0 <= first <= last < seen - left:
+    if not sinks <= first <= last < seen - left:
+        which = f"the first {sinks}, its sinks, and the last {left}" if sinks else f"the last {left}"
         raise ValueError(
-            f"tokens {first} to {last} cannot be forgotten: of {seen} that were read the last {left} are in "
-            f"the window; use 0 <= first <= last < {seen - left}"
+            f"tokens {first} to {last} cannot be forgotten: of {seen} that were read {which} are in the window; use "
+            f"{sinks} <= first <= last < {seen - left}"
         )
     assert stream is not None
     bank, log = stream.banks[0] or Bank(stored=session._router.memory.stored), stream.logs[0]

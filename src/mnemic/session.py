@@ -102,7 +102,7 @@ class Session:
             raise ValueError(
                 f"sinks is {sinks}, but {type(model).__name__} is an encoder and keeps no keys; leave it out"
             )
-        self.window = window
+        self.window, self._settings = window, router.settings
         self._cache: MemoryCache | None = memory_cache(model, window, sinks) if router.causal else None
         self.sinks = self._cache.settings[-1] if self._cache is not None else 0
         self._layer = MemoryLayer() if self._cache is None else self._cache.memory
@@ -360,7 +360,7 @@ class Session:
         tokens' own keys and stays.
 
         Raises:
-            ValueError: another kind of memory, or tokens that are still in the window.
+            ValueError: another kind of memory, or tokens that are still in the window, as its sinks always are.
         """
         with self._call():
             return keeping.forget(self, first, last)
@@ -392,7 +392,7 @@ class Session:
         """An independent session that begins with what this one has read."""
         settings = {"keep_text": self.keep_text, "keep_keys": self.keep_keys}
         other = Session(self.model, self.tokenizer, window=self.window, sinks=self.sinks, **settings)
-        other._bank = self._bank
+        other._bank, other._settings = self._bank, self._settings
         if self._cache is not None:
             other._adopt(self._cache.fork())
         other._layer.stream = self._layer.stream
@@ -491,10 +491,20 @@ class Session:
     def _router(self) -> Router:
         return router_of(self.model)
 
+    def _check_memory(self) -> None:
+        """Raises `ValueError` where the model has got a memory of other settings since."""
+        if (now := self._router.settings) != self._settings:
+            changed = {name for name in now.keys() | self._settings.keys() if now.get(name) != self._settings.get(name)}
+            said = ", ".join(f"{name} {self._settings.get(name)}, not {now.get(name)}" for name in sorted(changed))
+            raise ValueError(
+                f"this session has been read with a memory of {said}; attach that one again, or begin a new session"
+            )
+
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
         """One use of the session: alone, as in evaluation, and as if it had not been where it fails."""
         with self.lock.use():
+            self._check_memory()
             restore = self._snapshot()
             try:
                 with evaluating(self.model):

@@ -1,7 +1,8 @@
 """Chunks of banks in files, for sessions whose keys and values do not fit into RAM.
 
-A chunk file is a safetensors file, named by its content: the SHA-256 of its header and of its tensors' checksums. It is
-written once, mapped, and removed when nobody holds its chunk any more; a process that is killed leaves its files.
+A chunk file is a safetensors file, named by its content: the SHA-256 of its header and of its tensors' checksums, and
+something that no other session's has. It is written once, mapped, and removed when nobody holds its chunk any more; a
+process that is killed leaves its files.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import secrets
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
@@ -37,7 +39,7 @@ class Spill:
 
     folder: Path
     ram: int
-    held: weakref.WeakValueDictionary[Path, Chunk] = field(
+    held: weakref.WeakValueDictionary[str, Chunk] = field(
         default_factory=weakref.WeakValueDictionary, init=False, repr=False, compare=False
     )
 
@@ -56,18 +58,26 @@ class Spill:
             try:
                 digest, digests = _write(descriptor, parts)
                 data, _, tensors = map_tensors(temporary)
-                path = self.folder / f"{digest}.chunk"
-                chunk = self.held.get(path)  # of a fork, which has read the same
+                # what another session has read may be the same, and go sooner
+                path = self.folder / f"{digest}.{secrets.token_hex(4)}.chunk"
+                chunk = self.held.get(digest)  # of a fork, which has read the same
                 if chunk is None or not _sound(chunk):
                     chunk = make(tensors, Mapped(data, f"chunk {path}", digests).check)
                     os.replace(temporary, path)
-                    self.held[path] = chunk
+                    self.held[digest] = chunk
                     weakref.finalize(chunk, path.unlink, missing_ok=True)
                 return chunk
             finally:
                 Path(temporary).unlink(missing_ok=True)
         except OSError as error:
             size = sum(nbytes(part) for part in parts)
+            if error.errno == errno.EMFILE:
+                raise OSError(
+                    errno.EMFILE,
+                    f"a chunk of {size:,} bytes could not be written: the process has too many files open, one for "
+                    f"each chunk. spill_to with more ram than {self.ram:,} bytes makes fewer. The session is as it was "
+                    "before the call",
+                ) from error
             raise OSError(
                 error.errno or errno.EIO,
                 f"a chunk of {size:,} bytes could not be written to {self.folder} ({error.strerror or error}); make "

@@ -71,6 +71,11 @@ def around(
     try:
         output = forward(*args, **kwargs)
         if ahead.reads and not ahead.met:
+            if _head_replaced(router, model):
+                raise ValueError(
+                    f"{type(model).__name__} has another head than when its memory was attached, which reads there; "
+                    "detach the memory, and attach it again"
+                )
             raise ValueError(
                 f"{type(model).__name__} ran without calling its head, where {type(router.memory).__name__} reads; "
                 "turn off what computes a loss without logits (fused losses)"
@@ -81,6 +86,13 @@ def around(
     finally:
         waiting.remove(ahead)
     return output
+
+
+def _head_replaced(router: Router, model: Any) -> bool:
+    head = model.get_output_embeddings()
+    hooks = () if head is None else head._forward_hooks.values()
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return not any(isinstance(owner, Logits) and owner.router is router for owner in owners)
 
 
 def ahead_of(router: Router) -> Ahead | None:
