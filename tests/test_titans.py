@@ -79,8 +79,9 @@ def draw(time, rows=2, heads=2, size=5, **given):
 
 def start(layers, rows=2, heads=2, size=5, expansion=2, written=True):
     """A state that is not empty unless `written=False`, and first weights, in float64."""
-    config = TitansConfig(layers=layers, dim=heads * size, heads=heads, expansion=expansion, shift=False)
+    config = TitansConfig(layers=layers, dim=heads * size, heads=heads, expansion=expansion)
     state = config.build(8, 2).init_state(rows)
+    state.pop("last")  # which the network knows nothing of
     state = {name: (torch.randn if written else torch.zeros)(t.shape, dtype=torch.float64) for name, t in state.items()}
     return state, [torch.randn(heads, *shape, dtype=torch.float64) for shape in config.shapes]
 
