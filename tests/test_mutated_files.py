@@ -30,7 +30,7 @@ def test_none_of_many_wrong_files_is_loaded(tmp_path):
 
 def test_the_measurement_finds_what_is_loaded_crashes_or_changes(tmp_path, monkeypatch):
     """Checks that look away: without them, what is counted must not be nothing."""
-    monkeypatch.setattr("mnemic.session.check_contents", lambda *_: None)
+    monkeypatch.setattr("mnemic.keeping.check_contents", lambda *_: None)
     found = mutated_files(60, tmp_path, seed=1)
     assert found.loaded
     monkeypatch.undo()

@@ -34,7 +34,7 @@ def test_a_session_of_another_memory_is_refused(first, second):
         lambda: session.fork().forward(tokens(1, 9)),
         lambda: mnemic.SessionBatch([session, other]).read([tokens(1, 9)[0]] * 2),
     ):
-        with pytest.raises(ValueError, match="has been read with a memory of"):
+        with pytest.raises(ValueError, match="has been read with another memory"):
             use()
     assert session.stream is before
     attachment.detach()

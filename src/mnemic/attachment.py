@@ -349,6 +349,15 @@ def check_unedited(router: Router) -> None:
         )
 
 
+def check_same(router: Router, settings: dict[str, Any]) -> None:
+    """Raises `ValueError` where a model has got a memory of other settings than those a session was read with."""
+    if router.settings != settings:
+        told = _differences(settings, router.settings, "then", "now")
+        raise ValueError(
+            f"this session has been read with another memory ({told}); attach that one again, or begin a new session"
+        )
+
+
 def _differences(theirs: dict[str, Any], mine: dict[str, Any], there: str, here: str) -> str:
     names = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
     return ", ".join(f"{name} {theirs.get(name)!r} {there}, {mine.get(name)!r} {here}" for name in names)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mnemic.attachment import router_of
+from mnemic.attachment import check_same, router_of
 from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
 from mnemic.host.cache import MemoryCache, MemoryLayer
@@ -178,7 +178,7 @@ class SessionBatch:
         with contextlib.ExitStack() as stack:
             for session in self.sessions:
                 stack.enter_context(session.lock.use())
-                session._check_memory()
+                check_same(session._router, session._settings)
             restores = [session._snapshot() for session in self.sessions]
             try:
                 with evaluating(self.sessions[0].model):

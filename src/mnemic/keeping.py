@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from mnemic.attachment import check_fingerprint, check_settings, router_of
 from mnemic.bank import Bank, filled
-from mnemic.checks import check_kept, keys_of
+from mnemic.checks import check_contents, check_description, check_kept, keys_of
 from mnemic.history import Log
 from mnemic.host.anatomy import fingerprint
 from mnemic.host.cache import Window
@@ -63,6 +64,38 @@ def contents(session: Session) -> tuple[State, dict[str, Any]]:
         else:
             tensors["window.valid"] = window.valid.new_ones(1, window.context[0])
     return tensors, meta
+
+
+def restored(
+    cls: type[Session],
+    tensors: State,
+    meta: dict[str, Any],
+    unread: Mapped | None,
+    source: object,
+    model: nn.Module,
+    tokenizer: Any,
+    strict: bool,
+) -> Session:
+    """The session of a file's contents; raises `StateError` as `Session.load` does. `unread` is as in `fill`."""
+    check_description(meta, source)
+    check_fingerprint(model, meta, source, strict=strict)
+    router = router_of(model)
+    if strict:
+        check_settings(meta["memory"], router.config, source)
+        if fingerprint_of(router) != meta["memory_fingerprint"]:
+            raise StateError(
+                f"{source} was written with another memory (other weights); load the memory it was written with"
+            )
+    try:
+        settings = {"keep_text": meta.get("keep_text", False), "keep_keys": meta.get("keep_keys", True)}
+        # a file that says nothing of sinks was written before there were any, or has none
+        session = cls(model, tokenizer, window=meta["window"], sinks=meta.get("sinks", 0), **settings)
+    except ValueError as error:
+        raise StateError(f"{source} has a window that this model cannot have: {error}") from error
+    tensors = brought_up(tensors, meta, router)
+    check_contents(tensors, meta, model, source, unread.digests if unread is not None else ())
+    fill(session, tensors, meta, unread)
+    return session
 
 
 def brought_up(tensors: State, meta: Mapping[str, Any], router: Router) -> State:

@@ -14,9 +14,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from mnemic import keeping
-from mnemic.attachment import check_fingerprint, check_settings, default_window, is_attached, memory_cache, router_of
+from mnemic.attachment import (
+    check_same,
+    default_window,
+    is_attached,
+    memory_cache,
+    router_of,
+)
 from mnemic.bank import Bank
-from mnemic.checks import check_contents, check_description, check_written
+from mnemic.checks import check_written
 from mnemic.generating import answer, generate
 from mnemic.history import Log
 from mnemic.host.anatomy import examine
@@ -29,10 +35,10 @@ from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward
 from mnemic.locks import Lock, alone
-from mnemic.mapping import Mapped, map_file
+from mnemic.mapping import map_file
 from mnemic.sources import Sources, noting
 from mnemic.spilling import RAM
-from mnemic.state import StateError, from_bytes, to_bytes, write_file
+from mnemic.state import from_bytes, to_bytes, write_file
 from mnemic.stream import Stream
 from mnemic.texts import Text, check_known, given, token_ids
 from mnemic.turns import Messages, Turns
@@ -428,7 +434,7 @@ class Session:
             StateError: another base model (unless `strict=False`), another memory or its config, an edited or truncated
                 file, and contents that this model and memory would not make. Nothing is loaded then.
         """
-        return cls._of(*map_file(path), path, model, tokenizer, strict)
+        return keeping.restored(cls, *map_file(path), path, model, tokenizer, strict)
 
     @classmethod
     def from_bytes(
@@ -441,38 +447,7 @@ class Session:
         source: object = "these bytes",
     ) -> Session:
         """The session that `to_bytes` gave; raises `StateError` as `load` does. `source` is how errors name it."""
-        return cls._of(*from_bytes(data, source), None, source, model, tokenizer, strict)
-
-    @classmethod
-    def _of(
-        cls,
-        tensors: dict[str, Tensor],
-        meta: dict[str, Any],
-        unread: Mapped | None,
-        source: object,
-        model: nn.Module,
-        tokenizer: Any,
-        strict: bool,
-    ) -> Session:
-        check_description(meta, source)
-        check_fingerprint(model, meta, source, strict=strict)
-        router = router_of(model)
-        if strict:
-            check_settings(meta["memory"], router.config, source)
-            if keeping.fingerprint_of(router) != meta["memory_fingerprint"]:
-                raise StateError(
-                    f"{source} was written with another memory (other weights); load the memory it was written with"
-                )
-        try:
-            settings = {"keep_text": meta.get("keep_text", False), "keep_keys": meta.get("keep_keys", True)}
-            # a file that says nothing of sinks was written before there were any, or has none
-            session = cls(model, tokenizer, window=meta["window"], sinks=meta.get("sinks", 0), **settings)
-        except ValueError as error:
-            raise StateError(f"{source} has a window that this model cannot have: {error}") from error
-        tensors = keeping.brought_up(tensors, meta, router)
-        check_contents(tensors, meta, model, source, unread.digests if unread is not None else ())
-        keeping.fill(session, tensors, meta, unread)
-        return session
+        return keeping.restored(cls, *from_bytes(data, source), None, source, model, tokenizer, strict)
 
     def checked(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """`contents`, once it has passed what `load` checks; raises `StateError` for what it would refuse."""
@@ -491,20 +466,11 @@ class Session:
     def _router(self) -> Router:
         return router_of(self.model)
 
-    def _check_memory(self) -> None:
-        """Raises `ValueError` where the model has got a memory of other settings since."""
-        if (now := self._router.settings) != self._settings:
-            changed = {name for name in now.keys() | self._settings.keys() if now.get(name) != self._settings.get(name)}
-            said = ", ".join(f"{name} {self._settings.get(name)}, not {now.get(name)}" for name in sorted(changed))
-            raise ValueError(
-                f"this session has been read with a memory of {said}; attach that one again, or begin a new session"
-            )
-
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
         """One use of the session: alone, as in evaluation, and as if it had not been where it fails."""
         with self.lock.use():
-            self._check_memory()
+            check_same(self._router, self._settings)
             restore = self._snapshot()
             try:
                 with evaluating(self.model):

@@ -45,13 +45,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mnemic.memories.fast_weights import wide
+from mnemic.memories.layers import EPSILON
 from mnemic.memories.rules import dpfp3
 from mnemic.memory import Card, Memory, MemoryConfig, MemoryTokens, Site
 from mnemic.state import State
 
 # Shapes: b batch, t time, n memory tokens, d host width, f features.
 
-EPSILON = 1e-5
 FEATURES = 6
 """Features of one key dimension: two signs, three shifts."""
 

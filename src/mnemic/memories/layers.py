@@ -1,4 +1,4 @@
-"""What mechanisms share: the blocks that their settings name, and the token before each."""
+"""What mechanisms share: the blocks that their settings name, the token before each, and two small numbers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mnemic.memory import Site
+
+EPSILON = 1e-5
+"""Added to a normaliser: without it an empty one would divide 0 by 0."""
+NEXT_TO_NOTHING = 1e-2
+"""δ, the mean square below which what is read is not scaled up."""
 
 
 def resolve_layer(index: int, depth: int, name: str) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mnemic.memories.fast_weights import NEXT_TO_NOTHING
+from mnemic.memories.layers import NEXT_TO_NOTHING
 from mnemic.memories.titans_network import UNIT_LENGTH
 from mnemic.state import State
 
