@@ -25,7 +25,7 @@ import mnemic
 from mnemic.bench.drift import hold_out
 from mnemic.bench.lessons import CALIBRATED
 from mnemic.bench.results import Record, Score
-from mnemic.checkpoints import fetch
+from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, Table, console
 from mnemic.controls import CONDITIONS, measure, parts
 from mnemic.memories import MemoryConfig
@@ -104,7 +104,7 @@ def main(
         raise typer.BadParameter("give --data, a text")
     if unknown := sorted(set(memories or ()) - known.keys()):
         raise typer.BadParameter(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    folder = str(fetch(model)) if model == "smollm2" else model
+    folder = folder_of(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     learnt, held = (
         torch.cat([pool_of(tokenize(text[len(text) // 4 :][:60_000], tokenizer).ids, LENGTH) for _, text in texts[:24]])

@@ -32,7 +32,7 @@ import mnemic
 from mnemic.bench.drift import called
 from mnemic.bench.experiments import Reporter
 from mnemic.bench.results import Record
-from mnemic.checkpoints import fetch
+from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, console
 from mnemic.controls import zeroed
 from mnemic.memories.knn_lm import KNNLM, KNNLMConfig
@@ -220,7 +220,7 @@ def main(
     """Reads novels and writes one record."""
     if length % (2 * BLOCK) or length <= 2 * WINDOW:
         raise typer.BadParameter(f"{length} tokens; use a multiple of {2 * BLOCK} above {2 * WINDOW}")
-    folder, name = str(fetch(model)) if model == "smollm2" else model, Path(model).name
+    folder, name = folder_of(model), Path(model).name
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = KNNLMConfig(segment_length=BLOCK, window=WINDOW, size=length, top_k=top_k)

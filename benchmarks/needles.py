@@ -52,7 +52,7 @@ from mnemic.bench.drift import called, hold_out
 from mnemic.bench.experiments import Reporter
 from mnemic.bench.results import Record, Score
 from mnemic.bench.retrieving import bm25
-from mnemic.checkpoints import fetch
+from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, Table, console
 from mnemic.controls import zeroed
 from mnemic.host.arguments import with_cache
@@ -545,7 +545,7 @@ def main(
             raise typer.BadParameter(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
     _, held = hold_out(novels(data), 0.3)
     layers = [int(block) for block in blocks.split(",")] if blocks else None
-    bench = prepared(str(fetch(model)) if model == "smollm2" else model, named, layers)
+    bench = prepared(folder_of(model), named, layers)
     counts = [int(length) for length in lengths.split(",")]
     for kind in kinds:
         with Show(kind) as show:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mnemic
 from mnemic.bench.drift import hold_out
 from mnemic.bench.results import Record
-from mnemic.checkpoints import fetch
+from mnemic.checkpoints import folder_of
 from mnemic.memories.recall import RecallConfig
 from mnemic.tasks.documents import novels
 from needle_documents import KINDS
@@ -56,7 +56,7 @@ def main(
     if data is None:
         raise typer.BadParameter("give --data, a text")
     torch.set_num_threads(1)
-    folder = str(fetch(model)) if model == "smollm2" else model
+    folder = folder_of(model)
     host: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts, _ = hold_out(novels(data), 0.3)

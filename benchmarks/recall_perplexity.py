@@ -36,7 +36,7 @@ from mnemic.bench.drift import called, hold_out
 from mnemic.bench.experiments import Reporter
 from mnemic.bench.language import difference
 from mnemic.bench.results import Record, Score
-from mnemic.checkpoints import fetch
+from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, Table, console
 from mnemic.host.arguments import with_cache
 from mnemic.memories.recall import RecallConfig
@@ -242,7 +242,7 @@ def main(
     if unknown := sorted(set(named := settings.split(",")) - SETTINGS.keys()):
         raise typer.BadParameter(f"unknown {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
     _, held = hold_out(novels(data), 0.3)
-    bench = prepared(str(fetch(model)) if model == "smollm2" else model, named)
+    bench = prepared(folder_of(model), named)
     bench.settings = {name: config.replace(recall_in_reading=True) for name, config in bench.settings.items()}
     counts, called_by = [int(length) for length in lengths.split(",")], Path(model).name
     with Show("recall, perplexity") as show:

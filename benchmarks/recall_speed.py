@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mnemic
 from mnemic.bank import Bank
 from mnemic.bench.results import Record
-from mnemic.checkpoints import fetch
+from mnemic.checkpoints import folder_of
 from mnemic.memories.recall import RecallConfig
 from mnemic.tasks.documents import novels, tokenize
 
@@ -63,7 +63,7 @@ def main(
     if data is None:
         raise typer.BadParameter("give --data, a text")
     torch.set_num_threads(1)
-    folder = str(fetch(model)) if model == "smollm2" else model
+    folder = folder_of(model)
     host: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = novels(data)[0][1]
     ids = tokenize(text[len(text) // 4 :][:60_000], AutoTokenizer.from_pretrained(folder)).ids[None]

@@ -28,7 +28,7 @@ import mnemic
 from mnemic.bench.drift import called
 from mnemic.bench.experiments import Reporter
 from mnemic.bench.results import Record
-from mnemic.checkpoints import fetch
+from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show
 from mnemic.tasks.documents import novels
 from recall_perplexity import BLOCK, Novel, novel, scored
@@ -109,7 +109,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("runs/window_sinks"),
 ) -> None:
     """Reads a novel under each condition and writes one record."""
-    folder = str(fetch(model)) if model == "smollm2" else model
+    folder = folder_of(model)
     base, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         AutoTokenizer.from_pretrained(folder),

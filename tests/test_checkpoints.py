@@ -254,6 +254,7 @@ def test_a_checkpoint_is_fetched_once(index, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(checkpoints, "_bring", lambda *_: pytest.fail("fetched again"))
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert mnemic.fetch("tiny") == folder
+    assert [checkpoints.folder_of(model) for model in ("tiny", "some/model")] == [str(folder), "some/model"]
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     result = CliRunner().invoke(app, ["fetch", "tiny"])
     assert result.exit_code == 0, result.output

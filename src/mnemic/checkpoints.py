@@ -149,6 +149,13 @@ def fetch(name: str) -> Path:
     return folder
 
 
+def folder_of(model: str) -> str:
+    """What `from_pretrained` reads of a model: the folder of a checkpoint that `fetch` knows by this name, which it
+    brings if need be; else `model` as it is, a folder or a name on the hub. Raises as `fetch` does.
+    """
+    return str(fetch(model)) if model in CHECKPOINTS else model
+
+
 def provenance(folder: Path) -> dict[str, str]:
     """What a fetched folder says of itself: `checkpoint`, `source` and `licence`."""
     return json.loads((folder / RECORD).read_text())
