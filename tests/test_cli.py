@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import mnemic
@@ -15,7 +16,8 @@ from mnemic.analysis.curves import recall_curve
 from mnemic.analysis.report import fill, markdown, tables
 from mnemic.bench.recall import UNBOUND, Places
 from mnemic.bench.results import Record, Score
-from mnemic.cli import app
+from mnemic.checkpoints import FetchError
+from mnemic.cli import app, models
 from mnemic.cli.show import Table, console
 from mnemic.tasks import TASKS
 
@@ -262,3 +264,25 @@ def test_no_list_of_numbers(option, value, tmp_path):
 
 def test_an_unknown_command():
     assert mnemic_command("forget").exit_code == 2
+
+
+def test_every_command_takes_a_causal_model_by_the_name_that_fetch_knows(monkeypatch):
+    def none(model):
+        raise FetchError(f"nothing brings {model}")
+
+    monkeypatch.setattr(models, "folder_of", none)
+    found = {}
+    for path, command in commands(typer.main.get_command(app)):
+        for parameter in command.params:
+            if parameter.name == "model" and "encoder" not in (parameter.help or ""):
+                words = ["smollm2"] if parameter.param_type_name == "argument" else ["--model", "smollm2"]
+                result = mnemic_command(*path, *words)
+                found[" ".join(path)] = result.exit_code == 2 and "nothing brings smollm2" in result.output
+    assert {"chat", "train"} < found.keys()
+    assert all(found.values()), found
+
+
+def commands(group, path=()):
+    for name, command in getattr(group, "commands", {}).items():
+        yield (*path, name), command
+        yield from commands(command, (*path, name))

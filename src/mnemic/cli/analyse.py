@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mnemic.cli.bench import _numbers
+from mnemic.cli.models import CAUSAL, found
 from mnemic.cli.show import Show, Table, console, need
 
 analyse = typer.Typer(no_args_is_help=True, help="What a memory does while it reads, in numbers and pictures.")
@@ -29,7 +30,7 @@ def main() -> None:
 
 @analyse.command()
 def memoria(
-    model: Annotated[str, typer.Option(help="A causal model: local folder or hub id.")],
+    model: Annotated[str, typer.Option(help=CAUSAL, callback=found)],
     text: Annotated[Path, typer.Option(help="A text file, or a tar archive of them.")],
     memory: Annotated[Path | None, typer.Option(help="Folder of a saved memory; an untrained one else.")] = None,
     rule: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mnemic.cli.models import CAUSAL, found
 from mnemic.cli.show import Show, Table, console
 from mnemic.cli.suite import SuiteGroup, suite
 
@@ -55,7 +56,7 @@ def recall_symbols(
 
 @bench.command("recall-language")
 def recall_language(
-    model: Annotated[str, typer.Option(help="A causal model: local folder or hub id.")],
+    model: Annotated[str, typer.Option(help=CAUSAL, callback=found)],
     filler: Annotated[Path, typer.Option(help="Text to lie between facts: a .txt file or a tar archive of them.")],
     seeds: Seeds = "0",
     lengths: Lengths = "0,1,8,32",
@@ -120,7 +121,7 @@ def stream(
 
 @bench.command("zero-shot")
 def zero_shot(
-    model: Annotated[str, typer.Option(help="A causal model: local folder or hub id.")],
+    model: Annotated[str, typer.Option(help=CAUSAL, callback=found)],
     text: Annotated[Path, typer.Option(help="A text file.")],
     tokens: Annotated[int, typer.Option(help="Tokens to predict.")] = 32_768,
     out: Out = Path("results"),
@@ -138,7 +139,7 @@ def zero_shot(
 @bench.command("language")
 def language(
     novels: Annotated[Path, typer.Option(help="Novels, named author first: a folder or archive of .txt files.")],
-    model: Annotated[str | None, typer.Option(help="A causal model to freeze: local folder or hub id.")] = None,
+    model: Annotated[str | None, typer.Option(help=CAUSAL, callback=found)] = None,
     tokenizer: Annotated[
         str, typer.Option(help="Without a model: whose tokens a small one learns; or bytes.")
     ] = "bytes",

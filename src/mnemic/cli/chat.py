@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import mnemic
+from mnemic.cli.models import CAUSAL, found
 from mnemic.cli.show import console
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ WINDOW = 2048
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A causal model: local folder or hub id.")],
+    model: Annotated[str, typer.Argument(help=CAUSAL, callback=found)],
     memory: Annotated[
         Path | None,
         typer.Option(help="Folder of a trained memory, or recall, which needs none; without, little is remembered."),

@@ -34,4 +34,4 @@ def fetch(
         highlight=False,
         soft_wrap=True,
     )
-    typer.echo(folder)  # alone on the standard output: mnemic chat "$(mnemic fetch smollm2)"
+    typer.echo(folder)  # alone on the standard output, for a shell that takes it from there

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from mnemic.cli.models import CAUSAL, found
 from mnemic.cli.show import Show, Table, console
 
 
 def train(
-    model: Annotated[str, typer.Argument(help="A causal model: local folder or hub id.")],
+    model: Annotated[str, typer.Argument(help=CAUSAL, callback=found)],
     memory: Annotated[str, typer.Option(help="The mechanism; mnemic list names them.")] = "emt",
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the mechanism; repeat it.")

@@ -122,7 +122,8 @@ class ToldThings:
 
     `tokenizer` is a Hugging Face tokenizer, with a chat template or without, `pool [p, t]` the text around the facts in
     segments (`pool_of`). `split` chooses names, values and wordings; `held_out_relations` asks for relations that
-    training never meets.
+    training never meets. In `early` of the batches questions stand at a segment's beginning, which is quicker, and in
+    the others anywhere, as in use.
 
     Raises:
         ValueError: a segment that is too short for a question and its answer.
@@ -139,13 +140,14 @@ class ToldThings:
         mixture: Mixture = PLAIN,
         split: Split = "train",
         held_out_relations: bool = False,
+        early: float = 0.75,
     ) -> None:
         if facts < 1 or questions < 1 or not 1 <= segments[0] <= segments[1]:
             raise ValueError(f"facts {facts}, questions {questions}, segments {segments}: use 1 or more, in order")
         self.encoder, self.turns = Pretrained(tokenizer), Turns(tokenizer)
         self.pool, self.segment_length = pool, pool.shape[1]
         self.fewest, self.most = segments
-        self.facts, self.questions, self.mixture = facts, questions, mixture
+        self.facts, self.questions, self.mixture, self.early = facts, questions, mixture, early
         self.split: Split = split
         self.teller = Teller(split, held_out_relations)
         self.closing = self.turns.closing([]) if self.turns.template else None
@@ -164,10 +166,10 @@ class ToldThings:
             [self._asked(luck, form, *each) for each in luck.choices(answers, k=self.questions)]
             for _, answers in streams
         ]
-        # answers begin at one place, mostly near the beginning, which is quicker, and anywhere as in use
+        # answers begin at one place
         begin = max(each.before for row in asked for each in row)
         spare = self.segment_length - begin - max(len(each.ids) - each.before for row in asked for each in row)
-        begin += luck.randint(0, max(0, spare)) if luck.random() < 0.25 else min(0, spare)
+        begin += luck.randint(0, max(0, spare)) if luck.random() < 1 - self.early else min(0, spare)
         ids = torch.stack([self._laid(luck, said, count) for said, _ in streams])
         start = [luck.randrange(len(self.pool)) for _ in range(rows)]
         found = [self._question_segments(row, first, begin) for row, first in zip(asked, start, strict=True)]
