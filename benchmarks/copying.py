@@ -144,6 +144,7 @@ def run(
     checkpoint = Path("runs/copying") / f"{name}-{steps}-seed{seed}.safetensors"
     curve, notes, seconds = [], {}, 0.0
     show.phase(name, steps)
+    done = 0
     for step in train(
         model,
         lambda number: task.batch(ROWS, seed * 1_000_003 + number),
@@ -155,7 +156,8 @@ def run(
     ):
         notes[f"{step.step:06d}"] = step.loss
         seconds = step.seconds
-        show.advance(1, loss=step.loss)
+        show.advance(step.step + 1 - done, loss=step.loss)  # a resumed run has come far
+        done = step.step + 1
     losses = [loss for _, loss in sorted(notes.items())]
     for start in range(0, len(losses), 10):
         part = losses[start : start + 10]

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from mnemic.host.anatomy import examine
+from mnemic.host.wrappers import unwrapped
 
 Text = str | Tensor | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or a tokenizer's dictionary of them."""
@@ -81,7 +81,8 @@ def plain(tokenizer: Any, text: str) -> list[int]:
 
 def check_known(ids: Int[Tensor, "1 t"], model: nn.Module) -> None:
     """Raises `ValueError` for ids that the model has no embedding for."""
-    known = examine(model).trunk.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    embeddings: Any = unwrapped(model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    known = embeddings.weight.shape[0]
     for extreme in (int(ids.min()), int(ids.max())) if ids.numel() else ():
         if not 0 <= extreme < known:
             raise ValueError(

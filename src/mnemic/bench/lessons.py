@@ -228,6 +228,7 @@ class LessonRun:
         # the notes keep the curve of what an earlier call did
         notes: dict[str, float] = {}
         loss = accuracy = count = 0.0
+        done = 0
         for step in train(
             attachment.model,
             batches,
@@ -243,7 +244,8 @@ class LessonRun:
                 notes[f"loss {place}"], notes[f"right {place}"] = loss / count, accuracy / count
                 loss = accuracy = count = 0.0
             seconds = step.seconds
-            report.advance(1, loss=step.loss, right=step.accuracy)
+            report.advance(step.step + 1 - done, loss=step.loss, right=step.accuracy)  # a resumed run has come far
+            done = step.step + 1
             if until is not None and step.step + 1 >= until:
                 break
         for name, value in sorted(notes.items()):
