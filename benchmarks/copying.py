@@ -36,6 +36,8 @@ from mnemic.tasks.told import Copying, pool_of
 from mnemic.training import calibrate, train
 
 LENGTH, ROWS, TEST_ROWS = 32, 16, 64
+SHARP = 20
+"""How many times as long Memoria's learned queries begin in `memoria-sharp`."""
 READS = [8, 12, 16, 20, 24, 28]
 PLACES = {"write_layer": 8, "read_layers": READS}
 
@@ -65,12 +67,15 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "emt-128-slots": {**MEMORIES["emt"], "slots": 128},
     "emt-four-heads": {**MEMORIES["emt"], "heads": 4},
     "emt-no-late-read": {**MEMORIES["emt"], "read_layers": READS[:-1]},
+    "memoria-sharp": MEMORIES["memoria"],
 }
-"""EMT by allocation with one thing changed; `changed` does what no setting does."""
+"""A memory with one thing changed; `changed` does what no setting does."""
 
 
 def changed(name: str, memory: Any) -> None:
-    """Takes away what an ablation is named for, before calibration and training."""
+    """Does what an ablation is named for, before calibration and training."""
+    if name == "memoria-sharp":  # else every engram begins as the mean of all tokens
+        memory.abstractor.query.data *= SHARP
     if name == "emt-block-content":
         memory.writes = memory.writes[-1:] * 2  # contents of the written block in place of the embeddings
     if name == "emt-shared-slots":
