@@ -36,6 +36,7 @@ from mnemic.tasks.told import Copying, pool_of
 from mnemic.training import calibrate, train
 
 LENGTH, ROWS, TEST_ROWS = 32, 16, 64
+RATE = 2e-3
 SHARP = 20
 """How many times as long Memoria's learned queries begin in `memoria-sharp`."""
 READS = [8, 12, 16, 20, 24, 28]
@@ -95,7 +96,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Text: a .txt file, a folder or a tar archive of them.")] = None,
     model: Annotated[str, typer.Option(help="A causal model: a folder, or smollm2.")] = "smollm2",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
-    learning_rate: Annotated[float, typer.Option(help="Constant.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="Constant.")] = RATE,
     seed: Annotated[int, typer.Option(help="Of weights and streams.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("runs/copying"),
     listed: Annotated[bool, typer.Option("--list", help="Name what can be compared.")] = False,
@@ -146,7 +147,7 @@ def run(
     changed(name, attachment.memory)
     task, test = Copying(learnt), Copying(held)
     calibrate(model, task.batch(CALIBRATED, seed))
-    checkpoint = Path("runs/copying") / f"{name}-{steps}-seed{seed}.safetensors"
+    checkpoint = Path("runs/copying") / f"{name}-{steps}-{learning_rate:g}-seed{seed}.safetensors"
     curve, notes, seconds = [], {}, 0.0
     show.phase(name, steps)
     done = 0
@@ -210,7 +211,8 @@ def run(
         state_bytes=nbytes(attachment.memory.init_state(1)),
         seconds={"training": seconds, "asking": time.monotonic() - begun},
     )
-    record.command = f"python benchmarks/copying.py {name} --steps {steps} --seed {seed}"
+    rate = "" if learning_rate == RATE else f" --learning-rate {learning_rate:g}"
+    record.command = f"python benchmarks/copying.py {name} --steps {steps}{rate} --seed {seed}"
     return record
 
 

@@ -29,11 +29,12 @@ def copying(found: Sequence[Record]) -> str:
                 *(f"{score.controls[name]:.2f}" for name in ("other stream", "fresh", "no memory")),
                 f"{record.state_bytes:,}",
                 f"{record.measures['parameters'] / 1e6:.1f} M",
+                f"{record.config['learning_rate']:g}",
                 f"{record.seconds['training'] / 60:.0f}",
             ]
         )
     header = ["memory", *(f"step {step}" for step in STEPS), "held out", "right"]
-    header += ["other stream", "fresh", "no memory", "bytes", "parameters", "minutes"]
+    header += ["other stream", "fresh", "no memory", "bytes", "parameters", "rate", "minutes"]
     config = found[0].config
     note = f"Nats a token of the copy, {found[0].host}, segments of {config['segment_length']}, {config['rows']} rows "
     note += "a step: in training as the mean of ten steps, then on text that was held out. Made by "
@@ -81,6 +82,44 @@ def recall_blocks(found: Sequence[Record]) -> str:
     note = f"Per cent of answers that would be said and nats of an answer, {config['kind']}, {config['documents']} "
     note += f"documents of {config['length']:,} tokens of other novels than those of needles, {found[0].host}. Made by "
     return f"{markdown(['blocks', 'which', 'right', 'nats', 'MiB'], rows)}\n\n{note}`{found[0].command}`."
+
+
+def recall_events(found: Sequence[Record]) -> str:
+    """How much attention even blocks and events leave in a budget, of all that is kept and of what is asked for."""
+    if not found:
+        return missing("events")
+    record, table = found[0], {}
+    for name, shares in record.measures.items():
+        cut, size, budget = name.rsplit(", ", 2)
+        row = table.setdefault((int(size.split()[0]), cut), {})
+        row[int(budget.split()[1])] = [f"{100 * shares[of]:.1f}" for of in ("attention", "needle")]
+    budgets = sorted(next(iter(table.values())))
+    rows = [
+        [str(size), cut, *(table[size, cut][budget][0] for budget in budgets), table[size, cut][budgets[-1]][1]]
+        for size, cut in sorted(table, key=lambda each: each[0])
+    ]
+    header = ["tokens", "cut", *(f"budget {budget}" for budget in budgets), f"the needle's, budget {budgets[-1]}"]
+    note = "Per cent of the attention of a base with everything in its window to what had left the window here, that "
+    note += f"falls on what is chosen: five-depths, {record.config['documents']} documents of "
+    note += f"{record.config['length']:,} tokens, mean over blocks, heads and tokens of answers, {record.host}. Made by "
+    return f"{markdown(header, rows)}\n\n{note}`{record.command}`."
+
+
+def lesson_speed(found: Sequence[Record]) -> str:
+    """Seconds of a training step on told things, before and now."""
+    if not found:
+        return missing("the speed of lessons")
+    rows = []
+    for record in sorted(found, key=lambda record: record.config["segments"]):
+        measures = record.measures
+        for name, seconds in measures["seconds a step"].items():
+            ratio = "" if name == "before" else f"{measures['before / now'][name]:.2f}"
+            cells = [f"{seconds:.2f}", f"{measures['tokens a second'][name]:,.0f}", ratio]
+            rows.append([str(record.config["segments"]), name, *cells])
+    note = f"Medians; {found[0].config['rows']} streams of segments of 32 tokens and one that asks, fast weights on "
+    note += f"{found[0].host}, one thread; before: commit {found[0].measures['commits']['before'][:7]}. Made by "
+    note += ", ".join(f"`{record.command}`" for record in found)
+    return f"{markdown(['segments', 'side', 'seconds a step', 'tokens a second', 'before / now'], rows)}\n\n{note}."
 
 
 def recall_speed(found: Sequence[Record]) -> str:
