@@ -11,7 +11,7 @@ from mnemic.memory import Memory, Site
 if TYPE_CHECKING:
     from mnemic.host.router import Router
 
-READ, WRITTEN = ("input", "attention", "output", "logits"), ("input", "output", "logits")
+READ = WRITTEN = ("input", "attention", "output", "logits")
 """Where a memory can read and where it can write."""
 
 
@@ -32,14 +32,18 @@ def check(memory: Memory, depth: int) -> None:
         raise ValueError(
             f"{type(memory).__name__} takes the ids of tokens that are written, and writes none; set takes_ids=False"
         )
+    if memory.writes_inside and any(site.at != "attention" for site in (*memory.reads, *memory.writes)):
+        raise ValueError(
+            f"{type(memory).__name__} writes inside attention, when keys leave the window, and has other sites; name "
+            "\"attention\" sites alone"
+        )
     for doing, sites, served in (("reads", memory.reads, READ), ("writes", memory.writes, WRITTEN)):
         for before, site in zip((*sites[:1], *sites), sites, strict=False):
             said = f"{type(memory).__name__} {doing} {site}"
             if site.at not in served:
-                yet = (
-                    "keys and values are kept for what reads there" if site.at in READ else "no mechanism needs it yet"
+                raise ValueError(
+                    f"{said}, which is not served: no mechanism needs it yet; there are {', '.join(served)}"
                 )
-                raise ValueError(f"{said}, which is not served: {yet}; there are {', '.join(served)}")
             if not 0 <= site.layer < depth:
                 raise ValueError(f"{said}, but the model has blocks 0 .. {depth - 1}")
             if site.at == "logits" and site.layer != depth - 1:
@@ -50,7 +54,7 @@ def check(memory: Memory, depth: int) -> None:
 
 def named(memory: Memory, depth: int) -> list[Site]:
     """The sites between blocks where something has to be installed."""
-    sites = {site for site in (*memory.hidden_reads, *memory.writes) if site.at != "logits"}
+    sites = {site for site in (*memory.hidden_reads, *memory.writes) if site.at not in ("attention", "logits")}
     if memory.beside:  # memory tokens enter every block, and leave with the last
         sites |= {*(Site(block, "input") for block in range(depth)), Site(depth - 1)}
     return sorted(sites)

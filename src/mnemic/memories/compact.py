@@ -1,0 +1,231 @@
+"""Compact: a constant number of keys a head stands for all that left the window. Nothing is trained.
+
+After Attention Matching (arXiv 2602.16284): of a block's keys and values few are kept, with a bias each, so that queries
+find the same mass and the same output in them as in all. Here it is recurrent: at each segment's end what was kept and
+what leaves the window now become what is kept.
+
+For one block and one head of keys: k_i, v_i and masses m_i (1 for a key that was read) are what was kept and what leaves,
+in line as they stood, q_j the queries of the segment that ends, of all heads of queries that share these keys, s the scale
+of products, R the rotation by positions:
+
+    y_j   = sum_i m_i exp(s R q_j . R k_i)
+    p_ji  = m_i exp(s R q_j . R k_i) / y_j
+    C     = the `keys` keys of the greatest sum_j p_ji^2, in order of time
+    B     = argmin_{B >= 0} sum_j (sum_{i in C} B_i exp(s R q_j . R' k_i) / y_j - 1)^2                mass
+    x_ji  = B_i exp(s R q_j . R' k_i) / sum_{i in C} B_i exp(s R q_j . R' k_i)
+    V     = argmin_V sum_j |sum_{i in C} x_ji V_i - sum_i p_ji v_i|^2 + ridge |V - v_C|^2              output
+
+with R' the rotation by the positions where kept keys stand from now on: in line before the window, whose first key stands
+at f, the last of them at f - 1. In the softmax of later tokens key k_i has the bias log B_i.
+
+B is found by multiplicative steps (Lee and Seung's) from the masses that the chosen keys had, so it stays positive; V by
+the normal equations. As long as all that left fits into `keys` keys nothing is lost.
+
+Where we depart. The paper compacts a context once, with queries that it makes for this ("repeat the context", questions).
+Here queries are those that came: of the segment that ends. Its keys keep their positions, and mass is not divided by y.
+`by` names other ways to keep as few keys, which are what it is compared with (`compact_presses`).
+
+What is trained: nothing. What is forgotten: what later queries do not look for.
+State: `blocks x heads of keys x keys x (2 x width + 1)` numbers, float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mnemic.memories.layers import distinct_layers
+from mnemic.memory import Asked, Card, Further, Leaving, Memory, MemoryConfig, Site
+from mnemic.state import State
+
+# Shapes: l blocks, h heads of queries, k heads of keys, t tokens, n keys before, c after, s and v widths of a head, j the
+# queries of all heads that share one of keys.
+
+STEPS = 20
+"""How often masses are improved."""
+RIDGE = 1e-3
+"""How strongly values are held to those of the chosen keys, as a share of the mean square of a key's weights."""
+
+By = Literal["matching", "recent", "heavy", "norm", "merged", "random"]
+
+
+@dataclass
+class CompactConfig(MemoryConfig):
+    """Settings of compact.
+
+    `keys` is how many keys a head of each block keeps for all that left the window. `by` says how they are found:
+    "matching", or a way to compare it with (`mnemic.memories.compact_presses`). `read_layers` are the blocks that keep,
+    by default all; the others see the window and its sinks.
+    """
+
+    kind: ClassVar[str] = "compact"
+    card: ClassVar[Card] = Card(
+        title="Compact",
+        seam="inside attention",
+        trains="nothing",
+        bytes_law="layers x key heads x keys x (2 x width + 1)",
+        paper="Attention Matching, arXiv 2602.16284",
+        citation="@misc{attentionmatching2026, title = {Fast {KV} Compaction via Attention Matching}, eprint = {2602.16284}, "
+        "archivePrefix = {arXiv}, year = {2026}}",
+    )
+
+    segment_length: int = 256
+    window: int | None = 512
+    keys: int = 256
+    by: By = "matching"
+    read_layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keys < 1:
+            raise ValueError(f"keys is {self.keys}; use 1 or more")
+        if self.read_layers is not None and not self.read_layers:
+            raise ValueError("read_layers is empty; name at least one block, or leave it out for all")
+
+    @classmethod
+    def tiny(cls) -> list[MemoryConfig]:
+        """Few keys for a window of two segments; other ways to find them; one block keeps."""
+        small = cls(segment_length=8, window=16, keys=6)
+        return [small, small.replace(by="merged"), small.replace(by="recent"), small.replace(read_layers=[0])]
+
+    @classmethod
+    def small(cls, segment_length: int, width: int, size: int | None = None) -> CompactConfig:
+        """A window of one segment, `size` keys, by default 32."""
+        return cls(segment_length=segment_length, window=None, keys=size or 32)
+
+    def build(self, width: int, depth: int, causal: bool = True) -> Compact:
+        """The module; raises `ValueError` for an encoder, and for a block that the host does not have."""
+        if not causal:
+            raise ValueError("an encoder has no keys that compact could keep for it; use another mechanism")
+        layers = range(depth) if self.read_layers is None else distinct_layers(self.read_layers, depth, "read_layers")
+        return Compact(self, layers)
+
+
+class Compact(Memory):
+    """The module: no parameters."""
+
+    def __init__(self, config: CompactConfig, layers: Iterable[int]) -> None:
+        super().__init__()
+        self.config = config
+        self.reads = self.writes = tuple(Site(layer, "attention") for layer in layers)
+
+    def init_state(self, batch: int, device: torch.device | None = None) -> State:
+        """Keys `[b, l, k, c, s]` without positions, in order of time, values `[b, l, k, c, v]` and masses `[b, l, k, c]`,
+        0 where there is none yet.
+        """
+        here = self.inside
+        shape = batch, here.blocks, here.heads, self.config.keys
+        return {
+            "keys": torch.zeros(*shape, here.key_width, device=device),
+            "values": torch.zeros(*shape, here.value_width, device=device),
+            "mass": torch.zeros(shape, device=device),
+        }
+
+    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
+        """As they came."""
+        return hidden_btd
+
+    def further(self, site: Site, asked: Asked) -> Further | None:
+        """What is kept, in line before the window, with the logarithms of its masses."""
+        keys, values, mass = (asked.state[name][0, asked.place] for name in ("keys", "values", "mass"))
+        count = there(mass)
+        if not count:
+            return None
+        stands = torch.arange(asked.first - count, asked.first, device=keys.device)
+        keys_kcs = asked.turn(keys[:, :count], stands)
+        bias_kc = None if bool((mass[:, :count] == 1).all()) else mass[:, None, :count].log()
+        return Further(keys_kcs[:, None], values[:, None, :count], bias_ktm=bias_kc)
+
+    @torch.no_grad()
+    def write(
+        self,
+        hidden_btd: Float[Tensor, "b t d"],
+        state: State,
+        keep_bt: Bool[Tensor, "b t"] | None = None,
+        leaving: Sequence[Leaving] | None = None,
+    ) -> State:
+        """What is kept, when keys have left the window: made of itself and of them, for these queries."""
+        if leaving is None or not any(left.keys_lkns.shape[2] for left in leaving):
+            return state
+        after = {name: tensor.clone() for name, tensor in state.items()}
+        for row, left in enumerate(leaving):
+            query_td = hidden_btd[row] if keep_bt is None else hidden_btd[row][keep_bt[row]]
+            query_lhts = query_td.float().unflatten(-1, (self.inside.blocks, self.inside.queries, -1)).permute(1, 2, 0, 3)
+            for place in range(self.inside.blocks if left.keys_lkns.shape[2] else 0):
+                own = tuple(state[name][row, place] for name in ("keys", "values", "mass"))
+                for name, made in zip(("keys", "values", "mass"), self._kept(own, query_lhts[place], left, place), strict=True):
+                    after[name][row, place, :, : made.shape[1]] = made
+        return after
+
+    def naive(
+        self,
+        hidden_btd: Float[Tensor, "b t d"],
+        state: State,
+        keep_bt: Bool[Tensor, "b t"] | None = None,
+        leaving: Sequence[Leaving] | None = None,
+    ) -> tuple[Float[Tensor, "b t d"], State]:
+        """As they came, and `write` in plain loops (`compact_naive`)."""
+        from mnemic.memories.compact_naive import naive
+
+        return hidden_btd, naive(self, hidden_btd, state, keep_bt, leaving)
+
+    def _kept(self, own, query_hts, left: Leaving, place: int):
+        """What one block keeps of `own` and of what leaves."""
+        keys, values, mass = own
+        count, new = there(mass), left.keys_lkns.shape[2]
+        keys_kns = torch.cat([keys[:, :count], left.keys_lkns[place].float()], 1)
+        value_knv = torch.cat([values[:, :count], left.values_lknv[place].float()], 1)
+        mass_kn = torch.cat([mass[:, :count], mass.new_ones(len(mass), new)], 1)
+        if count + new <= self.config.keys:
+            return keys_kns, value_knv, mass_kn
+        turn, scale, behind = left.turns[place], self.inside.scales[place], left.first + new
+        begins = left.begins + AHEAD * self.config.segment_length
+        stood = torch.arange(begins, begins + query_hts.shape[1], device=keys.device)
+        query_kjs = turn(query_hts, stood).unflatten(0, (len(keys), -1)).flatten(1, 2) * scale
+        turned_kns = turn(keys_kns, torch.arange(behind - count - new, behind, device=keys.device))
+        score_kjn = query_kjs @ turned_kns.mT + mass_kn.log()[:, None]
+        total_kj1 = score_kjn.logsumexp(-1, keepdim=True)
+        share_kjn = (score_kjn - total_kj1).exp()
+        if self.config.by == "matching":
+            index_kc = share_kjn.square().sum(1).topk(self.config.keys).indices.sort(-1).values
+        else:
+            from mnemic.memories.compact_presses import PRESSES
+            return PRESSES[self.config.by](keys_kns, value_knv, mass_kn, share_kjn, self.config.keys)
+        keys_kcs, value_kcv = (x.gather(1, index_kc[..., None].expand(-1, -1, x.shape[-1])) for x in (keys_kns, value_knv))
+        stands = torch.arange(behind - self.config.keys, behind, device=keys.device)
+        part_kjc = (query_kjs @ turn(keys_kcs, stands).mT - total_kj1).exp()
+        mass_kc = masses(part_kjc, mass_kn.gather(1, index_kc))
+        target_kjv = share_kjn @ value_knv
+        return keys_kcs, matched(part_kjc * mass_kc[:, None], target_kjv, value_kcv), mass_kc
+
+AHEAD = 0
+
+def there(mass_kc: Float[Tensor, "k c"]) -> int:
+    """How many keys there are: as many for each head."""
+    return int((mass_kc[0] > 0).sum()) if len(mass_kc) else 0
+
+
+def masses(part_kjc: Float[Tensor, "k j c"], mass_kc: Float[Tensor, "k c"]) -> Float[Tensor, "k c"]:
+    """B: masses with which the parts of each query add up to 1, from what the keys had."""
+    gram_kcc, sum_kc = part_kjc.mT @ part_kjc, part_kjc.sum(1)
+    for _ in range(STEPS):
+        mass_kc = mass_kc * sum_kc / (gram_kcc @ mass_kc[..., None])[..., 0].clamp_min(1e-30)
+    return mass_kc.clamp(LEAST, MOST)
+
+LEAST, MOST = 1e-6, 1e6
+
+def matched(
+    weight_kjc: Float[Tensor, "k j c"], target_kjv: Float[Tensor, "k j v"], value_kcv: Float[Tensor, "k c v"]
+) -> Float[Tensor, "k c v"]:
+    """V: values near those of the keys with which each query reads its target."""
+    share_kjc = weight_kjc / weight_kjc.sum(-1, keepdim=True)
+    gram_kcc = share_kjc.mT @ share_kjc
+    ridge = RIDGE * gram_kcc.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    gram_kcc = gram_kcc + ridge * torch.eye(gram_kcc.shape[-1], device=gram_kcc.device)
+    wanted_kcv = share_kjc.mT @ (target_kjv - share_kjc @ value_kcv)
+    return value_kcv + torch.linalg.solve(gram_kcc, wanted_kcv)
