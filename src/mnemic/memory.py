@@ -141,7 +141,8 @@ class Inside:
 class Leaving:
     """What leaves the window of one row as it ends a segment: keys without their positions, float32, and values of each
     block that is served, the first of which stood at `first`, the others behind it; none where n is 0. The segment
-    that ends began at `begins`. `turns[i](x, position)` puts positions in as the i-th of these blocks does.
+    that ends began at `begins`. `turns[i](x, position)` puts positions in as the i-th of these blocks does. Of the keys
+    that stay in the window `stays_lkms` are as they stand there, with positions.
     """
 
     keys_lkns: Float[Tensor, "l k n s"]
@@ -149,6 +150,7 @@ class Leaving:
     first: int
     begins: int
     turns: Sequence[Callable[..., Tensor]]
+    stays_lkms: Float[Tensor, "l k m s"]
 
 
 @dataclass(frozen=True)
@@ -395,13 +397,17 @@ class Memory(nn.Module, ABC):
         return None
 
     def write_and_tell(
-        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+        self,
+        hidden_btd: Float[Tensor, "b t d"],
+        state: State,
+        keep_bt: Bool[Tensor, "b t"] | None = None,
+        **known: Any,
     ) -> tuple[State, Attribution | None]:
         """`write`, and where it went; None for the latter where a mechanism cannot tell.
 
-        Sessions ask so, without a gradient, in place of `write`. It should cost little more.
+        What `known` gives is passed on. Sessions ask so, without a gradient, in place of `write`. It should cost little more.
         """
-        return self.write(hidden_btd, state, keep_bt), None
+        return self.write(hidden_btd, state, keep_bt, **known), None
 
     def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[Site, Float[Tensor, "n d"]]) -> None:
         """Fits what does not train to the host's hidden states, as `write` gets them and at each site where it reads.

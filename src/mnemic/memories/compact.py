@@ -39,6 +39,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mnemic.memories.compact_presses import PRESSES, Kept, Seen
 from mnemic.memories.layers import distinct_layers
 from mnemic.memory import Asked, Card, Further, Leaving, Memory, MemoryConfig, Site
 from mnemic.state import State
@@ -46,12 +47,16 @@ from mnemic.state import State
 # Shapes: l blocks, h heads of queries, k heads of keys, t tokens, n keys before, c after, s and v widths of a head, j the
 # queries of all heads that share one of keys.
 
-STEPS = 20
+STEPS = 3
 """How often masses are improved."""
-RIDGE = 1e-3
-"""How strongly values are held to those of the chosen keys, as a share of the mean square of a key's weights."""
+RIDGE = 1.0
+"""How strongly values are held to those of the chosen keys, in mean squares of a key's weights."""
+MOST = 1e3
+"""A mass and its inverse are at most that: of keys that no query found."""
+TINY = 1e-20
 
 By = Literal["matching", "recent", "heavy", "norm", "merged", "random"]
+NAMES = ("keys", "values", "mass")
 
 
 @dataclass
@@ -77,13 +82,15 @@ class CompactConfig(MemoryConfig):
     segment_length: int = 256
     window: int | None = 512
     keys: int = 256
+    queries: int = 64
     by: By = "matching"
     read_layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keys < 1:
-            raise ValueError(f"keys is {self.keys}; use 1 or more")
+        for name in ("keys", "queries"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}; use 1 or more")
         if self.read_layers is not None and not self.read_layers:
             raise ValueError("read_layers is empty; name at least one block, or leave it out for all")
 
@@ -132,7 +139,7 @@ class Compact(Memory):
 
     def further(self, site: Site, asked: Asked) -> Further | None:
         """What is kept, in line before the window, with the logarithms of its masses."""
-        keys, values, mass = (asked.state[name][0, asked.place] for name in ("keys", "values", "mass"))
+        keys, values, mass = (asked.state[name][0, asked.place] for name in NAMES)
         count = there(mass)
         if not count:
             return None
@@ -157,8 +164,8 @@ class Compact(Memory):
             query_td = hidden_btd[row] if keep_bt is None else hidden_btd[row][keep_bt[row]]
             query_lhts = query_td.float().unflatten(-1, (self.inside.blocks, self.inside.queries, -1)).permute(1, 2, 0, 3)
             for place in range(self.inside.blocks if left.keys_lkns.shape[2] else 0):
-                own = tuple(state[name][row, place] for name in ("keys", "values", "mass"))
-                for name, made in zip(("keys", "values", "mass"), self._kept(own, query_lhts[place], left, place), strict=True):
+                own = Kept(*(state[name][row, place] for name in NAMES))
+                for name, made in zip(NAMES, self._kept(own, query_lhts[place], left, place), strict=True):
                     after[name][row, place, :, : made.shape[1]] = made
         return after
 
@@ -174,58 +181,68 @@ class Compact(Memory):
 
         return hidden_btd, naive(self, hidden_btd, state, keep_bt, leaving)
 
-    def _kept(self, own, query_hts, left: Leaving, place: int):
-        """What one block keeps of `own` and of what leaves."""
-        keys, values, mass = own
-        count, new = there(mass), left.keys_lkns.shape[2]
-        keys_kns = torch.cat([keys[:, :count], left.keys_lkns[place].float()], 1)
-        value_knv = torch.cat([values[:, :count], left.values_lknv[place].float()], 1)
-        mass_kn = torch.cat([mass[:, :count], mass.new_ones(len(mass), new)], 1)
-        if count + new <= self.config.keys:
-            return keys_kns, value_knv, mass_kn
-        turn, scale, behind = left.turns[place], self.inside.scales[place], left.first + new
-        begins = left.begins + AHEAD * self.config.segment_length
-        stood = torch.arange(begins, begins + query_hts.shape[1], device=keys.device)
-        query_kjs = turn(query_hts, stood).unflatten(0, (len(keys), -1)).flatten(1, 2) * scale
-        turned_kns = turn(keys_kns, torch.arange(behind - count - new, behind, device=keys.device))
-        score_kjn = query_kjs @ turned_kns.mT + mass_kn.log()[:, None]
-        total_kj1 = score_kjn.logsumexp(-1, keepdim=True)
-        share_kjn = (score_kjn - total_kj1).exp()
-        if self.config.by == "matching":
-            index_kc = share_kjn.square().sum(1).topk(self.config.keys).indices.sort(-1).values
-        else:
-            from mnemic.memories.compact_presses import PRESSES
-            return PRESSES[self.config.by](keys_kns, value_knv, mass_kn, share_kjn, self.config.keys)
-        keys_kcs, value_kcv = (x.gather(1, index_kc[..., None].expand(-1, -1, x.shape[-1])) for x in (keys_kns, value_knv))
-        stands = torch.arange(behind - self.config.keys, behind, device=keys.device)
-        part_kjc = (query_kjs @ turn(keys_kcs, stands).mT - total_kj1).exp()
-        mass_kc = masses(part_kjc, mass_kn.gather(1, index_kc))
-        target_kjv = share_kjn @ value_knv
-        return keys_kcs, matched(part_kjc * mass_kc[:, None], target_kjv, value_kcv), mass_kc
+    def _kept(self, own: Kept, query_hts: Float[Tensor, "h t s"], left: Leaving, place: int) -> Kept:
+        """What one block keeps, of what it had and of what leaves."""
+        new, behind = left.keys_lkns.shape[2], left.first + left.keys_lkns.shape[2]
+        count, keep = there(own.mass_kn), self.config.keys
+        fresh = Kept(left.keys_lkns[place], left.values_lknv[place].float(), own.mass_kn.new_ones(len(own.mass_kn), new))
+        old = Kept(*(torch.cat([its[:, :count], more], 1) for its, more in zip(own, fresh, strict=True)))
+        if count + new <= keep:
+            return old
+        turn, scale = left.turns[place], self.inside.scales[place]
 
-AHEAD = 0
+        def turned(x: Tensor, first: int, step: int = 1) -> Tensor:
+            return turn(x, first + step * torch.arange(x.shape[-2], device=x.device))
+
+        every = max(1, query_hts.shape[1] // self.config.queries)
+        query_hts = turned(query_hts[:, ::every], left.begins, every) * scale
+        query_kjs = query_hts.unflatten(0, (len(old.keys_kns), -1)).flatten(1, 2)
+        score_kjn = query_kjs @ turned(old.keys_kns, behind - count - new).mT + old.mass_kn.log()[:, None]
+        total_kj1 = score_kjn.logsumexp(-1, keepdim=True)
+        near_kj1 = (query_kjs @ left.stays_lkms[place].float().mT).logsumexp(-1, keepdim=True)
+        seen = Seen((score_kjn - total_kj1).exp(), (total_kj1 - near_kj1).sigmoid())
+        if self.config.by != "matching":
+            return PRESSES[self.config.by](old, seen, keep)
+        chosen = heaviest(old, seen, keep)
+        part_kjc = (query_kjs @ turned(chosen.keys_kns, behind - keep).mT - total_kj1).exp()
+        mass_kc = masses(part_kjc, chosen.mass_kn, seen.weight_kj1)
+        target_kjv = seen.share_kjn @ old.value_knv
+        values = matched(part_kjc * mass_kc[:, None], target_kjv, chosen.value_knv, seen.weight_kj1)
+        return Kept(chosen.keys_kns, values, mass_kc)
+
 
 def there(mass_kc: Float[Tensor, "k c"]) -> int:
     """How many keys there are: as many for each head."""
     return int((mass_kc[0] > 0).sum()) if len(mass_kc) else 0
 
 
-def masses(part_kjc: Float[Tensor, "k j c"], mass_kc: Float[Tensor, "k c"]) -> Float[Tensor, "k c"]:
-    """B: masses with which the parts of each query add up to 1, from what the keys had."""
-    gram_kcc, sum_kc = part_kjc.mT @ part_kjc, part_kjc.sum(1)
-    for _ in range(STEPS):
-        mass_kc = mass_kc * sum_kc / (gram_kcc @ mass_kc[..., None])[..., 0].clamp_min(1e-30)
-    return mass_kc.clamp(LEAST, MOST)
+def heaviest(old: Kept, seen: Seen, count: int) -> Kept:
+    """C: the keys that get most."""
+    return old.some((seen.share_kjn * seen.weight_kj1).square().sum(1).topk(count).indices)
 
-LEAST, MOST = 1e-6, 1e6
+
+def masses(
+    part_kjc: Float[Tensor, "k j c"], mass_kc: Float[Tensor, "k c"], weight_kj1: Float[Tensor, "k j 1"]
+) -> Float[Tensor, "k c"]:
+    """B: masses with which the parts of each query add up to 1, from those that the keys had."""
+    part_kjc = part_kjc * weight_kj1
+    wanted_kc1, mass_kc1 = part_kjc.mT @ weight_kj1, mass_kc[..., None]
+    for _ in range(STEPS):
+        mass_kc1 = mass_kc1 * wanted_kc1 / (part_kjc.mT @ (part_kjc @ mass_kc1)).clamp_min(TINY)
+    return mass_kc1[..., 0].clamp(1 / MOST, MOST)
+
 
 def matched(
-    weight_kjc: Float[Tensor, "k j c"], target_kjv: Float[Tensor, "k j v"], value_kcv: Float[Tensor, "k c v"]
+    part_kjc: Float[Tensor, "k j c"],
+    target_kjv: Float[Tensor, "k j v"],
+    value_kcv: Float[Tensor, "k c v"],
+    weight_kj1: Float[Tensor, "k j 1"],
 ) -> Float[Tensor, "k c v"]:
-    """V: values near those of the keys with which each query reads its target."""
-    share_kjc = weight_kjc / weight_kjc.sum(-1, keepdim=True)
-    gram_kcc = share_kjc.mT @ share_kjc
-    ridge = RIDGE * gram_kcc.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    gram_kcc = gram_kcc + ridge * torch.eye(gram_kcc.shape[-1], device=gram_kcc.device)
-    wanted_kcv = share_kjc.mT @ (target_kjv - share_kjc @ value_kcv)
-    return value_kcv + torch.linalg.solve(gram_kcc, wanted_kcv)
+    """V: values near those of the keys, with which each query reads its target."""
+    share_kjc = part_kjc / part_kjc.sum(-1, keepdim=True).clamp_min(TINY)
+    miss_kjv, share_kjc = (target_kjv - share_kjc @ value_kcv) * weight_kj1, share_kjc * weight_kj1
+    # there are fewer queries than keys or as few, so by these: X' (X X' + r)^-1 = (X' X + r)^-1 X'
+    gram_kjj = share_kjc @ share_kjc.mT
+    ridge_k = RIDGE * gram_kjj.diagonal(dim1=-2, dim2=-1).sum(-1) / share_kjc.shape[-1]
+    gram_kjj = gram_kjj + ridge_k.clamp_min(TINY)[:, None, None] * torch.eye(gram_kjj.shape[-1], device=gram_kjj.device)
+    return value_kcv + share_kjc.mT @ torch.linalg.solve(gram_kjj, miss_kjv)

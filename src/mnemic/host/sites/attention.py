@@ -268,18 +268,19 @@ def take_leaving(router: Router, cache: MemoryCache, rows: Sequence[int], moves:
 
 def _leaving(router: Router, cache: MemoryCache, window: Window, row: int, gone: Bool[Tensor, " kept"]) -> Leaving:
     """What leaves the window of one row: its keys behind its sinks, which stay, stand one behind another."""
-    columns = gone.nonzero().flatten()
+    columns, staying = gone.nonzero().flatten(), (window.valid[row] & ~gone).nonzero().flatten()
     rank = window.valid[row].long().cumsum(0)[columns] - 1
     position = window.position[row] - window.context[row] + rank
     memo: dict[Any, tuple[Tensor, Tensor]] = {}
     turns = [functools.partial(turning, memo=memo) for turning in router.turnings]
-    keys, values = [], []
+    keys, values, stays = [], [], []
     for layer, turn in zip([cache.layers[layer] for layer in router.attended], turns, strict=True):
         assert isinstance(layer, DynamicLayer)
         assert layer.keys is not None
         assert layer.values is not None
         keys.append(turn(layer.keys[row][:, columns], position, back=True))
         values.append(layer.values[row][:, columns])
+        stays.append(layer.keys[row][:, staying])
     first = int(position[0]) if len(columns) else window.position[row] - window.context[row]
     begins = window.position[row] - window.running[row]
-    return Leaving(torch.stack(keys), torch.stack(values), first, begins, turns)
+    return Leaving(torch.stack(keys), torch.stack(values), first, begins, turns, torch.stack(stays))
