@@ -31,7 +31,7 @@ State: `blocks x heads of keys x keys x (2 x width + 1)` numbers, float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -56,7 +56,7 @@ MOST = 1e3
 TINY = 1e-20
 
 By = Literal["matching", "recent", "heavy", "norm", "merged", "random"]
-NAMES = ("keys", "values", "mass")
+NAMES = ("keys", "values", "mass", "behind")
 
 
 @dataclass
@@ -83,12 +83,13 @@ class CompactConfig(MemoryConfig):
     window: int | None = 512
     keys: int = 256
     queries: int = 64
+    farthest: int = 4096
     by: By = "matching"
     read_layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("keys", "queries"):
+        for name in ("keys", "queries", "farthest"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; use 1 or more")
         if self.read_layers is not None and not self.read_layers:
@@ -131,6 +132,7 @@ class Compact(Memory):
             "keys": torch.zeros(*shape, here.key_width, device=device),
             "values": torch.zeros(*shape, here.value_width, device=device),
             "mass": torch.zeros(shape, device=device),
+            "behind": torch.zeros(shape, dtype=torch.int32, device=device),
         }
 
     def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
@@ -139,14 +141,11 @@ class Compact(Memory):
 
     def further(self, site: Site, asked: Asked) -> Further | None:
         """What is kept, in line before the window, with the logarithms of its masses."""
-        keys, values, mass = (asked.state[name][0, asked.place] for name in NAMES)
-        count = there(mass)
-        if not count:
+        own = here(asked.state, 0, asked.place)
+        if not own.mass_kn.shape[1]:
             return None
-        stands = torch.arange(asked.first - count, asked.first, device=keys.device)
-        keys_kcs = asked.turn(keys[:, :count], stands)
-        bias_kc = None if bool((mass[:, :count] == 1).all()) else mass[:, None, :count].log()
-        return Further(keys_kcs[:, None], values[:, None, :count], bias_ktm=bias_kc)
+        bias_ktc = None if bool((own.mass_kn == 1).all()) else own.mass_kn[:, None].log()
+        return Further(placed(own, asked.first, asked.turn)[:, None], own.value_knv[:, None], bias_ktm=bias_ktc)
 
     @torch.no_grad()
     def write(
@@ -164,8 +163,8 @@ class Compact(Memory):
             query_td = hidden_btd[row] if keep_bt is None else hidden_btd[row][keep_bt[row]]
             query_lhts = query_td.float().unflatten(-1, (self.inside.blocks, self.inside.queries, -1)).permute(1, 2, 0, 3)
             for place in range(self.inside.blocks if left.keys_lkns.shape[2] else 0):
-                own = Kept(*(state[name][row, place] for name in NAMES))
-                for name, made in zip(NAMES, self._kept(own, query_lhts[place], left, place), strict=True):
+                own = self._kept(here(state, row, place), query_lhts[place], left, place)
+                for name, made in zip(NAMES, own, strict=True):
                     after[name][row, place, :, : made.shape[1]] = made
         return after
 
@@ -183,37 +182,44 @@ class Compact(Memory):
 
     def _kept(self, own: Kept, query_hts: Float[Tensor, "h t s"], left: Leaving, place: int) -> Kept:
         """What one block keeps, of what it had and of what leaves."""
-        new, behind = left.keys_lkns.shape[2], left.first + left.keys_lkns.shape[2]
-        count, keep = there(own.mass_kn), self.config.keys
-        fresh = Kept(left.keys_lkns[place], left.values_lknv[place].float(), own.mass_kn.new_ones(len(own.mass_kn), new))
-        old = Kept(*(torch.cat([its[:, :count], more], 1) for its, more in zip(own, fresh, strict=True)))
-        if count + new <= keep:
+        (heads, _), new, keep = own.mass_kn.shape, left.keys_lkns.shape[2], self.config.keys
+        mass_kn, behind_n = own.mass_kn.new_ones(heads, new), torch.arange(new, 0, -1).to(own.behind_kn)
+        came = Kept(left.keys_lkns[place], left.values_lknv[place].float(), mass_kn, behind_n.expand(heads, -1))
+        own = own._replace(behind_kn=(own.behind_kn + new).clamp_max(self.config.farthest))
+        old = Kept(*(torch.cat(parts, 1) for parts in zip(own, came, strict=True)))
+        if old.mass_kn.shape[1] <= keep:
             return old
-        turn, scale = left.turns[place], self.inside.scales[place]
-
-        def turned(x: Tensor, first: int, step: int = 1) -> Tensor:
-            return turn(x, first + step * torch.arange(x.shape[-2], device=x.device))
-
+        turn, first = left.turns[place], left.first + new
         every = max(1, query_hts.shape[1] // self.config.queries)
-        query_hts = turned(query_hts[:, ::every], left.begins, every) * scale
-        query_kjs = query_hts.unflatten(0, (len(old.keys_kns), -1)).flatten(1, 2)
-        score_kjn = query_kjs @ turned(old.keys_kns, behind - count - new).mT + old.mass_kn.log()[:, None]
+        query_hts = query_hts[:, ::every]
+        stood = left.begins + every * torch.arange(query_hts.shape[1], device=query_hts.device)
+        query_hts = turn(query_hts, stood) * self.inside.scales[place]
+        query_kjs = query_hts.unflatten(0, (heads, -1)).flatten(1, 2)
+        score_kjn = query_kjs @ placed(old, first, turn).mT + old.mass_kn.log()[:, None]
         total_kj1 = score_kjn.logsumexp(-1, keepdim=True)
         near_kj1 = (query_kjs @ left.stays_lkms[place].float().mT).logsumexp(-1, keepdim=True)
         seen = Seen((score_kjn - total_kj1).exp(), (total_kj1 - near_kj1).sigmoid())
         if self.config.by != "matching":
             return PRESSES[self.config.by](old, seen, keep)
         chosen = heaviest(old, seen, keep)
-        part_kjc = (query_kjs @ turned(chosen.keys_kns, behind - keep).mT - total_kj1).exp()
+        part_kjc = (query_kjs @ placed(chosen, first, turn).mT - total_kj1).exp()
         mass_kc = masses(part_kjc, chosen.mass_kn, seen.weight_kj1)
         target_kjv = seen.share_kjn @ old.value_knv
         values = matched(part_kjc * mass_kc[:, None], target_kjv, chosen.value_knv, seen.weight_kj1)
-        return Kept(chosen.keys_kns, values, mass_kc)
+        return chosen._replace(value_knv=values, mass_kn=mass_kc)
 
 
-def there(mass_kc: Float[Tensor, "k c"]) -> int:
-    """How many keys there are: as many for each head."""
-    return int((mass_kc[0] > 0).sum()) if len(mass_kc) else 0
+def here(state: State, row: int, place: int) -> Kept:
+    """What one block of one row keeps: as many keys for each head."""
+    mass_kc = state["mass"][row, place]
+    count = int((mass_kc[0] > 0).sum())
+    return Kept(*(state[name][row, place, :, :count] for name in NAMES))
+
+
+def placed(kept: Kept, first: int, turn: Callable[..., Tensor]) -> Float[Tensor, "k n s"]:
+    """Keys turned to where they stand, before a window whose first key stands at `first`."""
+    keys_1ns, stands_n = kept.keys_kns.flatten(0, 1)[None], (first - kept.behind_kn).long().flatten()
+    return turn(keys_1ns, stands_n).view_as(kept.keys_kns)
 
 
 def heaviest(old: Kept, seen: Seen, count: int) -> Kept:

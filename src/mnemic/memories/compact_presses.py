@@ -21,17 +21,20 @@ SINKS = 4
 
 
 class Kept(NamedTuple):
-    """Keys without positions, their values, and how many keys of those that were read each weighs as much as."""
+    """Keys without positions, their values, how many keys of those that were read each weighs as much as, and how many
+    tokens before the window's first key it stands.
+    """
 
     keys_kns: Float[Tensor, "k n s"]
     value_knv: Float[Tensor, "k n v"]
     mass_kn: Float[Tensor, "k n"]
+    behind_kn: Int[Tensor, "k n"]
 
     def some(self, index_kc: Int[Tensor, "k c"]) -> Kept:
         """Of each head some, in order of time."""
         index_kc = index_kc.sort(-1).values
         keys, values = (x.gather(1, index_kc[..., None].expand(-1, -1, x.shape[-1])) for x in self[:2])
-        return Kept(keys, values, self.mass_kn.gather(1, index_kc))
+        return Kept(keys, values, *(x.gather(1, index_kc) for x in self[2:]))
 
 
 class Seen(NamedTuple):
@@ -76,11 +79,12 @@ def merged(old: Kept, seen: Seen, count: int) -> Kept:
     mass_kc = old.mass_kn.new_zeros(len(slot_kn), count).scatter_add(1, slot_kn, old.mass_kn)
 
     def mean(x_knd: Tensor) -> Tensor:
-        total = x_knd.new_zeros(len(x_knd), count, x_knd.shape[-1])
+        total = old.mass_kn.new_zeros(len(x_knd), count, x_knd.shape[-1])
         total = total.scatter_add(1, slot_kn[..., None].expand_as(x_knd), x_knd * old.mass_kn[..., None])
         return total / mass_kc[..., None]
 
-    return Kept(mean(old.keys_kns), mean(old.value_knv), mass_kc)
+    behind_kc = mean(old.behind_kn[..., None])[..., 0].round().to(old.behind_kn)
+    return Kept(mean(old.keys_kns), mean(old.value_knv), mass_kc, behind_kc)
 
 
 PRESSES: dict[str, Callable[[Kept, Seen, int], Kept]] = {
