@@ -39,10 +39,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mnemic.memories.compact_naive import naive
 from mnemic.memories.compact_presses import PRESSES, Kept, Seen
 from mnemic.memories.layers import distinct_layers
 from mnemic.memory import Asked, Card, Further, Leaving, Memory, MemoryConfig, Site
-from mnemic.state import State
+from mnemic.state import State, StateError, check_range
 
 # Shapes: l blocks, h heads of queries, k heads of keys, t tokens, n keys before, c after, s and v widths of a head, j the
 # queries of all heads that share one of keys.
@@ -176,17 +177,29 @@ class Compact(Memory):
         leaving: Sequence[Leaving] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], State]:
         """As they came, and `write` in plain loops (`compact_naive`)."""
-        from mnemic.memories.compact_naive import naive
-
         return hidden_btd, naive(self, hidden_btd, state, keep_bt, leaving)
+
+    def check_state(self, state: State, written: int) -> None:
+        """Raises `StateError` for masses below 0, keys that stand elsewhere than before the window, and heads that have
+        more keys than others.
+        """
+        check_range("behind", state["behind"], 0, self.config.farthest)
+        if bool((state["mass"] < 0).any()):
+            raise StateError(f"mass goes down to {float(state['mass'].min()):g}, and masses are 0 or more")
+        there = state["mass"] > 0
+        count = int(there.sum(-1).max()) if there.numel() else 0
+        uneven = not bool(there[..., :count].all())
+        if uneven or not torch.equal(there, state["behind"] > 0):
+            raise StateError("mass and behind do not have the same keys for each head, from the first one on")
 
     def _kept(self, own: Kept, query_hts: Float[Tensor, "h t s"], left: Leaving, place: int) -> Kept:
         """What one block keeps, of what it had and of what leaves."""
         (heads, _), new, keep = own.mass_kn.shape, left.keys_lkns.shape[2], self.config.keys
-        mass_kn, behind_n = own.mass_kn.new_ones(heads, new), torch.arange(new, 0, -1).to(own.behind_kn)
-        came = Kept(left.keys_lkns[place], left.values_lknv[place].float(), mass_kn, behind_n.expand(heads, -1))
-        own = own._replace(behind_kn=(own.behind_kn + new).clamp_max(self.config.farthest))
+        mass_kn, behind_kn = own.mass_kn.new_ones(heads, new), torch.arange(new, 0, -1).to(own.behind_kn).expand(heads, -1)
+        came = Kept(left.keys_lkns[place], left.values_lknv[place].float(), mass_kn, behind_kn)
+        own = own._replace(behind_kn=own.behind_kn + new)
         old = Kept(*(torch.cat(parts, 1) for parts in zip(own, came, strict=True)))
+        old = old._replace(behind_kn=old.behind_kn.clamp_max(self.config.farthest))
         if old.mass_kn.shape[1] <= keep:
             return old
         turn, first = left.turns[place], left.first + new
