@@ -405,7 +405,8 @@ class Memory(nn.Module, ABC):
     ) -> tuple[State, Attribution | None]:
         """`write`, and where it went; None for the latter where a mechanism cannot tell.
 
-        What `known` gives is passed on. Sessions ask so, without a gradient, in place of `write`. It should cost little more.
+        What `known` gives is passed on. Sessions ask so, without a gradient, in place of `write`. It should cost little
+        more.
         """
         return self.write(hidden_btd, state, keep_bt, **known), None
 
@@ -428,9 +429,7 @@ class Memory(nn.Module, ABC):
         counts beyond a table, places that are not there. For files from elsewhere; by default nothing is checked.
         """
 
-    def known(
-        self, ids_bt: Int[Tensor, "b t"] | None, leaving: Sequence[Leaving] | None = None
-    ) -> dict[str, Any]:
+    def known(self, ids_bt: Int[Tensor, "b t"] | None, leaving: Sequence[Leaving] | None = None) -> dict[str, Any]:
         """What `write` gets beside hidden states, by name: the ids of a segment's tokens where the memory takes them,
         and what leaves the window of each row where it writes inside attention (None without a window).
         """

@@ -167,9 +167,7 @@ def movable(
     return found
 
 
-def keys_at(
-    anatomy: Anatomy, layers: list[int], ids: Tensor, position_ids: Tensor
-) -> tuple[list[Tensor], Inside]:
+def keys_at(anatomy: Anatomy, layers: list[int], ids: Tensor, position_ids: Tensor) -> tuple[list[Tensor], Inside]:
     """The keys `[k, t, s]` that each block makes of tokens at some positions, and what the attention of `layers` is
     like.
     """
@@ -186,8 +184,9 @@ def keys_at(
 def keys_seen(
     anatomy: Anatomy, layers: list[int], cache: Any, seen: list[tuple[int, Tensor, Tensor, dict[str, Any], Tensor]]
 ) -> tuple[list[Tensor], Inside]:
-    """The keys `[k, t, s]` of every block, and what the attention of `layers` is like. Raises `ValueError` unless the attention of each of `layers` was called
-    once, over the keys and values that the cache has of it, and these are of one shape.
+    """The keys `[k, t, s]` of every block, and what the attention of `layers` is like. Raises `ValueError` unless the
+    attention of each of `layers` was called once, over the keys and values that the cache has of it, and these are of
+    one shape.
     """
     shapes, scales = set(), []
     for layer in layers:

@@ -1,32 +1,32 @@
 """Compact: a constant number of keys a head stands for all that left the window. Nothing is trained.
 
-After Attention Matching (arXiv 2602.16284): of a block's keys and values few are kept, with a bias each, so that queries
-find the same mass and the same output in them as in all. Here it is recurrent: at each segment's end what was kept and
-what leaves the window now become what is kept.
+After Attention Matching (arXiv 2602.16284): of a block's keys few are kept, with a bias and a new value each, so that
+queries find the same mass and the same output in them as in all. Here it is recurrent: at each segment's end what was
+kept and what leaves the window now become what is kept.
 
-For one block and one head of keys: k_i, v_i and masses m_i (1 for a key that was read) are what was kept and what leaves,
-in line as they stood, q_j the queries of the segment that ends, of all heads of queries that share these keys, s the scale
-of products, R the rotation by positions:
+For one block and one head of keys: k_i, v_i and masses m_i (1 for a key that was read) are what was kept and what
+leaves, q_j queries of the segment that ends, of all heads of queries that share these keys, s the scale of products, R
+the rotation by positions, and z_j the sum of exp(s R q_j . R k) over the keys k that stay in the window:
 
-    y_j   = sum_i m_i exp(s R q_j . R k_i)
-    p_ji  = m_i exp(s R q_j . R k_i) / y_j
-    C     = the `keys` keys of the greatest sum_j p_ji^2, in order of time
-    B     = argmin_{B >= 0} sum_j (sum_{i in C} B_i exp(s R q_j . R' k_i) / y_j - 1)^2                mass
-    x_ji  = B_i exp(s R q_j . R' k_i) / sum_{i in C} B_i exp(s R q_j . R' k_i)
-    V     = argmin_V sum_j |sum_{i in C} x_ji V_i - sum_i p_ji v_i|^2 + ridge |V - v_C|^2              output
+    e_ji  = exp(s R q_j . R k_i)        y_j = sum_i m_i e_ji        p_ji = m_i e_ji / y_j
+    w_j   = y_j / (y_j + z_j)           how much query j has to do with what is far
+    C     = the `keys` keys of the greatest sum_j (w_j p_ji)^2, in order of time
+    B     = argmin_{B >= 0} sum_j w_j^2 (sum_{i in C} B_i e_ji / y_j - 1)^2             mass
+    x_ji  = B_i e_ji / sum_{i in C} B_i e_ji
+    V     = argmin_V sum_j w_j^2 |sum_{i in C} x_ji V_i - sum_i p_ji v_i|^2 + r |V - v_C|^2   output
 
-with R' the rotation by the positions where kept keys stand from now on: in line before the window, whose first key stands
-at f, the last of them at f - 1. In the softmax of later tokens key k_i has the bias log B_i.
+B is found by multiplicative steps (Lee and Seung's) from the masses that the chosen keys had, so it stays positive; V
+by the normal equations. In the softmax of later tokens key i has the bias log B_i, and stands where it stood, `farthest`
+tokens before the window at most. As long as all that left fits into `keys` keys nothing is lost.
 
-B is found by multiplicative steps (Lee and Seung's) from the masses that the chosen keys had, so it stays positive; V by
-the normal equations. As long as all that left fits into `keys` keys nothing is lost.
+Where we depart. The paper compacts a context once, with queries made for this ("repeat the context", questions), and
+weighs all alike. Here queries are those that came: `queries` tokens of the segment that ends, evenly chosen. `by` names
+other ways to keep few keys, with which it is compared (`compact_presses`). Caps on products (Gemma 2) are left out of
+the matching.
 
-Where we depart. The paper compacts a context once, with queries that it makes for this ("repeat the context", questions).
-Here queries are those that came: of the segment that ends. Its keys keep their positions, and mass is not divided by y.
-`by` names other ways to keep as few keys, which are what it is compared with (`compact_presses`).
-
-What is trained: nothing. What is forgotten: what later queries do not look for.
-State: `blocks x heads of keys x keys x (2 x width + 1)` numbers, float32.
+What is trained: nothing. What is forgotten: what later segments did not look for.
+State: `blocks x heads of keys x keys x (2 x width + 1)` numbers in float32, and a place for each key. The queries of a
+segment that has not ended wait: `blocks x heads of queries x width` numbers a token.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from mnemic.memories.layers import distinct_layers
 from mnemic.memory import Asked, Card, Further, Leaving, Memory, MemoryConfig, Site
 from mnemic.state import State, StateError, check_range
 
-# Shapes: l blocks, h heads of queries, k heads of keys, t tokens, n keys before, c after, s and v widths of a head, j the
+# Shapes: l blocks, h heads of queries, k heads of keys, t tokens, n keys before, c after, s and v widths of a head, j
 # queries of all heads that share one of keys.
 
-STEPS = 3
+STEPS = 20
 """How often masses are improved."""
-RIDGE = 1.0
+RIDGE = 0.01
 """How strongly values are held to those of the chosen keys, in mean squares of a key's weights."""
 MOST = 1e3
 """A mass and its inverse are at most that: of keys that no query found."""
@@ -64,9 +64,11 @@ NAMES = ("keys", "values", "mass", "behind")
 class CompactConfig(MemoryConfig):
     """Settings of compact.
 
-    `keys` is how many keys a head of each block keeps for all that left the window. `by` says how they are found:
-    "matching", or a way to compare it with (`mnemic.memories.compact_presses`). `read_layers` are the blocks that keep,
-    by default all; the others see the window and its sinks.
+    `keys` is how many keys a head of each block keeps for all that left the window, found for the queries of so many
+    tokens of a segment (`queries`). They stand `farthest` tokens before the window at most: choose it so that window
+    and all are within the positions that the model was trained for. `by` says how they are found: "matching", or a way
+    to compare it with (`mnemic.memories.compact_presses`). `read_layers` are the blocks that keep, by default all; the
+    others see the window and its sinks.
     """
 
     kind: ClassVar[str] = "compact"
@@ -76,8 +78,8 @@ class CompactConfig(MemoryConfig):
         trains="nothing",
         bytes_law="layers x key heads x keys x (2 x width + 1)",
         paper="Attention Matching, arXiv 2602.16284",
-        citation="@misc{attentionmatching2026, title = {Fast {KV} Compaction via Attention Matching}, eprint = {2602.16284}, "
-        "archivePrefix = {arXiv}, year = {2026}}",
+        citation="@misc{attentionmatching2026, title = {Fast {KV} Compaction via Attention Matching}, eprint = "
+        "{2602.16284}, archivePrefix = {arXiv}, year = {2026}}",
     )
 
     segment_length: int = 256
@@ -124,8 +126,8 @@ class Compact(Memory):
         self.reads = self.writes = tuple(Site(layer, "attention") for layer in layers)
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
-        """Keys `[b, l, k, c, s]` without positions, in order of time, values `[b, l, k, c, v]` and masses `[b, l, k, c]`,
-        0 where there is none yet.
+        """Keys `[b, l, k, c, s]` without positions, in order of time, values `[b, l, k, c, v]`, masses `[b, l, k, c]`
+        and how many tokens before the window each stands, likewise; 0 where there is none yet.
         """
         here = self.inside
         shape = batch, here.blocks, here.heads, self.config.keys
@@ -162,7 +164,9 @@ class Compact(Memory):
         after = {name: tensor.clone() for name, tensor in state.items()}
         for row, left in enumerate(leaving):
             query_td = hidden_btd[row] if keep_bt is None else hidden_btd[row][keep_bt[row]]
-            query_lhts = query_td.float().unflatten(-1, (self.inside.blocks, self.inside.queries, -1)).permute(1, 2, 0, 3)
+            query_lhts = (
+                query_td.float().unflatten(-1, (self.inside.blocks, self.inside.queries, -1)).permute(1, 2, 0, 3)
+            )
             for place in range(self.inside.blocks if left.keys_lkns.shape[2] else 0):
                 own = self._kept(here(state, row, place), query_lhts[place], left, place)
                 for name, made in zip(NAMES, own, strict=True):
@@ -195,7 +199,10 @@ class Compact(Memory):
     def _kept(self, own: Kept, query_hts: Float[Tensor, "h t s"], left: Leaving, place: int) -> Kept:
         """What one block keeps, of what it had and of what leaves."""
         (heads, _), new, keep = own.mass_kn.shape, left.keys_lkns.shape[2], self.config.keys
-        mass_kn, behind_kn = own.mass_kn.new_ones(heads, new), torch.arange(new, 0, -1).to(own.behind_kn).expand(heads, -1)
+        mass_kn, behind_kn = (
+            own.mass_kn.new_ones(heads, new),
+            torch.arange(new, 0, -1).to(own.behind_kn).expand(heads, -1),
+        )
         came = Kept(left.keys_lkns[place], left.values_lknv[place].float(), mass_kn, behind_kn)
         own = own._replace(behind_kn=own.behind_kn + new)
         old = Kept(*(torch.cat(parts, 1) for parts in zip(own, came, strict=True)))

@@ -1,4 +1,4 @@
-"""Other ways to keep few keys, with which compact is compared: keys are left out, or merged, and values stay as they are.
+"""Other ways to keep few keys, with which compact is compared: keys are left out, or merged.
 
 Each gets what was kept and what leaves the window, in order of time, what the segment's queries saw of it, and how many
 keys to keep, fewer than there are. It returns what is kept, in order of time.

@@ -35,7 +35,7 @@ def check(memory: Memory, depth: int) -> None:
     if memory.writes_inside and any(site.at != "attention" for site in (*memory.reads, *memory.writes)):
         raise ValueError(
             f"{type(memory).__name__} writes inside attention, when keys leave the window, and has other sites; name "
-            "\"attention\" sites alone"
+            '"attention" sites alone'
         )
     for doing, sites, served in (("reads", memory.reads, READ), ("writes", memory.writes, WRITTEN)):
         for before, site in zip((*sites[:1], *sites), sites, strict=False):
