@@ -16,8 +16,8 @@ the rotation by positions, and z_j the sum of exp(s R q_j . R k) over the keys k
     V     = argmin_V sum_j w_j^2 |sum_{i in C} x_ji V_i - sum_i p_ji v_i|^2 + r |V - v_C|^2   output
 
 B is found by multiplicative steps (Lee and Seung's) from the masses that the chosen keys had, so it stays positive; V
-by the normal equations. In the softmax of later tokens key i has the bias log B_i, and stands where it stood, `farthest`
-tokens before the window at most. As long as all that left fits into `keys` keys nothing is lost.
+by the normal equations. In the softmax of later tokens key i has the bias log B_i, and stands where it stood,
+`farthest` tokens before the window at most. As long as all that left fits into `keys` keys nothing is lost.
 
 Where we depart. The paper compacts a context once, with queries made for this ("repeat the context", questions), and
 weighs all alike. Here queries are those that came: `queries` tokens of the segment that ends, evenly chosen. `by` names
