@@ -3,8 +3,8 @@
 Documents in which five things are told (`five-depths` of needles.py) are read 256 tokens at a time with a window of
 512. The tokens behind two windows count for perplexity; then each of the five things is asked for, on forks of the
 session. A ratio of 16 keeps one key for 16 tokens that have left the window. Beside matching stand other ways to keep
-keys, with as many bytes (they have no masses, so some keys more); four sinks and the window; the window alone; the
-whole document in the base's window; the memory of a document that was told something else; and BM25, with as many
+keys, at the first ratio and with as many bytes (they have no masses, so some keys more); four sinks and the window;
+the whole document in the base's window; the memory of a document that was told something else; and BM25, with as many
 tokens of text as there are keys.
 
     python benchmarks/compact.py --data novels.tar.xz --documents 2 --out results
@@ -14,7 +14,6 @@ What a document gave under a condition is kept under `runs/compact`: a run that 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
@@ -23,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,28 +41,29 @@ from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, Table, console
 from mnemic.host.arguments import with_cache
 from mnemic.memories.compact import By, CompactConfig
-from mnemic.memories.compact_presses import SINKS
+from mnemic.memories.compact_presses import PRESSES, SINKS
 from mnemic.state import nbytes
 from mnemic.tasks.documents import novels
 from needle_documents import KINDS, Document, Place, document
-from needles import CHUNK, EVERYTHING, OTHER, WINDOW, Kept, retrieved
+from needles import CHUNK, EVERYTHING, OTHER, Kept, retrieved
 
 KIND, BLOCK = "five-depths", 256
 SINKS_AND_WINDOW, RETRIEVED = "sinks + window", "BM25"
 
 
-def conditions(config: CompactConfig, length: int, ratios: Sequence[int], width: int) -> dict[str, CompactConfig]:
-    """With which config a document of `length` tokens is read, under each condition that has one; the first is the
-    score. Heads are `width` wide.
+def conditions(
+    config: CompactConfig, length: int, ratios: Sequence[int], ways: Sequence[By], width: int
+) -> dict[str, CompactConfig]:
+    """With which config a document of `length` tokens is read, under each condition that has one: matching at each
+    ratio, of which the first is the score, and other ways at that. Heads are `width` wide.
     """
-    found, left = {}, length - (config.window or config.segment_length)
-    for ratio in ratios:
-        for by in get_args(By):
-            keys = left // ratio
-            # others have no masses
-            keys = keys if by == "matching" else keys * (2 * width + 1) // (2 * width)
-            found[f"{by}, {ratio} x"] = config.replace(keys=keys, by=by)
-    return found | {SINKS_AND_WINDOW: config.replace(keys=SINKS, by="recent"), WINDOW: config}
+    left = length - (config.window or config.segment_length)
+    keys = left // ratios[0]
+    found = {f"matching, {ratio} x": config.replace(keys=left // ratio) for ratio in ratios}
+    # the others have no masses
+    more = keys * (2 * width + 1) // (2 * width)
+    found |= {f"{by}, {ratios[0]} x": config.replace(keys=more, by=by) for by in ways}
+    return found | {SINKS_AND_WINDOW: config.replace(keys=SINKS, by="recent")}
 
 
 class Reading:
@@ -73,23 +73,21 @@ class Reading:
         self.model, self.tokenizer, self.text, self.first = model, tokenizer, text, first
 
     @torch.no_grad()
-    def under(self, name: str, config: CompactConfig) -> dict[str, Any]:
+    def under(self, config: CompactConfig) -> dict[str, Any]:
         """What it gives under a condition: nats of the blocks behind `first`, what was said and whether it is right,
         bytes that are carried.
         """
         attachment, begun = mnemic.attach(self.model, config), time.perf_counter()
         try:
-            with attachment.disabled() if name == WINDOW else contextlib.nullcontext():
-                session = mnemic.Session(self.model, self.tokenizer)
-                nats = self._nats(lambda part: session.forward(part).logits)
-                found = self._asked(lambda: session.fork().answer)
-                other = self._asked(lambda: session.fork().answer, other=True) if name.startswith("matching") else None
-                assert session.stream is not None
-                size = nbytes(session.stream.state) if name != WINDOW else 0
+            session = mnemic.Session(self.model, self.tokenizer)
+            found: dict[str, Any] = {"nats": self._nats(lambda part: session.forward(part).logits)}
+            found |= self._asked(lambda: session.fork().answer)
+            if config.by == "matching":
+                found["other"] = self._asked(lambda: session.fork().answer, other=True)["right"]
+            assert session.stream is not None
+            return found | {"bytes": nbytes(session.stream.state), "seconds": time.perf_counter() - begun}
         finally:
             attachment.detach()
-        found |= {"nats": nats, "bytes": size, "seconds": time.perf_counter() - begun}
-        return found if other is None else found | {"other": other["right"]}
 
     @torch.no_grad()
     def everything(self) -> dict[str, Any]:
@@ -150,6 +148,7 @@ def run(
     config: CompactConfig,
     length: int,
     ratios: Sequence[int],
+    ways: Sequence[By],
     documents: int,
     seed: int,
     name: str,
@@ -159,7 +158,7 @@ def run(
     """All documents under all conditions; what `folder` has is not read again."""
     window, settings = config.window or config.segment_length, model.config
     width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    configs = conditions(config, length, ratios, width)
+    configs = conditions(config, length, ratios, ways, width)
     about = {"kind": "compact", "model": name, "seed": seed, "text": called(texts), "window": window, "length": length}
     kept, size, found = Kept(folder, about), 0, {}
     show.phase(f"{length:,} tokens", length * documents * (len(configs) + 1))
@@ -174,7 +173,7 @@ def run(
             RETRIEVED: (budget, lambda reading=reading: reading.retrieved(next(iter(configs.values())).keys)),
         }
         for each, own in configs.items():
-            todo[each] = own.to_dict(), lambda reading=reading, each=each, own=own: reading.under(each, own)
+            todo[each] = own.to_dict(), lambda reading=reading, own=own: reading.under(own)
         for each, (settings, give) in todo.items():
             mark = json.dumps(settings)
             if its.get(each, {}).get("config") != mark:
@@ -266,6 +265,7 @@ def main(
     model: Annotated[str, typer.Option(help="A causal model: a folder, or smollm2.")] = "smollm2",
     length: Annotated[int, typer.Option(min=1024, help="Tokens of a document.")] = 4096,
     ratios: Annotated[str, typer.Option(help="Tokens for each key, by commas; the first is the score.")] = "16,4",
+    ways: Annotated[str, typer.Option(help="Others to keep keys, by commas.")] = ",".join(PRESSES),
     documents: Annotated[int, typer.Option(min=1, help="Documents.")] = 2,
     seed: Annotated[int, typer.Option(help="Of texts and numbers.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("runs/compact/records"),
@@ -275,13 +275,25 @@ def main(
     folder = folder_of(model)
     host: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     host.requires_grad_(False)
+    if unknown := sorted(set(others := ways.split(",")) - PRESSES.keys()):
+        raise typer.BadParameter(f"unknown {', '.join(unknown)}; known: {', '.join(PRESSES)}")
     counts, name = [int(ratio) for ratio in ratios.split(",")], Path(model).name
-    arguments = held, CompactConfig(), length, counts, documents, seed, name, Path("runs/compact")
+    arguments = (
+        held,
+        CompactConfig(),
+        length,
+        counts,
+        cast("list[By]", others),
+        documents,
+        seed,
+        name,
+        Path("runs/compact"),
+    )
     with Show("compact") as show:
         record = run(host, AutoTokenizer.from_pretrained(folder), *arguments, show)
     record.command = (
         f"python benchmarks/compact.py --data {data.name} --model {name} --length {length} --ratios {ratios} "
-        f"--documents {documents} --seed {seed}"
+        f"--ways {ways} --documents {documents} --seed {seed}"
     )
     console.print(table(record))
     of = "" if model == "smollm2" else f"-{name}"

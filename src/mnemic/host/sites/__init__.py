@@ -11,8 +11,8 @@ from mnemic.memory import Memory, Site
 if TYPE_CHECKING:
     from mnemic.host.router import Router
 
-READ = WRITTEN = ("input", "attention", "output", "logits")
-"""Where a memory can read and where it can write."""
+SERVED = ("input", "attention", "output", "logits")
+"""Where a memory can read and write."""
 
 
 class Hook(nn.Module):
@@ -37,12 +37,12 @@ def check(memory: Memory, depth: int) -> None:
             f"{type(memory).__name__} writes inside attention, when keys leave the window, and has other sites; name "
             '"attention" sites alone'
         )
-    for doing, sites, served in (("reads", memory.reads, READ), ("writes", memory.writes, WRITTEN)):
+    for doing, sites in (("reads", memory.reads), ("writes", memory.writes)):
         for before, site in zip((*sites[:1], *sites), sites, strict=False):
             said = f"{type(memory).__name__} {doing} {site}"
-            if site.at not in served:
+            if site.at not in SERVED:
                 raise ValueError(
-                    f"{said}, which is not served: no mechanism needs it yet; there are {', '.join(served)}"
+                    f"{said}, which is not served: no mechanism needs it yet; there are {', '.join(SERVED)}"
                 )
             if not 0 <= site.layer < depth:
                 raise ValueError(f"{said}, but the model has blocks 0 .. {depth - 1}")
