@@ -126,6 +126,6 @@ def test_hooks_stand_where_a_memory_names_sites(label):
         pytest.skip("memory tokens enter every block")
     model = make("llama")
     mnemic.attach(model, CONFIGS[label])
-    between = [site for site in (*memory.hidden_reads, *memory.writes) if site.at != "logits"]
+    between = [site for site in (*memory.hidden_reads, *memory.writes) if site.at not in ("attention", "logits")]
     named = {f"{site.at}_{site.layer}" for site in (*between, *memory.logits_reads)}
     assert {place for place, count in hooks_of(model).items() if count} == named

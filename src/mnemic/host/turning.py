@@ -206,6 +206,7 @@ def keys_seen(
         shapes |= {(query.shape[1], held.keys.shape[1], held.keys.shape[3], held.values.shape[3])}
         scales.append(float(more.get("scaling") or query.shape[-1] ** -0.5))
     if len(shapes) > 1:
-        raise ValueError(f"{type(anatomy.trunk).__name__} has blocks with keys of different shapes, {sorted(shapes)}")
+        raise ValueError(f"{type(anatomy.trunk).__name__} has blocks with heads of different shapes, {sorted(shapes)}")
     keys = [layer.keys[0] for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    return keys, Inside(len(layers), *shapes.pop(), tuple(scales))
+    ((queries, heads, key_width, value_width),) = shapes
+    return keys, Inside(len(layers), queries, heads, key_width, value_width, tuple(scales))
