@@ -129,11 +129,11 @@ class Compact(Memory):
         """Keys `[b, l, k, c, s]` without positions, in order of time, values `[b, l, k, c, v]`, masses `[b, l, k, c]`
         and how many tokens before the window each stands, likewise; 0 where there is none yet.
         """
-        here = self.inside
-        shape = batch, here.blocks, here.heads, self.config.keys
+        inside = self.inside
+        shape = batch, inside.blocks, inside.heads, self.config.keys
         return {
-            "keys": torch.zeros(*shape, here.key_width, device=device),
-            "values": torch.zeros(*shape, here.value_width, device=device),
+            "keys": torch.zeros(*shape, inside.key_width, device=device),
+            "values": torch.zeros(*shape, inside.value_width, device=device),
             "mass": torch.zeros(shape, device=device),
             "behind": torch.zeros(shape, dtype=torch.int32, device=device),
         }
@@ -143,7 +143,7 @@ class Compact(Memory):
         return hidden_btd
 
     def further(self, site: Site, asked: Asked) -> Further | None:
-        """What is kept, in line before the window, with the logarithms of its masses."""
+        """What is kept, where it stood, with the logarithms of its masses."""
         own = here(asked.state, 0, asked.place)
         if not own.mass_kn.shape[1]:
             return None
@@ -164,9 +164,8 @@ class Compact(Memory):
         after = {name: tensor.clone() for name, tensor in state.items()}
         for row, left in enumerate(leaving):
             query_td = hidden_btd[row] if keep_bt is None else hidden_btd[row][keep_bt[row]]
-            query_lhts = (
-                query_td.float().unflatten(-1, (self.inside.blocks, self.inside.queries, -1)).permute(1, 2, 0, 3)
-            )
+            heads = self.inside.blocks, self.inside.queries, self.inside.key_width
+            query_lhts = query_td.float().unflatten(-1, heads).permute(1, 2, 0, 3)
             for place in range(self.inside.blocks if left.keys_lkns.shape[2] else 0):
                 own = self._kept(here(state, row, place), query_lhts[place], left, place)
                 for name, made in zip(NAMES, own, strict=True):
@@ -199,11 +198,8 @@ class Compact(Memory):
     def _kept(self, own: Kept, query_hts: Float[Tensor, "h t s"], left: Leaving, place: int) -> Kept:
         """What one block keeps, of what it had and of what leaves."""
         (heads, _), new, keep = own.mass_kn.shape, left.keys_lkns.shape[2], self.config.keys
-        mass_kn, behind_kn = (
-            own.mass_kn.new_ones(heads, new),
-            torch.arange(new, 0, -1).to(own.behind_kn).expand(heads, -1),
-        )
-        came = Kept(left.keys_lkns[place], left.values_lknv[place].float(), mass_kn, behind_kn)
+        behind_kn = torch.arange(new, 0, -1).to(own.behind_kn).expand(heads, -1)
+        came = Kept(left.keys_lkns[place], left.values_lknv[place].float(), own.mass_kn.new_ones(heads, new), behind_kn)
         own = own._replace(behind_kn=own.behind_kn + new)
         old = Kept(*(torch.cat(parts, 1) for parts in zip(own, came, strict=True)))
         old = old._replace(behind_kn=old.behind_kn.clamp_max(self.config.farthest))
@@ -221,7 +217,7 @@ class Compact(Memory):
         seen = Seen((score_kjn - total_kj1).exp(), (total_kj1 - near_kj1).sigmoid())
         if self.config.by != "matching":
             return PRESSES[self.config.by](old, seen, keep)
-        chosen = heaviest(old, seen, keep)
+        chosen = old.some((seen.share_kjn * seen.weight_kj1).square().sum(1).topk(keep).indices)
         part_kjc = (query_kjs @ placed(chosen, first, turn).mT - total_kj1).exp()
         mass_kc = masses(part_kjc, chosen.mass_kn, seen.weight_kj1)
         target_kjv = seen.share_kjn @ old.value_knv
@@ -240,11 +236,6 @@ def placed(kept: Kept, first: int, turn: Callable[..., Tensor]) -> Float[Tensor,
     """Keys turned to where they stand, before a window whose first key stands at `first`."""
     keys_1ns, stands_n = kept.keys_kns.flatten(0, 1)[None], (first - kept.behind_kn).long().flatten()
     return turn(keys_1ns, stands_n).view_as(kept.keys_kns)
-
-
-def heaviest(old: Kept, seen: Seen, count: int) -> Kept:
-    """C: the keys that get most."""
-    return old.some((seen.share_kjn * seen.weight_kj1).square().sum(1).topk(count).indices)
 
 
 def masses(
@@ -267,7 +258,7 @@ def matched(
     """V: values near those of the keys, with which each query reads its target."""
     share_kjc = part_kjc / part_kjc.sum(-1, keepdim=True).clamp_min(TINY)
     miss_kjv, share_kjc = (target_kjv - share_kjc @ value_kcv) * weight_kj1, share_kjc * weight_kj1
-    # there are fewer queries than keys or as few, so by these: X' (X X' + r)^-1 = (X' X + r)^-1 X'
+    # by queries, of which there are few however many keys are kept: X' (X X' + r)^-1 = (X' X + r)^-1 X'
     gram_kjj = share_kjc @ share_kjc.mT
     ridge_k = RIDGE * gram_kjj.diagonal(dim1=-2, dim2=-1).sum(-1) / share_kjc.shape[-1]
     gram_kjj = gram_kjj + ridge_k.clamp_min(TINY)[:, None, None] * torch.eye(gram_kjj.shape[-1], device=gram_kjj.device)
