@@ -142,7 +142,8 @@ def compact(found: Sequence[Record]) -> str:
             ]
         )
     config = record.config
-    note = f"{config['documents']} documents of {config['length']:,} tokens of novels in which five things are told, "
+    count = f"{config['documents']} document{'s' if config['documents'] > 1 else ''}"
+    note = f"{count} of {config['length']:,} tokens of novels in which five things are told, "
     note += f"{record.host}, window {config['window']}; perplexity of {told.examples:,} tokens behind the first "
     note += f"{2 * config['window']:,}; in brackets 95 % of a bootstrap of blocks of {config['block']} tokens. MiB are "
     note += f"those of the memory, and for everything in the window of its keys. Made by `{record.command}`."
