@@ -442,7 +442,7 @@ def test_bytes_follow_the_declared_law(config, name):
     for part in tokens(1, 30 * SEGMENT).split(6 * SEGMENT, 1):
         session.read(part)
         sizes.append(nbytes(session.stream.state))
-        if memory.attention_reads:
+        if memory.keeps:
             # two numbers of 4 bytes for each block, head and channel of every token
             attended = mnemic.attached(model).router.attended
             shapes = [shape for key, shape in key_shapes(model).items() if int(key.split(".")[1]) in attended]

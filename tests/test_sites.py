@@ -66,13 +66,13 @@ def elsewhere(monkeypatch, name, **at):
             {"reads": (Site(0, "ffn"),)},
             "Elsewhere reads ffn of block 0, which is not served: no mechanism",
         ),
-        ({"writes": (Site(1, "ffn"),)}, "writes ffn of block 1, .*; there are input, output, logits"),
+        ({"writes": (Site(1, "ffn"),)}, "writes ffn of block 1, .*; there are input, attention, output, logits"),
         ({"reads": (Site(0, "logits"),)}, "reads logits of block 0, but those stand behind the last block, 1"),
         ({"writes": (Site(0, "logits"),)}, "writes logits of block 0, but those stand behind the last block, 1"),
         ({"writes": (), "takes_ids": True}, "takes the ids of tokens that are written, and writes none"),
         (
             {"writes": (Site(0, "attention"),)},
-            "writes attention of block 0, .* keys and values are kept for what",
+            "writes inside attention, when keys leave the window, and has other sites",
         ),
         ({"reads": (Site(2),)}, r"reads output of block 2, but the model has blocks 0 \.\. 1"),
         ({"reads": (Site(-1),)}, r"reads output of block -1, but the model has blocks 0 \.\. 1"),
@@ -126,6 +126,6 @@ def test_hooks_stand_where_a_memory_names_sites(label):
         pytest.skip("memory tokens enter every block")
     model = make("llama")
     mnemic.attach(model, CONFIGS[label])
-    between = [site for site in (*memory.hidden_reads, *memory.writes) if site.at != "logits"]
+    between = [site for site in (*memory.hidden_reads, *memory.writes) if site.at not in ("attention", "logits")]
     named = {f"{site.at}_{site.layer}" for site in (*between, *memory.logits_reads)}
     assert {place for place, count in hooks_of(model).items() if count} == named

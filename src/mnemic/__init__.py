@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mnemic.data import SegmentCollator, Streams, collate
     from mnemic.host.cache import MemoryCache
     from mnemic.memories.armt import ARMTConfig
+    from mnemic.memories.compact import CompactConfig
     from mnemic.memories.compressive import CompressiveConfig
     from mnemic.memories.emt import EMTConfig
     from mnemic.memories.fast_weights import FastWeightsConfig
@@ -43,6 +44,7 @@ __all__ = [
     "ARMTConfig",
     "Attachment",
     "Batch",
+    "CompactConfig",
     "CompressiveConfig",
     "Conflict",
     "EMTConfig",

@@ -185,7 +185,7 @@ def _bank(
 ) -> dict[str, Kind]:
     """What a session's bank is made of: nothing before keys have left the window, or where none are kept."""
     router = router_of(model)
-    if meta.get("stream") is None or not router.attended or not BANK & tensors.keys():
+    if meta.get("stream") is None or not router.memory.keeps or not BANK & tensors.keys():
         return {}
     count = tensors["bank.positions"].numel() if "bank.positions" in tensors else 0
     kept, room = tensors.get("bank.keys"), filled(count)

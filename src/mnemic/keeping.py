@@ -159,7 +159,7 @@ def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapped 
 def forget(session: Session, first: int, last: int) -> int:
     """`Session.forget`, in a call of the session."""
     stream, cache = session.stream, session._cache
-    if not session._router.attended:
+    if not session._router.memory.keeps:
         kind = session._router.config.kind
         raise ValueError(f"a memory of kind {kind!r} keeps no token apart from others; reset() forgets all")
     if session._router.memory.writes:
@@ -188,7 +188,7 @@ def forget(session: Session, first: int, last: int) -> int:
 
 def spill_to(session: Session, folder: Path, ram: int) -> None:
     """`Session.spill_to`, in a call of the session."""
-    if not session._router.attended:
+    if not session._router.memory.keeps:
         kind = session._router.config.kind
         raise ValueError(f"a memory of kind {kind!r} keeps no keys that could be laid into files; leave it out")
     if (device := session._router.device).type != "cpu":

@@ -71,6 +71,7 @@ class Asked:
     `place`. `turn(x, position)` puts positions in, and takes them out with `back=True`. `scale` multiplies products.
     `number` says which token of its segment each one is, from 0 on; -1 for padding. While a session is `reading`,
     nobody waits for what the model says. With `chosen_ktc` what was chosen before is wanted again (see `Further`).
+    `state` is the row's, of batch size 1, as it stood when the segment began.
     """
 
     turned_hts: Float[Tensor, "h t s"]
@@ -84,6 +85,7 @@ class Asked:
     number: Sequence[int]
     reading: bool = False
     chosen_ktc: Int[Tensor, "k t c"] | None = None
+    state: State = field(default_factory=dict)
 
     @functools.cached_property
     def query_hts(self) -> Float[Tensor, "h t s"]:
@@ -96,12 +98,14 @@ class Further:
     """Keys and values that stand before the window in the softmax of a block, for each head of keys and each token, or
     (`t` is 1, nothing left out) for all tokens alike. `keep_ktm` marks what is there; None for all. `chosen_ktc` says
     where in the bank those tokens are that decide all of it, in their order: of what is held a file has these alone.
+    `bias_ktm` is added to the scaled products: a key of bias log n weighs as much as n keys; None for no bias.
     """
 
     keys_ktms: Float[Tensor, "k t m s"]
     values_ktmv: Float[Tensor, "k t m v"]
     keep_ktm: Bool[Tensor, "k t m"] | None = None
     chosen_ktc: Int[Tensor, "k t c"] | None = None
+    bias_ktm: Float[Tensor, "k t m"] | None = None
 
     @property
     def shared(self) -> bool:
@@ -117,6 +121,36 @@ class Further:
         """With every tensor replaced by what `function` makes of it."""
         parts = (getattr(self, each.name) for each in dataclasses.fields(self))
         return Further(*(None if part is None else function(part) for part in parts))  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class Inside:
+    """The attention that a memory stands inside of: how many blocks are served, how many heads of queries and of keys
+    each has, how wide keys and values are, and by what each block multiplies products. Nothing until it is attached.
+    """
+
+    blocks: int = 0
+    queries: int = 0
+    heads: int = 0
+    key_width: int = 0
+    value_width: int = 0
+    scales: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """What leaves the window of one row as it ends a segment: keys without their positions, float32, and values of each
+    block that is served, the first of which stood at `first`, the others behind it; none where n is 0. The segment
+    that ends began at `begins`. `turns[i](x, position)` puts positions in as the i-th of these blocks does. Of the keys
+    that stay in the window `stays_lkms` are as they stand there, with positions.
+    """
+
+    keys_lkns: Float[Tensor, "l k n s"]
+    values_lknv: Float[Tensor, "l k n v"]
+    first: int
+    begins: int
+    turns: Sequence[Callable[..., Tensor]]
+    stays_lkms: Float[Tensor, "l k m s"]
 
 
 @dataclass(frozen=True)
@@ -246,10 +280,13 @@ class Memory(nn.Module, ABC):
 
     reads: tuple[Site, ...]
     """Where the memory reads, in order. At an "attention" site it is asked by `further`, and the keys and values that
-    leave the window there are kept for it; at "logits" it is asked by `mix`.
+    leave the window there are kept for it, unless it writes there; at "logits" it is asked by `mix`.
     """
     writes: tuple[Site, ...]
-    """The sites whose hidden states `write` gets, in order, joined along d. The write happens at the last of them."""
+    """The sites whose hidden states `write` gets, in order, joined along d. The write happens at the last of them. At
+    "attention" sites these are the queries of the segment's tokens without positions, heads joined along d: then the
+    write happens when keys leave the window, and `write` gets those of each row as `leaving=`.
+    """
     beside: int = 0
     """The most memory tokens that stand beside a segment, before and behind it. With any, a memory alters what the base
     puts out from the start, and the base keeps its keys in a `MemoryCache`, whatever cache it is given.
@@ -274,6 +311,8 @@ class Memory(nn.Module, ABC):
     """How the keys and values that are kept for it are stored: as the base gives them, or packed (`mnemic.packing`)."""
     newer: tuple[str, ...] = ()
     """Names of the state that files of earlier releases do not have: they go on as in a new stream."""
+    inside: Inside = Inside()
+    """The attention that it stands inside of, as the host found it."""
     place: Tensor
     """An empty tensor where the memory computes, in its dtype: for memories without parameters too."""
 
@@ -358,13 +397,18 @@ class Memory(nn.Module, ABC):
         return None
 
     def write_and_tell(
-        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
+        self,
+        hidden_btd: Float[Tensor, "b t d"],
+        state: State,
+        keep_bt: Bool[Tensor, "b t"] | None = None,
+        **known: Any,
     ) -> tuple[State, Attribution | None]:
         """`write`, and where it went; None for the latter where a mechanism cannot tell.
 
-        Sessions ask so, without a gradient, in place of `write`. It should cost little more.
+        What `known` gives is passed on. Sessions ask so, without a gradient, in place of `write`. It should cost little
+        more.
         """
-        return self.write(hidden_btd, state, keep_bt), None
+        return self.write(hidden_btd, state, keep_bt, **known), None
 
     def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[Site, Float[Tensor, "n d"]]) -> None:
         """Fits what does not train to the host's hidden states, as `write` gets them and at each site where it reads.
@@ -385,9 +429,12 @@ class Memory(nn.Module, ABC):
         counts beyond a table, places that are not there. For files from elsewhere; by default nothing is checked.
         """
 
-    def known(self, ids_bt: Int[Tensor, "b t"] | None) -> dict[str, Any]:
-        """The ids of a segment's tokens as `write` gets them: by name, where the memory takes them."""
-        return {"ids_bt": ids_bt} if self.takes_ids else {}
+    def known(self, ids_bt: Int[Tensor, "b t"] | None, leaving: Sequence[Leaving] | None = None) -> dict[str, Any]:
+        """What `write` gets beside hidden states, by name: the ids of a segment's tokens where the memory takes them,
+        and what leaves the window of each row where it writes inside attention (None without a window).
+        """
+        ids = {"ids_bt": ids_bt} if self.takes_ids else {}
+        return ids | ({"leaving": leaving} if self.writes_inside else {})
 
     @property
     def hidden_reads(self) -> tuple[Site, ...]:
@@ -403,6 +450,16 @@ class Memory(nn.Module, ABC):
     def logits_reads(self) -> tuple[Site, ...]:
         """The sites where `mix` is called."""
         return tuple(site for site in self.reads if site.at == "logits")
+
+    @property
+    def writes_inside(self) -> bool:
+        """Whether it writes inside attention: then it writes and reads nowhere else."""
+        return any(site.at == "attention" for site in self.writes)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the keys and values that leave the window are kept for it as they are, in the stream's bank."""
+        return bool(self.attention_reads) and not self.writes_inside
 
     @property
     def writes_see_reads(self) -> bool:

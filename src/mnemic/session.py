@@ -340,7 +340,7 @@ class Session:
         Raises:
             ValueError: the memory keeps no tokens (recall does).
         """
-        if not self._router.attended:
+        if not self._router.memory.keeps:
             raise ValueError(
                 f"{type(self._router.memory).__name__} keeps no tokens that could be attended to, so there are no "
                 "passages to tell of; attach recall, or look at session.history"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mnemic.bank import Bank
 from mnemic.history import Log, told_of
-from mnemic.memory import Further, Memory, Site
+from mnemic.memory import Further, Leaving, Memory, Site
 from mnemic.state import State, StateError, append_rows, concatenate, detach, level, nbytes, put, repeat, select
 
 
@@ -74,6 +74,8 @@ def cut(
 
 def waiting_width(memory: Memory, width: int) -> int:
     """Values kept of a token until its segment is written: none where tokens behind the segment are written instead."""
+    if memory.writes_inside:
+        return memory.inside.blocks * memory.inside.queries * memory.inside.key_width
     return 0 if memory.writes_tokens_behind else len(memory.writes) * width
 
 
@@ -168,10 +170,17 @@ class Stream:
             state[name] = state[name] + trace.sum(1)
         return replace(self, state=state)
 
-    def commit(self, memory: Memory, rows: Sequence[int], behind_bmd: Float[Tensor, "b m d"] | None = None) -> Stream:
+    def commit(
+        self,
+        memory: Memory,
+        rows: Sequence[int],
+        behind_bmd: Float[Tensor, "b m d"] | None = None,
+        leaving: Mapping[int, Leaving] | None = None,
+    ) -> Stream:
         """Writes the running segment of `rows`, full or not; rows with nothing waiting stay as they are.
 
-        What is written is what waits, or `behind_bmd`, the hidden states of the memory tokens behind the segment.
+        What is written is what waits, or `behind_bmd`, the hidden states of the memory tokens behind the segment; and
+        what is `leaving` the window of each of the rows, for a memory that writes inside attention.
         """
         rows = [row for row in rows if self.counts[row]]
         if not rows:
@@ -187,7 +196,8 @@ class Stream:
             keep = torch.arange(max(lengths), device=index.device) < torch.tensor(lengths, device=index.device)[:, None]
         ids = None if self.ids is None else self.ids[index, : max(lengths)]
         note_auxiliary(memory, hidden, state, keep)
-        after, logs = self._write(memory, rows, hidden, state, keep, ids)
+        left = None if leaving is None else [leaving[row] for row in rows]
+        after, logs = self._write(memory, rows, hidden, state, keep, memory.known(ids, left))
         if not everyone:
             after = put(self.state, index, after)
         counts = tuple(0 if row in rows else count for row, count in enumerate(self.counts))
@@ -196,8 +206,8 @@ class Stream:
         return stream.holding(self.held)
 
     def passed(self, memory: Memory, pieces: Sequence[Piece], time: int, keep_bt: Bool[Tensor, "b t"] | None) -> Stream:
-        """The stream after a call of which the memory writes no hidden states: its tokens are counted."""
-        stream, nothing = self, self.waiting.new_zeros(self.batch, time, 0)
+        """The stream after a call of which the memory writes nothing: its tokens are counted."""
+        stream, nothing = self, self.waiting.new_zeros(self.batch, time, self.waiting.shape[-1])
         for piece in pieces:
             part = slice(piece.start, piece.stop)
             stream = stream.reset(memory, piece.fresh) if piece.fresh else stream
@@ -209,7 +219,7 @@ class Stream:
         """Writes one more segment to every row, which comes at once; no row may have tokens waiting."""
         length = hidden_btd.shape[1]
         came = replace(self, counts=(length,) * self.batch, seen=tuple(count + length for count in self.seen))
-        after, logs = came._write(memory, range(self.batch), hidden_btd, self.state, None, ids_bt)
+        after, logs = came._write(memory, range(self.batch), hidden_btd, self.state, None, memory.known(ids_bt))
         return replace(self, logs=logs).after(after, 1, length).read(ids_bt, None)
 
     def _write(
@@ -219,13 +229,13 @@ class Stream:
         hidden: Tensor,
         state: State,
         keep: Tensor | None,
-        ids: Tensor | None,
+        known: dict[str, Any],
     ) -> tuple[State, tuple[Log | None, ...]]:
         """The state after the running segment of `rows`, which are those of the tensors, and the logs after it."""
         logged = [(place, row) for place, row in enumerate(rows) if self.logs[row] is not None]
         if not logged:
-            return memory.write(hidden, state, keep, **memory.known(ids)), self.logs
-        after, found = memory.write_and_tell(hidden, state, keep, **memory.known(ids))
+            return memory.write(hidden, state, keep, **known), self.logs
+        after, found = memory.write_and_tell(hidden, state, keep, **known)
         told = [None] * len(logged) if found is None else told_of(found, [place for place, _ in logged])
         logs = list(self.logs)
         for (_, row), each in zip(logged, told, strict=True):

@@ -161,6 +161,35 @@ def knn_lm(found: Sequence[Record]) -> str:
     return f"{markdown(['memory', 'bits a byte', 'nats a token above'], rows)}\n\n{note}"
 
 
+def compact(found: Sequence[Record]) -> str:
+    """Perplexity and what was found again with few keys in place of all that left the window, beside other ways."""
+    if not found:
+        return missing("compact")
+    record, (told, asked) = found[0], found[0].scores
+    own = next(iter(record.config["settings"]))
+    above, rows = record.measures[f"nats above {own}"], []
+    for name in (own, *asked.controls):
+        perplexity, size = told.details.get(f"perplexity, {name}"), record.measures["bytes"].get(name)
+        outcome = asked.outcomes["memory" if name == own else name]
+        rows.append(
+            [
+                f"**{name}**" if name == own else name,
+                "" if perplexity is None else f"{perplexity:.2f}",
+                "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**above[name]) if name in above else "",
+                f"{outcome.count('1')} of {len(outcome)}",
+                "" if not size else f"{size / 2**20:.1f}",
+            ]
+        )
+    config = record.config
+    count = f"{config['documents']} document{'s' if config['documents'] > 1 else ''}"
+    note = f"{count} of {config['length']:,} tokens of novels in which five things are told, "
+    note += f"{record.host}, window {config['window']}; perplexity of {told.examples:,} tokens behind the first "
+    note += f"{2 * config['window']:,}; in brackets 95 % of a bootstrap of blocks of {config['block']} tokens. MiB are "
+    note += f"those of the memory, and for everything in the window of its keys. Made by `{record.command}`."
+    header = ["what is kept", "perplexity", f"nats a token above {own}", "found again", "MiB"]
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
 def window_sinks(found: Sequence[Record]) -> str:
     """Perplexity of a novel in windows with sinks, without, and with all keys recomputed."""
     if not found:

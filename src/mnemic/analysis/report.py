@@ -59,6 +59,7 @@ def tables(results: Path) -> dict[str, str]:
     made["store-crowds"] = store_tables.crowds(records(results, "store"))
     made["mutated-files"] = store_tables.mutated(records(results, "mutated-files"))
     made["needles"] = real_tables.needles(records(results, "needles"))
+    made["compact"] = real_tables.compact(records(results, "compact"))
     made["recall-blocks"] = real_tables.recall_blocks(records(results, "recall-blocks"))
     made["recall-events"] = real_tables.recall_events(records(results, "recall-events"))
     made["recall-speed"] = real_tables.recall_speed(records(results, "recall-speed"))

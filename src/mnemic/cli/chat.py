@@ -221,7 +221,7 @@ class Chat:
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
         """Notes where an answer comes from, where that can be told."""
-        if not (self.session.keep_text and mnemic.attached(self.model).router.attended):
+        if not (self.session.keep_text and mnemic.attached(self.model).memory.keeps):
             yield
             return
         with self.session.sources() as self.found:

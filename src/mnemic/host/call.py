@@ -166,8 +166,8 @@ class Thread(threading.local):
         """What encoders read and write."""
         self.wordless: Wordless | None = None
         """Why the next call has no words."""
-        self.probe: list[tuple[int, Tensor, Tensor, dict[str, Any]]] | None = None
-        """What attention was given, while a model is looked at: block, keys, values, the rest."""
+        self.probe: list[tuple[int, Tensor, Tensor, dict[str, Any], Tensor]] | None = None
+        """What attention was given, while a model is looked at: block, keys, values, the rest, queries."""
         self.reading = False
         """Whether what the model says of these tokens is of no interest."""
 

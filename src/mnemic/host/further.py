@@ -59,13 +59,19 @@ def with_shared(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """The host's own function over further keys that all tokens share, and the window's."""
-    count, time = more.keys_ktms.shape[2], query.shape[2]
-    if mask is None and time > 1:
-        held = key.shape[2]
+    count, time, held = more.keys_ktms.shape[2], query.shape[2], key.shape[2]
+    if mask is None and (time > 1 or more.bias_ktm is not None):
         mask = torch.ones(time, held, dtype=torch.bool, device=key.device).tril(held - time)[None, None]
         if not str(module.config._attn_implementation).endswith("sdpa"):  # pyright: ignore
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    if mask is not None:
+    if more.bias_ktm is not None:
+        assert mask is not None
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        heads = query.shape[1]
+        bias_htm = more.bias_ktm.repeat_interleave(heads // len(more.bias_ktm), 0).to(mask.dtype)
+        mask = torch.cat([bias_htm.expand(-1, time, -1)[None], mask.expand(-1, heads, -1, -1)], -1)
+    elif mask is not None:
         seen = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
         mask = torch.cat([seen.expand(*mask.shape[:3], count), mask], -1)
     key = torch.cat([more.keys_ktms[:, 0][None].to(key.dtype), key], 2)
@@ -91,6 +97,8 @@ def weights(
     elif time > 1:  # one token sees all
         mask = torch.ones(time, held, dtype=torch.bool, device=near.device).tril(held - time)
         near = near.masked_fill(~mask, -torch.inf)
+    if more.bias_ktm is not None:
+        far = far + more.bias_ktm[:, None]
     if more.keep_ktm is not None:
         far = far.masked_fill(~more.keep_ktm[:, None], -torch.inf)
     return torch.cat([far, near], -1).softmax(-1)

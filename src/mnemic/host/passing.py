@@ -151,9 +151,13 @@ def _advance(
 
 
 def counted(router: Router, call: Call) -> Stream:
-    """The stream after a pass of which no hidden states are written."""
+    """The stream after a pass of which no hidden states are written. Queries wait until keys leave the window."""
     before, keep = call.stream, call.keep
     assert before is not None
+    if call.written:
+        query_btd = torch.cat([call.written[site].to(router.device) for site in sorted(call.written)], -1)
+        check_finite(query_btd, keep, max(call.written))
+        return before.append(query_btd if keep is None else query_btd.masked_fill(~keep[..., None], 0), keep)
 
     def first(time: int) -> Stream:
         kept = None if keep is None else keep[:, :time]

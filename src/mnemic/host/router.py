@@ -110,7 +110,7 @@ class Router(nn.Module):
                 attention.install(anatomy)
                 inside = [attention_of(anatomy.blocks[layer]) for layer in self.attended]
                 object.__setattr__(self, "attentions", tuple(inside))
-                self.turnings = turnings(anatomy, self.attended, self.disabled)
+                self.turnings, self.memory.inside = turnings(anatomy, self.attended, self.disabled)
         except BaseException:
             self.remove(anatomy)
             raise
@@ -213,7 +213,7 @@ class Router(nn.Module):
         """The output of a pass, when its stream and its window have moved on."""
         layer, stream, cache, beside = call.plan.layer, call.stream, call.cache, call.beside
         if layer is not None and stream is not None:
-            if not self.memory.writes:  # where tokens are written they are counted
+            if not self.memory.writes or self.memory.writes_inside:  # elsewhere what is written is counted
                 stream = counted(self, call)
             layer.stream = stream.leave(call.traces, call.keep).read(call.ids, call.keep).holding(call.held)
         if isinstance(cache, MemoryCache):
@@ -259,13 +259,14 @@ class Router(nn.Module):
         stream = cache.memory.stream
         assert stream is not None
         if not self.memory.writes_tokens_behind:
-            cache.memory.stream = stream.commit(self.memory, rows)
+            if not self.memory.writes_inside:  # which writes when keys leave
+                cache.memory.stream = stream.commit(self.memory, rows)
             self.close_segment(trunk, cache, rows)
             return
         self.run_wordless(trunk, cache, Wordless(ending=rows))
 
     def close_segment(self, trunk: nn.Module, cache: MemoryCache, rows: Sequence[int]) -> None:
-        """`rows` end their segment: of the keys that leave the window, a memory that keeps keys gets those it keeps."""
+        """`rows` end their segment: the keys that leave the window go to a memory inside attention."""
         window, moved = cache.window, None
         if window is not None and window.sinks and any(window.runs_out(row) for row in rows):
             if not self.moving:

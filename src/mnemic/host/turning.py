@@ -23,6 +23,7 @@ from mnemic.host.call import thread
 from mnemic.host.evaluating import evaluating
 from mnemic.host.release import DynamicCache, newer
 from mnemic.host.ropes import length_dependent
+from mnemic.memory import Inside
 
 PLACES = (0, 1, 5)
 """Positions at which a token is looked at."""
@@ -49,7 +50,7 @@ class Turning:
         angles for blocks that turn alike.
         """
         x = x.float()
-        if self.apply is None or self.rotary is None:
+        if self.apply is None or self.rotary is None or not x.numel():
             return x
         memo = {} if memo is None else memo
         key = self.rotary, self.kind, x.device, position.cpu().numpy().tobytes()
@@ -115,14 +116,14 @@ def _token(anatomy: Anatomy) -> Int[Tensor, "1 1"]:
 @torch.no_grad()
 def turnings(
     anatomy: Anatomy, layers: list[int], alone: Callable[[], contextlib.AbstractContextManager[None]]
-) -> list[Turning]:
-    """How the blocks `layers` turn their keys, where the base runs by itself within `alone`. Raises `ValueError` for a
-    block whose rotation is not found, or whose attention is not over its keys.
+) -> tuple[list[Turning], Inside]:
+    """How the blocks `layers` turn their keys, where the base runs by itself within `alone`, and what their attention
+    is like. Raises `ValueError` for a block whose rotation is not found, or whose attention is not over its keys.
     """
     trunk = anatomy.trunk
     ids = _token(anatomy)
     with alone():
-        looked = [keys_at(anatomy, layers, ids, torch.full_like(ids, place)) for place in PLACES]
+        looked, insides = zip(*(keys_at(anatomy, layers, ids, torch.full_like(ids, p)) for p in PLACES), strict=True)
     rotates = any("Rotary" in type(module).__name__ for module in trunk.modules())
     found = []
     for layer in layers:
@@ -137,7 +138,7 @@ def turnings(
                 )
             )
         found.append(turning)
-    return found
+    return found, insides[0]
 
 
 @torch.no_grad()
@@ -166,8 +167,10 @@ def movable(
     return found
 
 
-def keys_at(anatomy: Anatomy, layers: list[int], ids: Tensor, position_ids: Tensor) -> list[Tensor]:
-    """The keys `[k, t, s]` that each block makes of tokens at some positions."""
+def keys_at(anatomy: Anatomy, layers: list[int], ids: Tensor, position_ids: Tensor) -> tuple[list[Tensor], Inside]:
+    """The keys `[k, t, s]` that each block makes of tokens at some positions, and what the attention of `layers` is
+    like.
+    """
     cache = DynamicCache()
     thread.probe = []
     try:
@@ -179,12 +182,13 @@ def keys_at(anatomy: Anatomy, layers: list[int], ids: Tensor, position_ids: Tens
 
 
 def keys_seen(
-    anatomy: Anatomy, layers: list[int], cache: Any, seen: list[tuple[int, Tensor, Tensor, dict[str, Any]]]
-) -> list[Tensor]:
-    """The keys `[k, t, s]` of every block. Raises `ValueError` unless the attention of each of `layers` was called
-    once, over the keys and values that the cache has of it, and these are of one shape.
+    anatomy: Anatomy, layers: list[int], cache: Any, seen: list[tuple[int, Tensor, Tensor, dict[str, Any], Tensor]]
+) -> tuple[list[Tensor], Inside]:
+    """The keys `[k, t, s]` of every block, and what the attention of `layers` is like. Raises `ValueError` unless the
+    attention of each of `layers` was called once, over the keys and values that the cache has of it, and these are of
+    one shape.
     """
-    shapes = set()
+    shapes, scales = set(), []
     for layer in layers:
         its, held = [each for each in seen if each[0] == layer], cache.layers[layer]
         plain = len(its) == 1 and all(
@@ -198,7 +202,11 @@ def keys_seen(
                     "them, sinks among its weights), inside which this memory cannot work"
                 )
             )
-        shapes |= {(held.keys.shape[1], held.keys.shape[3], held.values.shape[3])}
+        _, _, _, more, query = its[0]
+        shapes |= {(query.shape[1], held.keys.shape[1], held.keys.shape[3], held.values.shape[3])}
+        scales.append(float(more.get("scaling") or query.shape[-1] ** -0.5))
     if len(shapes) > 1:
-        raise ValueError(f"{type(anatomy.trunk).__name__} has blocks with keys of different shapes, {sorted(shapes)}")
-    return [layer.keys[0] for layer in cache.layers if getattr(layer, "keys", None) is not None]
+        raise ValueError(f"{type(anatomy.trunk).__name__} has blocks with heads of different shapes, {sorted(shapes)}")
+    keys = [layer.keys[0] for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    ((queries, heads, key_width, value_width),) = shapes
+    return keys, Inside(len(layers), queries, heads, key_width, value_width, tuple(scales))

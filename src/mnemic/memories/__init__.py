@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 MECHANISMS = {
     "armt": "ARMTConfig",
+    "compact": "CompactConfig",
     "compressive": "CompressiveConfig",
     "emt": "EMTConfig",
     "fast-weights": "FastWeightsConfig",

@@ -115,6 +115,8 @@ class Several(Memory):
         beside = [each for each in members if each.beside]
         if len(beside) > 1:
             raise ValueError("two of the memories put tokens beside a segment; at most one can")
+        if any(each.writes_inside for each in members):
+            raise ValueError("a memory that writes inside attention stands alone")
         inside = [each for each in members if each.attention_reads]
         if len(inside) > 1:
             raise ValueError("two of the memories keep the keys that leave the window; one is enough")

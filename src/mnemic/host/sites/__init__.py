@@ -11,8 +11,8 @@ from mnemic.memory import Memory, Site
 if TYPE_CHECKING:
     from mnemic.host.router import Router
 
-READ, WRITTEN = ("input", "attention", "output", "logits"), ("input", "output", "logits")
-"""Where a memory can read and where it can write."""
+SERVED = ("input", "attention", "output", "logits")
+"""Where a memory can read and write."""
 
 
 class Hook(nn.Module):
@@ -32,14 +32,18 @@ def check(memory: Memory, depth: int) -> None:
         raise ValueError(
             f"{type(memory).__name__} takes the ids of tokens that are written, and writes none; set takes_ids=False"
         )
-    for doing, sites, served in (("reads", memory.reads, READ), ("writes", memory.writes, WRITTEN)):
+    if memory.writes_inside and any(site.at != "attention" for site in (*memory.reads, *memory.writes)):
+        raise ValueError(
+            f"{type(memory).__name__} writes inside attention, when keys leave the window, and has other sites; name "
+            '"attention" sites alone'
+        )
+    for doing, sites in (("reads", memory.reads), ("writes", memory.writes)):
         for before, site in zip((*sites[:1], *sites), sites, strict=False):
             said = f"{type(memory).__name__} {doing} {site}"
-            if site.at not in served:
-                yet = (
-                    "keys and values are kept for what reads there" if site.at in READ else "no mechanism needs it yet"
+            if site.at not in SERVED:
+                raise ValueError(
+                    f"{said}, which is not served: no mechanism needs it yet; there are {', '.join(SERVED)}"
                 )
-                raise ValueError(f"{said}, which is not served: {yet}; there are {', '.join(served)}")
             if not 0 <= site.layer < depth:
                 raise ValueError(f"{said}, but the model has blocks 0 .. {depth - 1}")
             if site.at == "logits" and site.layer != depth - 1:
@@ -50,7 +54,7 @@ def check(memory: Memory, depth: int) -> None:
 
 def named(memory: Memory, depth: int) -> list[Site]:
     """The sites between blocks where something has to be installed."""
-    sites = {site for site in (*memory.hidden_reads, *memory.writes) if site.at != "logits"}
+    sites = {site for site in (*memory.hidden_reads, *memory.writes) if site.at not in ("attention", "logits")}
     if memory.beside:  # memory tokens enter every block, and leave with the last
         sites |= {*(Site(block, "input") for block in range(depth)), Site(depth - 1)}
     return sorted(sites)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mnemic.bank import Bank
@@ -22,7 +23,7 @@ from mnemic.host.cache import MemoryCache, Window
 from mnemic.host.call import Call, eager, thread
 from mnemic.host.further import Part, in_parts, weights, with_own, with_shared
 from mnemic.host.release import ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, DynamicLayer, newer
-from mnemic.memory import Asked, Site
+from mnemic.memory import Asked, Leaving, Site
 from mnemic.sources import noted
 from mnemic.state import StateError
 
@@ -94,7 +95,7 @@ def attend(
     """What stands in place of the host's attention function. `query [b, h, t, s]`, `key [b, k, n, s]`."""
     base = base_function(own, module)
     if thread.probe is not None:
-        thread.probe.append((int(module.layer_idx), key, value, kwargs))  # pyright: ignore[reportArgumentType]
+        thread.probe.append((int(module.layer_idx), key, value, kwargs, query))  # pyright: ignore[reportArgumentType]
     found = _call_of(module)
     if found is None:
         return base(module, query, key, value, attention_mask, **kwargs)
@@ -103,6 +104,8 @@ def attend(
     layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
     if layer == router.attended[-1]:
         _check_finite(key[:, :, -query.shape[2] :], call.keep, layer)
+    if router.memory.writes_inside:
+        call.written[Site(layer, "attention")] = _plain(router, call, layer, query)
     further = [_asked(router, call, layer, query, row, kwargs) for row in range(len(query))]
     if all(more is None for parts in further for *_, more in parts):
         return base(module, query, key, value, attention_mask, **kwargs)
@@ -159,7 +162,7 @@ def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwar
     """What the memory gives to one row."""
     assert call.stream is not None
     bank = call.stream.banks[row]
-    if bank is None or not bank.length:
+    if router.memory.keeps and (bank is None or not bank.length):
         return [(0, query.shape[2], None)]
     assert isinstance(call.cache, MemoryCache)
     assert call.cache.window is not None
@@ -171,12 +174,13 @@ def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwar
         position_t=position,
         first=window.position[row] - window.context[row] + min(window.sinks, window.context[row]),
         scale=float(kwargs.get("scaling") or query.shape[-1] ** -0.5),
-        bank=bank,
+        bank=bank or Bank(),
         place=place,
         turn=turn,
         window=call.cache.settings[0] or router.segment_length,
         number=_numbers(window.running[row], call, row),
         reading=thread.reading,
+        state={name: tensor[row : row + 1] for name, tensor in call.states[0].items()},
     )
     # as it stood: a memory beside this one may have ended the segment in an earlier block
     held = (call.before or call.stream).held[row].get(place)
@@ -184,6 +188,18 @@ def _asked(router: Router, call: Call, layer: int, query: Tensor, row: int, kwar
     if shared is not None:
         call.held[row][place] = shared
     return parts
+
+
+def _plain(router: Router, call: Call, layer: int, query: Tensor) -> Float[Tensor, "b t d"]:
+    """The queries without their positions, heads joined."""
+    assert isinstance(call.cache, MemoryCache)
+    assert call.cache.window is not None
+    turning = router.turnings[router.attended.index(layer)]
+    found = []
+    for row, turned_hts in enumerate(query.detach()):
+        position = _positions(call.cache.window, call, row, query.shape[2], query.device)
+        found.append(turning(turned_hts, position, back=True, memo=call.angles))
+    return torch.stack(found).transpose(1, 2).flatten(2).to(query.dtype)
 
 
 def _numbers(running: int, call: Call, row: int) -> Sequence[int]:
@@ -229,29 +245,42 @@ def check_asked(router: Router, call: Call, trunk: Any) -> None:
 
 @torch.no_grad()
 def take_leaving(router: Router, cache: MemoryCache, rows: Sequence[int], moves: bool) -> None:
-    """The keys that leave the window when `rows` end their segment join the banks of their streams; `moves` as in
-    `Window.close_segment`.
+    """The keys that leave the window when `rows` end their segment join the banks of their streams, or are written with
+    the queries of the segment; `moves` as in `Window.close_segment`.
     """
     window, stream = cache.window, cache.memory.stream
     if window is None or stream is None or not rows:
         return
     gone = window.valid & ~window.close_segment(rows, moves).valid
+    if router.memory.writes_inside:
+        leaving = {row: _leaving(router, cache, window, row, gone[row]) for row in rows}
+        cache.memory.stream = stream.commit(router.memory, rows, leaving=leaving)
+        return
     banks = list(stream.banks)
-    layers = [cache.layers[layer] for layer in router.attended]
     for row in gone.any(1).nonzero().flatten().tolist():
-        columns = gone[row].nonzero().flatten()
-        # the window's keys behind its sinks, which stay, stand one behind another
-        rank = window.valid[row].long().cumsum(0)[columns] - 1
-        position = window.position[row] - window.context[row] + rank
-        kept: dict[str, list[Tensor]] = {"keys": [], "values": []}
-        for layer, turning in zip(layers, router.turnings, strict=True):
-            assert isinstance(layer, DynamicLayer)
-            assert layer.keys is not None
-            assert layer.values is not None
-            plain = turning(layer.keys[row][:, columns], position, back=True)
-            kept["keys"].append(plain.to(layer.keys.dtype))
-            kept["values"].append(layer.values[row][:, columns])
+        left = _leaving(router, cache, window, row, gone[row])
         bank = banks[row] or Bank(stored=router.memory.stored)
-        stood = stream.seen[row] - window.context[row] + rank
-        banks[row] = bank.append(torch.stack(kept["keys"]), torch.stack(kept["values"]), stood)
+        begins = stream.seen[row] - window.position[row] + left.first
+        stood = torch.arange(begins, begins + left.keys_lkns.shape[2])
+        banks[row] = bank.append(left.keys_lkns.to(left.values_lknv.dtype), left.values_lknv, stood)
     cache.memory.stream = stream.with_banks(banks)
+
+
+def _leaving(router: Router, cache: MemoryCache, window: Window, row: int, gone: Bool[Tensor, " kept"]) -> Leaving:
+    """What leaves the window of one row: its keys behind its sinks, which stay, stand one behind another."""
+    columns, staying = gone.nonzero().flatten(), (window.valid[row] & ~gone).nonzero().flatten()
+    rank = window.valid[row].long().cumsum(0)[columns] - 1
+    position = window.position[row] - window.context[row] + rank
+    memo: dict[Any, tuple[Tensor, Tensor]] = {}
+    turns = [functools.partial(turning, memo=memo) for turning in router.turnings]
+    keys, values, stays = [], [], []
+    for layer, turn in zip([cache.layers[layer] for layer in router.attended], turns, strict=True):
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        keys.append(turn(layer.keys[row][:, columns], position, back=True))
+        values.append(layer.values[row][:, columns])
+        stays.append(layer.keys[row][:, staying])
+    first = int(position[0]) if len(columns) else window.position[row] - window.context[row]
+    begins = window.position[row] - window.running[row]
+    return Leaving(torch.stack(keys), torch.stack(values), first, begins, turns, torch.stack(stays))

@@ -1,0 +1,91 @@
+"""The equations of `compact.py` in plain loops: one row, block, head and query at a time. Slow on purpose.
+
+Values are found by the normal equations over keys, where the fast path has those over queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mnemic.memory import Leaving
+from mnemic.state import State
+
+if TYPE_CHECKING:
+    from mnemic.memories.compact import Compact
+
+Key = tuple[Tensor, Tensor, float, int]
+"""A key without its position, its value, its mass, and how many tokens before the window it stands."""
+
+
+def naive(
+    memory: Compact, hidden_btd: Tensor, state: State, keep_bt: Tensor | None, leaving: Sequence[Leaving] | None
+) -> State:
+    """The state after one segment, of matching; shapes as in `Memory`."""
+    after = {name: tensor.clone() for name, tensor in state.items()}
+    for row, left in enumerate(leaving or ()):
+        words = [word for t, word in enumerate(hidden_btd[row]) if keep_bt is None or keep_bt[row, t]]
+        queries = torch.stack(words).view(len(words), memory.inside.blocks, memory.inside.queries, -1)
+        group = memory.inside.queries // max(1, memory.inside.heads)
+        for place in range(memory.inside.blocks if left.keys_lkns.shape[2] else 0):
+            for head in range(memory.inside.heads):
+                asking = queries[:, place, head * group : (head + 1) * group]
+                kept = _kept(memory, _before(state, row, place, head), asking, left, place, head)
+                for i, made in enumerate(kept):
+                    for name, value in zip(("keys", "values", "mass", "behind"), made, strict=True):
+                        after[name][row, place, head, i] = value
+    return after
+
+
+def _before(state: State, row: int, place: int, head: int) -> list[Key]:
+    its = [state[name][row, place, head] for name in ("keys", "values", "mass", "behind")]
+    return [(key, value, float(m), int(b)) for key, value, m, b in zip(*its, strict=True) if m > 0]
+
+
+def _kept(memory: Compact, own: list[Key], asking: Tensor, left: Leaving, place: int, head: int) -> list[Key]:
+    from mnemic.memories.compact import MOST, RIDGE, STEPS
+
+    config, turn, new = memory.config, left.turns[place], left.keys_lkns.shape[2]
+    keys = [(key, value, m, min(behind + new, config.farthest)) for key, value, m, behind in own]
+    for i in range(new):
+        came = left.keys_lkns[place, head, i], left.values_lknv[place, head, i].float()
+        keys.append((*came, 1.0, min(new - i, config.farthest)))
+    if len(keys) <= config.keys:
+        return keys
+
+    def turned(x: Tensor, position: int) -> Tensor:
+        return turn(x[None], torch.tensor([position]))[0].double()
+
+    far = [turned(key, left.first + new - behind) for key, _, _, behind in keys]
+    near = left.stays_lkms[place, head].double()
+    shares, parts, weights = [], [], []
+    for t in range(0, len(asking), max(1, len(asking) // config.queries)):
+        for query in asking[t]:
+            q = turned(query, left.begins + t) * memory.inside.scales[place]
+            part = [math.exp(float(q @ k)) for k in far]
+            y = sum(m * e for (_, _, m, _), e in zip(keys, part, strict=True))
+            shares.append([m * e / y for (_, _, m, _), e in zip(keys, part, strict=True)])
+            parts.append([e / y for e in part])
+            weights.append(y / (y + sum(math.exp(float(q @ k)) for k in near)))
+    worth = [sum((w * share[i]) ** 2 for w, share in zip(weights, shares, strict=True)) for i in range(len(keys))]
+    chosen = sorted(sorted(range(len(keys)), key=lambda i: -worth[i])[: config.keys])
+
+    a = torch.tensor([[w * part[i] for i in chosen] for w, part in zip(weights, parts, strict=True)]).double()
+    target, mass = torch.tensor(weights).double(), torch.tensor([keys[i][2] for i in chosen]).double()
+    for _ in range(STEPS):
+        mass = mass * (a.T @ target) / (a.T @ a @ mass)
+    mass = mass.clamp(1 / MOST, MOST)
+
+    rows = a * mass
+    x = rows / rows.sum(1, keepdim=True)
+    values = torch.stack([value.double() for _, value, _, _ in keys])
+    miss = torch.tensor(shares).double() @ values - x @ values[chosen]
+    w = torch.tensor(weights).double()[:, None]
+    gram = (w * x).T @ (w * x)
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(chosen)).double()
+    found = values[chosen] + torch.linalg.solve(gram + ridge, (w * x).T @ (w * miss))
+    return [(keys[i][0], found[c].float(), float(mass[c]), keys[i][3]) for c, i in enumerate(chosen)]
