@@ -397,18 +397,13 @@ class Memory(nn.Module, ABC):
         return None
 
     def write_and_tell(
-        self,
-        hidden_btd: Float[Tensor, "b t d"],
-        state: State,
-        keep_bt: Bool[Tensor, "b t"] | None = None,
-        **known: Any,
+        self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> tuple[State, Attribution | None]:
         """`write`, and where it went; None for the latter where a mechanism cannot tell.
 
-        What `known` gives is passed on. Sessions ask so, without a gradient, in place of `write`. It should cost little
-        more.
+        Sessions ask so, without a gradient, in place of `write`. It should cost little more.
         """
-        return self.write(hidden_btd, state, keep_bt, **known), None
+        return self.write(hidden_btd, state, keep_bt), None
 
     def calibrate(self, written_nd: Float[Tensor, "n d"], asked_nd: dict[Site, Float[Tensor, "n d"]]) -> None:
         """Fits what does not train to the host's hidden states, as `write` gets them and at each site where it reads.

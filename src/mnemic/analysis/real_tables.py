@@ -101,7 +101,9 @@ def recall_events(found: Sequence[Record]) -> str:
     header = ["tokens", "cut", *(f"budget {budget}" for budget in budgets), f"the needle's, budget {budgets[-1]}"]
     note = "Per cent of the attention of a base with everything in its window to what had left the window here, that "
     note += f"falls on what is chosen: five-depths, {record.config['documents']} documents of "
-    note += f"{record.config['length']:,} tokens, mean over blocks, heads and tokens of answers, {record.host}. Made by "
+    note += (
+        f"{record.config['length']:,} tokens, mean over blocks, heads and tokens of answers, {record.host}. Made by "
+    )
     return f"{markdown(header, rows)}\n\n{note}`{record.command}`."
 
 

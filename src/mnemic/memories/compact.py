@@ -150,6 +150,16 @@ class Compact(Memory):
         bias_ktc = None if bool((own.mass_kn == 1).all()) else own.mass_kn[:, None].log()
         return Further(placed(own, asked.first, asked.turn)[:, None], own.value_knv[:, None], bias_ktm=bias_ktc)
 
+    def write_and_tell(
+        self,
+        hidden_btd: Float[Tensor, "b t d"],
+        state: State,
+        keep_bt: Bool[Tensor, "b t"] | None = None,
+        leaving: Sequence[Leaving] | None = None,
+    ) -> tuple[State, None]:
+        """`write`; what is kept stands for many tokens."""
+        return self.write(hidden_btd, state, keep_bt, leaving), None
+
     @torch.no_grad()
     def write(
         self,
