@@ -13,11 +13,11 @@ import torch
 
 import mnemic
 from families import VOCABULARY, make
-from helpers import CONFIGS, SEGMENT, every_config, host, known, shake, tokens
+from helpers import CONFIGS, SEGMENT, every_config, host, shake, tokens
 from mnemic.attachment import CONFIG_FILE, WEIGHTS_FILE
 from mnemic.bank import Bank
-from mnemic.memory import Asked, UnknownSetting
-from mnemic.state import from_bytes, read_file, to_bytes, write_file
+from mnemic.memory import Asked, Inside, Leaving, UnknownSetting
+from mnemic.state import State, from_bytes, read_file, to_bytes, write_file
 from mnemic.trainer import load_memory
 
 WIDTH, DEPTH = 16, 3
@@ -62,11 +62,14 @@ def told(config: mnemic.MemoryConfig) -> list[Any]:
     memory = config.build(WIDTH, DEPTH)
     shake(memory, scale=0.02)
     generator = torch.Generator().manual_seed(1)
-    width = WIDTH * len(memory.writes)
+    width, blocks = WIDTH * len(memory.writes), len(memory.attention_reads)
+    if memory.writes_inside:  # queries of 4 heads
+        memory.inside = Inside(blocks, 4, 2, 4, 4, (0.5,) * blocks)
+        width = blocks * 4 * 4
     plain: list[Any] = [memory.reads, memory.writes, memory.beside, memory.span, memory.gradient_reach]
     plain += [memory.parameter_dtype(), memory.most_bytes(3), memory.sharing(False), *memory.state_dict()]
     state, found = memory.init_state(2), [*memory.state_dict().values()]
-    for _ in range(16 if config.kind == "memoria" else 6):  # until there are long-term engrams
+    for number in range(16 if config.kind == "memoria" else 6):  # until there are long-term engrams
         # of many lengths, so that one measure of likeness is told from another
         hidden = (
             torch.randn(2, SEGMENT, width, generator=generator) * torch.rand(2, SEGMENT, 1, generator=generator) * 3
@@ -80,32 +83,40 @@ def told(config: mnemic.MemoryConfig) -> list[Any]:
             trace = {key: trace.get(key, 0) + value.sum(1) for key, value in left.items()}
         beside = (memory.tokens_before(state), memory.tokens_behind(state))
         found += [part for each in beside if each is not None for part in (each.embeddings, *each.inputs.values())]
-        ids = known(memory, 2, length)
+        left = [leaving(blocks, SEGMENT * number, generator) for _ in range(2)]
+        beside_it = memory.known(tokens(2, length), left)
         if (loss := memory.auxiliary(hidden[:, :length], state, kept)) is not None:
             found.append(loss)
         state = {key: value + trace.get(key, 0) for key, value in state.items()}
-        state = memory.write(hidden[:, :length], state, kept, **ids)
+        state = memory.write(hidden[:, :length], state, kept, **beside_it)
         found += state.values()
         for site in memory.logits_reads:
             found.append(memory.mix(site, torch.randn(2, SEGMENT, VOCABULARY, generator=generator), hidden, state))
-    found += inside(memory, config)
+    found += inside(memory, state)
     return [*plain, *(tensor.detach() for tensor in found)]
 
 
-def inside(memory: mnemic.Memory, config: mnemic.MemoryConfig) -> list[Any]:
+def turn(x, at, back=False):
+    return x + (-1 if back else 1) * at[:, None] / 64
+
+
+def leaving(blocks: int, first: int, generator: torch.Generator) -> Leaving:
+    """A segment's keys and values, of 2 heads in each block, that leave behind a window of two segments."""
+    keys, values, stays = torch.randn(3, blocks, 2, SEGMENT, 4, generator=generator)
+    return Leaving(keys, values, first, first + 2 * SEGMENT, (turn,) * blocks, stays)
+
+
+def inside(memory: mnemic.Memory, state: State) -> list[Any]:
     """What a memory inside attention gives to a few tokens."""
     found: list[Any] = []
     generator = torch.Generator().manual_seed(2)
     keys, values = torch.randn(2, 3, 2, 37, 4, generator=generator)
     bank = Bank(stored=memory.stored).append(keys, values)
-
-    def turn(x, at, back=False):
-        return x + (-1 if back else 1) * at[:, None] / 64
-
+    state = {name: tensor[:1] for name, tensor in state.items()}
     for reading in (False, True):
         for place, site in enumerate(memory.attention_reads):
             query, position = torch.randn(4, 5, 4, generator=generator), torch.arange(60, 65)
-            asked = Asked(query, position, 40, 0.5, bank, place, turn, 16, range(5), reading)
+            asked = Asked(query, position, 40, 0.5, bank, place, turn, 16, range(5), reading, None, state)
             more = memory.further(site, asked)
             found += [] if more is None else [more.keys_ktms, more.values_ktmv]
     return found

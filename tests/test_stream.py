@@ -164,6 +164,7 @@ class Diary:
     """A memory in so far as a stream needs it: every write adds one page, the sum of its tokens, and `ink` dries."""
 
     writes_tokens_behind, writes, takes_ids, known = False, (Site(0),), False, Memory.known
+    writes_inside = False
 
     def init_state(self, batch, device=None):
         return {

@@ -98,6 +98,10 @@ class CompactConfig(MemoryConfig):
         if self.read_layers is not None and not self.read_layers:
             raise ValueError("read_layers is empty; name at least one block, or leave it out for all")
 
+    def unused(self) -> dict[str, str]:
+        """How many queries look, where none do."""
+        return {} if self.by in ("matching", "heavy") else {"queries": "set by='matching'"}
+
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
         """Few keys for a window of two segments; other ways to find them; one block keeps."""
@@ -272,4 +276,5 @@ def matched(
     gram_kjj = share_kjc @ share_kjc.mT
     ridge_k = RIDGE * gram_kjj.diagonal(dim1=-2, dim2=-1).sum(-1) / share_kjc.shape[-1]
     gram_kjj = gram_kjj + ridge_k.clamp_min(TINY)[:, None, None] * torch.eye(gram_kjj.shape[-1], device=gram_kjj.device)
-    return value_kcv + share_kjc.mT @ torch.linalg.solve(gram_kjj, miss_kjv)
+    precise = torch.float32 if gram_kjj.device.type == "mps" else torch.float64  # which MPS does not have
+    return value_kcv + share_kjc.mT @ torch.linalg.solve(gram_kjj.to(precise), miss_kjv.to(precise)).to(miss_kjv)
