@@ -8,6 +8,7 @@ import stat
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -115,7 +116,7 @@ def test_the_list_tells_what_is_there(store, model):
 def test_delete_removes_it_and_says_what(store, model):
     store.put("alice", session_of(model))
     entry = store.entry("alice")
-    assert store.delete("alice") == entry
+    assert store.delete("alice") == replace(entry, freed=entry.nbytes)
     assert store.list() == []
     for call in (store.delete, store.entry, store.get_bytes, lambda name: store.get(name, model)):
         with pytest.raises(NotStored, match=r"there is no session 'alice' in "):
@@ -438,8 +439,8 @@ def test_databases_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match=r"text\.db: file is not a database"):
         SessionStore(f"sqlite:///{tmp_path / 'text.db'}")
     with SessionStore(f"sqlite:///{tmp_path / 'later.db'}"), sqlite3.connect(tmp_path / "later.db") as connection:
-        connection.execute("UPDATE mnemic_store SET format = 2")
-    with pytest.raises(StoreError, match=r"later\.db has format 2, this version of mnemic reads 1"):
+        connection.execute("UPDATE mnemic_store SET format = 3")
+    with pytest.raises(StoreError, match=r"later\.db has format 3, this version of mnemic reads 2"):
         SessionStore(f"sqlite:///{tmp_path / 'later.db'}")
 
 

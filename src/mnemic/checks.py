@@ -95,10 +95,10 @@ def check_written(tensors: State, meta: Mapping[str, Any], model: nn.Module, chu
     def own(_: nn.Module) -> dict[str, tuple[int, int]]:
         # as the base has just made them: it need not run for this
         found = {name: (tensor.shape[1], tensor.shape[3]) for name, tensor in tensors.items() if _is_key(name)}
-        kept = {kind: tensors[f"bank.{kind}"][0] for kind in ("keys", "values") if f"bank.{kind}" in tensors}
-        for layer in router_of(model).attended:
-            for kind, tensor in (chunks[0] if chunks else kept).items():
-                found.setdefault(f"{kind}.{layer}", (tensor.shape[1], tensor.shape[3]))
+        kept = chunks[0] if chunks else {name[5:]: tensors[name][0] for name in tensors if name.startswith("bank.")}
+        for layer in router_of(model).attended if "keys" in kept else ():
+            for kind in ("keys", "values"):
+                found.setdefault(f"{kind}.{layer}", (kept[kind].shape[1], kept[kind].shape[3]))
         return found
 
     try:

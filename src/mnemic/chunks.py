@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from mnemic import bank
 from mnemic.bank import Bank, Chunk
@@ -80,11 +79,11 @@ class Units:
         _, header = next(laid([like]))
         return len(header) + nbytes(like)
 
-    def rows(self) -> Tensor:
-        """`bank.units` of a head."""
+    def listed(self) -> State:
+        """`bank.units` of a head, where there are any."""
         digests = [[unit.digest, *(unit.digests[name] for name in sorted(unit.digests))] for unit in self.known]
         found = torch.tensor([[list(bytes.fromhex(each)) for each in unit] for unit in digests], dtype=torch.uint8)
-        return found[None]
+        return {UNITS: found[None]} if self.known else {}
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Lying:
 
 
 def cut(of: Bank, numbers: Numbers) -> tuple[State, Units]:
-    """What a head has of a bank, and the units of the rest."""
+    """What a head has of a bank beside the list of its units, and these."""
     units = Units([(chunk, count) for chunk, count in of.spans() if count >= bank.LEAST], numbers)
     rest: State = {}
     if left := of.length % bank.LEAST:
@@ -107,7 +106,7 @@ def cut(of: Bank, numbers: Numbers) -> tuple[State, Units]:
         rest = {f"bank.{name}": tensor[None] for name, tensor in chunk.part(count - left, count).items()}
     if of.length:
         rest["bank.positions"] = of.positions[None]
-    return rest | ({UNITS: units.rows()} if units.known else {}), units
+    return rest, units
 
 
 def cut_file(tensors: State, numbers: Numbers) -> tuple[State, Units]:
@@ -123,7 +122,7 @@ def cut_file(tensors: State, numbers: Numbers) -> tuple[State, Units]:
     units = Units([(Chunk({name: t[0][:, :, :whole] for name, t in there.items()}, sealed=True), whole)], numbers)
     rest = {f"bank.{name}": t[:, :, :, whole:count] if whole < count else None for name, t in there.items()}
     head = {name: rest.get(name, tensor) for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in head.items() if tensor is not None} | {UNITS: units.rows()}, units
+    return {name: tensor for name, tensor in head.items() if tensor is not None}, units
 
 
 def joined(tensors: State, chunks: Sequence[Lying]) -> State:
@@ -167,6 +166,30 @@ def read_unit(data: bytes, unit: Unit, source: object) -> State:
     if found != (unit.digest, unit.digests):
         raise StateError(f"{source} has a chunk that was cut or changed, {unit.digest}; restore it from a copy")
     return tensors
+
+
+def gathered(units: Sequence[Unit], data: Callable[[str], bytes | None], source: object) -> list[Lying]:
+    """Units whose bytes `data` gives by their digest, read now, `CHUNK` tokens together; raises `StateError` for one
+    that is missing, cut or changed.
+    """
+    found, step = [], bank.CHUNK // bank.LEAST
+    for group in (units[first : first + step] for first in range(0, len(units), step)):
+        tensors: State = {}
+        for place, unit in enumerate(group):
+            if (there := data(unit.digest)) is None:
+                raise StateError(f"{source} lacks its chunk {unit.digest}; restore it from a copy")
+            part = read_unit(there, unit, source)
+            size = bank.length(part)
+            with torch.inference_mode(False):  # whoever comes later may use it outside
+                for name, t in part.items():
+                    if not place:
+                        tensors[name] = t.new_empty(*t.shape[:2], size * len(group), t.shape[3])
+                    room = tensors[name][:, :, place * size : (place + 1) * size]
+                    if room.shape != t.shape or room.dtype != t.dtype:
+                        raise StateError(f"{source} has chunks of several models; restore it from a copy")
+                    room.copy_(t)
+        found.append(Lying(tensors, group))
+    return found
 
 
 def _known(chunk: Chunk, count: int, numbers: Numbers) -> list[Unit]:

@@ -68,7 +68,7 @@ def save(path: str | os.PathLike[str], tensors: State, meta: Mapping[str, Any], 
                     write_bytes(folder / name, (data for _, data in laid(units.parts(first, first + size))))
                 names.add(name)
                 first += size
-            data = to_bytes(tensors | ({FILES: torch.tensor([sizes])} if sizes else {}), meta)
+            data = to_bytes(tensors | units.listed() | ({FILES: torch.tensor([sizes])} if sizes else {}), meta)
             _flush(folder)  # the files are on the disk by their names before the head names them
             write_bytes(folder / HEAD, data)
             _flush(folder)
