@@ -183,14 +183,14 @@ class SessionStore:
 
     def list(self) -> Entries:
         """Every session that has not expired, by name."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             rows = connection.execute(sql.select(*SHOWN).where(_ALIVE), {"now": _now()}).all()
         return sorted(map(Entry.of, rows), key=lambda entry: entry.name)
 
     def entry(self, name: str) -> Entry:
         """What the store knows of one session; raises `NotStored`."""
         _check_name(name)
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute(sql.select(*SHOWN).where(_NAMED, _ALIVE), {"named": name, "now": _now()}).first()
         if row is None:
             raise NotStored(f"there is no session {name!r} in {self.url}")
@@ -219,7 +219,7 @@ class SessionStore:
     def _read(self, name: str) -> tuple[bytes, Stored, State, dict[str, Any], list[Lying]]:
         """A head's bytes, where the session stands, the head, and what lies beside it: all of one version."""
         _check_name(name)
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             # or another's write between two statements is seen by the second
             snapshot = "BEGIN" if self._sqlite else "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"
             connection.exec_driver_sql(snapshot)
@@ -330,7 +330,7 @@ class SessionStore:
 
     def _version(self, name: str) -> int:
         """The version that is there, 0 for none."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute(_STANDING, {"named": name, "now": _now()}).first()
         return 0 if row is None else row.version
 
@@ -345,7 +345,7 @@ class SessionStore:
         problem = None
         for _ in range(ATTEMPTS):
             try:
-                with self._transaction() as connection:
+                with self.transaction() as connection:
                     return work(connection)
             except _Again as error:
                 problem = error.args[0]
@@ -363,7 +363,7 @@ class SessionStore:
         self.close()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sql.Connection]:
+    def transaction(self) -> Iterator[sql.Connection]:
         """All or nothing; what the database cannot do becomes a `StoreError`."""
         try:
             with self._connections.begin() as connection:
@@ -376,10 +376,10 @@ class SessionStore:
 
     def _open(self) -> str:
         """The database's identity, its tables made if they are not there."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             there = sql.inspect(connection).has_table(tables.store.name)
             row = connection.execute(sql.select(tables.store)).first() if there else None
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             if row is None or row.format < tables.FORMAT:
                 # one at a time: to make what another is making at that moment is an error
                 lock = "BEGIN IMMEDIATE" if self._sqlite else f"SELECT pg_advisory_xact_lock({LOCK})"

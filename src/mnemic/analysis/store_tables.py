@@ -27,19 +27,21 @@ def cost(found: Sequence[Record]) -> str:
 
 
 def crowds(found: Sequence[Record]) -> str:
-    """What came of kills and of many writers, for each database."""
+    """What came of kills and of many writers, for each database, and of kills for a folder."""
     if not found:
         return missing("the store")
-    m, header, rows = found[0].measures, ["database", "kills", "lost", "half written"], []
+    m, header, rows = found[0].measures, ["where", "kills", "lost", "half written", "chunks left"], []
     header += ["writers x rounds", "updates", "refused", "missing", "read wrong", "puts a second"]
-    for name in ("SQLite", "PostgreSQL"):
+    for name in ("SQLite", "PostgreSQL", "a folder"):
         if f"kills, {name}" not in m:
             continue
-        kills, crowd = m[f"kills, {name}"], m[f"crowd, {name}"]
-        puts = (crowd["writers"] * crowd["rounds"] + crowd["accepted"]) / crowd["seconds"]
-        told = [kills["kills"], kills["lost"], kills["half_written"], f"{crowd['writers']} x {crowd['rounds']}"]
-        told += [crowd["accepted"], crowd["refused"], crowd["missing"], crowd["wrong"], f"{puts:,.0f}"]
-        rows.append([name, *map(str, told)])
+        kills, crowd = m[f"kills, {name}"], m.get(f"crowd, {name}")
+        told = [kills["kills"], kills["lost"], kills["half_written"], kills["left"]]
+        if crowd is not None:
+            puts = (crowd["writers"] * crowd["rounds"] + crowd["accepted"]) / crowd["seconds"]
+            told += [f"{crowd['writers']} x {crowd['rounds']}", crowd["accepted"], crowd["refused"]]
+            told += [crowd["missing"], crowd["wrong"], f"{puts:,.0f}"]
+        rows.append([name, *map(str, told), *["-"] * (len(header) - 1 - len(told))])
     return markdown(header, rows) + f"\n\nMade by `{found[0].command}`."
 
 
