@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.results import Record
 
+FORMS = {"seconds": ".2f", "bytes": ",.0f"}
+
 
 def cost(found: Sequence[Record]) -> str:
     """Milliseconds to load and save a session, and its bytes."""
@@ -24,6 +26,28 @@ def cost(found: Sequence[Record]) -> str:
         f"Made by `{found[0].command}` on {found[0].machine['cores']} {found[0].machine['processor']} cores."
     )
     return markdown(["", "median, ms", "95 % within, ms"], rows) + "\n\n" + note
+
+
+def kept(found: Sequence[Record]) -> str:
+    """What a session that carries much costs to keep, the first time and after a turn, and to go on from."""
+    if not found:
+        return missing("sessions that carry much")
+    m, config, rows = found[0].measures, found[0].config, []
+    for way, its in m["ways"].items():
+        cells = [f"{its[when][key]:{form}}" for when in ("first", "turn") for key, form in FORMS.items()]
+        cells += [f"{its[name]:.2f}" for name in ("restore", "first token", "next token")]
+        rows.append([way, *cells, f"{its['reading / restoring']:,.0f}"])
+    header = ["kept in a", "first, s", "bytes", "after a turn, s", "bytes", "restore, s", "first token, s"]
+    note = f"{config['length']:,} tokens that left the window, {m['bytes of what left the window']:,} bytes "
+    note += f"(`stored={config['memory']['stored']!r}`), and a window of {config['memory']['window']:,}; "
+    note += (
+        f"{found[0].host}, {config['threads']} thread; medians of {config['turns']} turns of {config['said']} tokens. "
+    )
+    note += "Restored from the disk, not from the system's cache. Reading all of it again is estimated, at the "
+    note += f"{m['tokens read a second']:,.0f} tokens a second that the first were read at: "
+    note += f"{m['seconds to read again']:,.0f} s; the last column is that by what it takes to restore and say one "
+    note += f"token. Made by `{found[0].command}`."
+    return f"{markdown([*header, 'next token, s', 'reading / restoring'], rows)}\n\n{note}"
 
 
 def crowds(found: Sequence[Record]) -> str:
