@@ -104,6 +104,8 @@ def test_a_session_in_chunks_is_what_it_is_in_one_piece(stored, store, tmp_path)
         read_on(session, version, 5)
     store.export("alice", tmp_path / "exported.memory")
     assert same((tmp_path / "exported.memory").read_bytes(), store.get_bytes("alice")[0])
+    store.export("alice", f"{tmp_path}/exported/")
+    assert torch.equal(said(mnemic.Session.load(tmp_path / "exported", model)), said(store.get("alice", model)))
 
 
 def test_a_turn_writes_what_is_new(store, model, work):
@@ -155,6 +157,16 @@ def test_chunks_go_with_the_last_who_holds_them(store, model):
     assert_same(bank(store.get("carol", model)), bank(reading(model)))
     assert store.delete("carol").freed == one
     assert rows(store) == (0, 0)
+
+
+def test_chunks_that_were_deleted_are_not_in_the_files(file_store, model, tmp_path):
+    session = reading(model)
+    file_store.put("alice", session)
+    mark = bank(session).chunks[0].tensors["keys"][0, 0, : SEGMENT // 2].numpy().tobytes()
+    assert any(mark in file.read_bytes() for file in tmp_path.iterdir())
+    file_store.put("bob", mnemic.Session(model))
+    file_store.delete("alice")
+    assert not any(mark in file.read_bytes() for file in tmp_path.iterdir())
 
 
 def test_expired_sessions_free_their_chunks(store, model, monkeypatch):

@@ -13,6 +13,7 @@ import torch
 import mnemic
 from helpers import SEGMENT, tokens
 from mnemic import bank, chunks, folders
+from mnemic.analysis.inside import open_session
 from mnemic.state import read_file, write_file
 from mnemic.store import SessionStore
 from test_chunks import read_on
@@ -38,7 +39,7 @@ def load(folder, model=None):
 def test_a_folder_is_what_a_file_is_and_grows_by_what_is_new(stored, tmp_path):
     model, folder = recalling(stored=stored, search="candidates"), tmp_path / "me"
     session, before, written = reading(model), set(), 0
-    for turn in range(27):
+    for turn in range(17):
         session.save(f"{folder}/" if not turn else folder)
         length = session.stream.banks[0].length // SEGMENT
         new = names(folder) - before
@@ -47,7 +48,7 @@ def test_a_folder_is_what_a_file_is_and_grows_by_what_is_new(stored, tmp_path):
         assert len(names(folder)) <= length // 4 + math.log2(4) + 1
         assert len(new) <= 2 or not turn
         before = names(folder)
-        if turn % 13 == 12:
+        if turn % 8 == 7:
             session.save(tmp_path / "one.memory")
             again, one = load(folder, model), load(tmp_path / "one.memory", model)
             assert_same(again.stream.banks[0], one.stream.banks[0])
@@ -244,6 +245,17 @@ def test_a_folder_that_is_saved_into_while_it_is_opened(tmp_path, monkeypatch):
 
     monkeypatch.setattr(folders, "map_tensors", saved_meanwhile)
     assert torch.equal(said(load(tmp_path, model)), said(session))
+
+
+def test_a_folder_can_be_looked_into(tmp_path):
+    session = reading(recalling())
+    session.save(f"{tmp_path}/me/")
+    session.save(tmp_path / "me.memory")
+    one, two = open_session(tmp_path / "me"), open_session(tmp_path / "me.memory")
+    assert one.name == "me"
+    assert one.size == sum(path.stat().st_size for path in (tmp_path / "me").iterdir())
+    assert one.bytes == {**two.bytes, "keys": one.bytes["keys"]}
+    assert two.bytes["keys"] - 8 * 4096 < one.bytes["keys"] <= two.bytes["keys"]  # zeros behind them are in the file
 
 
 @torch.no_grad()

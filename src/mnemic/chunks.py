@@ -48,6 +48,14 @@ class Units:
         self._ends = list(itertools.accumulate(count // bank.LEAST for _, count in chunks))
         self.known = [unit for chunk, count in chunks for unit in _known(chunk, count // bank.LEAST, numbers)]
 
+    @staticmethod
+    def of(lying: Sequence[Lying]) -> Units:
+        """Of what was kept as units and was read."""
+        chunks = [Chunk(each.tensors, sealed=True) for each in lying]
+        for chunk, each in zip(chunks, lying, strict=True):
+            chunk.made[UNITS] = list(each.units)
+        return Units([(chunk, chunk.room) for chunk in chunks], lambda _: None)
+
     @property
     def tensors(self) -> list[State]:
         """Their tokens, chunk by chunk; which is no use of them."""
@@ -157,14 +165,14 @@ def take_units(tensors: State, source: object) -> list[Unit]:
 
 def read_unit(data: bytes, unit: Unit, source: object) -> State:
     """The tensors `[l, k, LEAST, ...]` of a unit's bytes; raises `StateError` where its checksum is not theirs."""
+    problem = StateError(f"{source} has a chunk that was cut or changed, {unit.digest}; restore it from a copy")
     try:
         _, tensors = lying(data, source)
-        same = tensors.keys() == unit.digests.keys() and all(tensor.ndim == 4 for tensor in tensors.values())
-        found = checksums([tensors]) if same else None
-    except StateError:
-        found = None
-    if found != (unit.digest, unit.digests):
-        raise StateError(f"{source} has a chunk that was cut or changed, {unit.digest}; restore it from a copy")
+    except StateError as error:
+        raise problem from error
+    same = tensors.keys() == unit.digests.keys() and all(tensor.ndim == 4 for tensor in tensors.values())
+    if not same or checksums([tensors]) != (unit.digest, unit.digests):
+        raise problem
     return tensors
 
 

@@ -24,7 +24,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from torch import nn
 
-from mnemic import tables
+from mnemic import folders, tables
 from mnemic.checks import check_bytes, check_kept
 from mnemic.chunks import Lying, Units, cut_file, gathered, joined, take_units
 from mnemic.connections import SECONDS_BUSY, Connections
@@ -144,8 +144,8 @@ class SessionStore:
             StateError: one of another base model or memory, or damaged, or a chunk of it is missing; see
                 `Session.load`.
         """
-        _, stored, *contents = self._read(name)
-        session = restored(Session, *contents, self._source(name), model, tokenizer, strict)
+        _, stored, tensors, meta, chunks = self._read(name)
+        session = restored(Session, tensors, meta, chunks, self._source(name), model, tokenizer, strict)
         session.stored = stored
         return session
 
@@ -197,8 +197,12 @@ class SessionStore:
         return Entry.of(row)
 
     def export(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Writes a session as the file that `Session.save` would write; raises `NotStored`."""
-        write_bytes(path, self.get_bytes(name)[0])
+        """Writes a session as `Session.save` would, as a file or as a folder; raises `NotStored`."""
+        data, _, tensors, meta, chunks = self._read(name)
+        if folders.is_folder(path):
+            folders.save(path, tensors, meta, Units.of(chunks))
+        else:
+            write_bytes(path, to_bytes(joined(tensors, chunks), meta) if chunks else data)
 
     def purge(self) -> Entries:
         """Removes every session that has expired, as `delete` does, and returns what was removed."""
@@ -288,8 +292,10 @@ class SessionStore:
             stored = None
 
         def write(connection: sql.Connection) -> Stored:
-            replaces = stored is not None and not overwrite
-            new = _replace(connection, stored, values) if replaces else self._add(connection, name, values, overwrite)
+            if stored is not None and not overwrite:
+                new = _replace(connection, stored, values)
+            else:
+                new = self._add(connection, name, values, overwrite)
             tables.hold(connection, name, units)
             self._check_total(connection, name)
             return new
