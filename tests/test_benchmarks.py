@@ -106,7 +106,7 @@ def test_what_keeping_costs(tmp_path):
         its = found["ways"][way]
         assert found["bytes of what left the window"] < its["first"]["bytes"]
         assert share - 0.4 < its["turn"]["bytes"] / its["first"]["bytes"] < share
-        assert its["restore"] > 0 < its["reading / restoring"]
+        assert its["restore"]["clock"] > 0 < its["reading / restoring"]["processor"]
     record = Record("kept", "recall", "tiny", 0, {"length": 1500, "turns": 2, "said": 16, "threads": 1}, measures=found)
     record.config["memory"] = config.to_dict()
     record.command = "python benchmarks/kept.py"

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.results import Record
 
-FORMS = {"seconds": ".2f", "bytes": ",.0f"}
-
 
 def cost(found: Sequence[Record]) -> str:
     """Milliseconds to load and save a session, and its bytes."""
@@ -33,21 +31,28 @@ def kept(found: Sequence[Record]) -> str:
     if not found:
         return missing("sessions that carry much")
     m, config, rows = found[0].measures, found[0].config, []
+
+    def seconds(times: dict[str, float], form: str = ".2f") -> str:
+        return f"{times['processor']:{form}} ({times['clock']:{form}})"
+
     for way, its in m["ways"].items():
-        cells = [f"{its[when][key]:{form}}" for when in ("first", "turn") for key, form in FORMS.items()]
-        cells += [f"{its[name]:.2f}" for name in ("restore", "first token", "next token")]
-        rows.append([way, *cells, f"{its['reading / restoring']:,.0f}"])
+        cells = [cell for when in ("first", "turn") for cell in (seconds(its[when]), f"{its[when]['bytes']:,.0f}")]
+        cells += [seconds(its[name]) for name in ("restore", "first token", "next token")]
+        rows.append([way, *cells, seconds(its["reading / restoring"], ",.0f")])
     header = ["kept in a", "first, s", "bytes", "after a turn, s", "bytes", "restore, s", "first token, s"]
     note = f"{config['length']:,} tokens that left the window, {m['bytes of what left the window']:,} bytes "
-    note += f"(`stored={config['memory']['stored']!r}`), and a window of {config['memory']['window']:,}; "
+    note += f'(`stored="{config["memory"]["stored"]}"`), and a window of {config["memory"]["window"]:,}; '
     note += (
-        f"{found[0].host}, {config['threads']} thread; medians of {config['turns']} turns of {config['said']} tokens. "
+        f"{found[0].host}, float32, {config['threads']} thread; processor time, in brackets by the clock, of a machine "
     )
-    note += "Restored from the disk, not from the system's cache. Reading all of it again is estimated, at the "
-    note += f"{m['tokens read a second']:,.0f} tokens a second that the first were read at: "
-    note += f"{m['seconds to read again']:,.0f} s; the last column is that by what it takes to restore and say one "
-    note += f"token. Made by `{found[0].command}`."
-    return f"{markdown([*header, 'next token, s', 'reading / restoring'], rows)}\n\n{note}"
+    note += (
+        f"that did other things, too; medians of {config['turns']} turns of {config['said']} tokens. Restored from the "
+    )
+    note += (
+        "disk, not from the system's cache. The last column is what it would take to read all of it again, at the rate "
+    )
+    note += "at which the restored session reads a turn, by what it takes to restore and to say one token. Made by "
+    return f"{markdown([*header, 'next token, s', 'reading / restoring'], rows)}\n\n{note}`{found[0].command}`."
 
 
 def crowds(found: Sequence[Record]) -> str:
