@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_what_was_there(what, tmp_path):
     assert torch.equal(said(load(folder)), said(session))
 
 
-@pytest.mark.parametrize("stage", ["a chunk file", "the head", "what is old"])
+@pytest.mark.parametrize("stage", ["a chunk file", "the head", "behind the head", "what is old"])
 def test_a_save_that_is_interrupted_leaves_the_version_before_or_after(stage, tmp_path, monkeypatch):
     session = reading(recalling())
     session.save(tmp_path)
@@ -212,6 +212,8 @@ def test_a_save_that_is_interrupted_leaves_the_version_before_or_after(stage, tm
         if stage == ("the head" if path.name == folders.HEAD else "a chunk file"):
             raise KeyboardInterrupt
         replace(_, path)
+        if stage == "behind the head" and path.name == folders.HEAD:
+            raise KeyboardInterrupt
 
     def not_removed(*_):
         raise KeyboardInterrupt
@@ -222,7 +224,10 @@ def test_a_save_that_is_interrupted_leaves_the_version_before_or_after(stage, tm
             patched.setattr(folders, "_clean", not_removed)
         with pytest.raises(KeyboardInterrupt):
             session.save(tmp_path)
-    if stage == "what is old":
+    if stage == "behind the head":
+        expected = said(session)
+        assert not names(tmp_path) & before.keys()
+    elif stage == "what is old":
         expected = said(session)
         assert names(tmp_path) > before.keys() - {folders.HEAD, folders.LOCK}
     else:

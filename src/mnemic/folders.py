@@ -58,9 +58,9 @@ def save(path: str | os.PathLike[str], tensors: State, meta: Mapping[str, Any], 
     folder = Path(path)
     folder.mkdir(mode=0o700, exist_ok=True)
     with _alone(folder):
-        before, names = _before(folder), set()
+        names: set[str] = set()
         try:
-            sizes = _grouped(before or [], [unit.digest for unit in units.known])
+            sizes = _grouped(_there(folder) or [], [unit.digest for unit in units.known])
             first = 0
             for size in sizes:
                 name = _name(units.known[first : first + size])
@@ -71,10 +71,10 @@ def save(path: str | os.PathLike[str], tensors: State, meta: Mapping[str, Any], 
             data = to_bytes(tensors | units.listed() | ({FILES: torch.tensor([sizes])} if sizes else {}), meta)
             _flush(folder)  # the files are on the disk by their names before the head names them
             write_bytes(folder / HEAD, data)
-            _flush(folder)
         except BaseException as error:
-            if before is not None:
-                _clean(folder, {_name(group) for group in before})
+            # by the head that is there now: an interrupt may come when it is the new one already
+            if (there := _there(folder)) is not None:
+                _clean(folder, {_name(group) for group in there})
             if isinstance(error, OSError):
                 raise OSError(
                     error.errno or errno.EIO,
@@ -82,6 +82,7 @@ def save(path: str | os.PathLike[str], tensors: State, meta: Mapping[str, Any], 
                     "it elsewhere. What was there is there still",
                 ) from error
             raise
+        _flush(folder)  # nor is anything removed before that head is on the disk
         _clean(folder, names)
 
 
@@ -125,7 +126,7 @@ def _groups(tensors: State, units: list[Unit], source: object) -> list[list[Unit
     return found
 
 
-def _before(folder: Path) -> list[list[Unit]] | None:
+def _there(folder: Path) -> list[list[Unit]] | None:
     """Which units lie together in the files that are there; None where the head is damaged, which is for those who load
     it to tell.
     """

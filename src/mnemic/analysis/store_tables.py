@@ -42,9 +42,7 @@ def kept(found: Sequence[Record]) -> str:
     header = ["kept in a", "first, s", "bytes", "after a turn, s", "bytes", "restore, s", "first token, s"]
     note = f"{config['length']:,} tokens that left the window, {m['bytes of what left the window']:,} bytes "
     note += f'(`stored="{config["memory"]["stored"]}"`), and a window of {config["memory"]["window"]:,}; '
-    note += (
-        f"{found[0].host}, float32, {config['threads']} thread; processor time, in brackets by the clock, of a machine "
-    )
+    note += f"{found[0].host}, float32, {config['threads']} thread; processor time, in brackets by the clock; "
     note += (
         f"that did other things, too; medians of {config['turns']} turns of {config['said']} tokens. Restored from the "
     )
