@@ -124,11 +124,11 @@ def test_what_is_no_longer_there_is_removed_and_what_is_another_s_stays(tmp_path
         load(f"{tmp_path}/none/")
 
 
-@pytest.mark.parametrize("way", ["missing", "cut", "cut in use", "changed", "swapped"])
+@pytest.mark.parametrize("way", ["missing", "cut", "cut in use", "changed", "swapped", "empty"])
 def test_a_chunk_file_that_is_not_what_it_was(way, tmp_path):
     session = reading(recalling())
     session.save(tmp_path)
-    path, other, *_ = sorted(tmp_path.glob("*.chunk"), key=lambda path: -path.stat().st_size)
+    path, *_, other = sorted(tmp_path.glob("*.chunk"), key=lambda path: -path.stat().st_size)
     again = load(tmp_path)
     data = path.read_bytes()
     if way == "missing":
@@ -141,8 +141,8 @@ def test_a_chunk_file_that_is_not_what_it_was(way, tmp_path):
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         said_of = f"{path.name} was changed after it was written: the checksum of bank.values"
     else:
-        path.write_bytes(other.read_bytes())
-        said_of = "does not fit this model|was changed after it was written"
+        path.write_bytes(other.read_bytes() if way == "swapped" else (8).to_bytes(8, "little") + b"{}      ")
+        said_of = rf"{path.name} does not hold the {4 * SEGMENT} tokens that its folder says"
     with pytest.raises(mnemic.StateError, match=said_of):
         (again if way == "cut in use" else load(tmp_path)).forward(QUESTION)
     if way in ("missing", "cut"):

@@ -110,6 +110,9 @@ def read(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any], list[Lyin
 def _mapped(folder: Path, group: list[Unit]) -> Lying:
     path = folder / _name(group)
     data, _, tensors = map_tensors(path)
+    count = len(group) * bank.LEAST
+    if tensors.keys() != group[0].digests.keys() or any(t.shape[2:3] != (count,) for t in tensors.values()):
+        raise StateError(f"{path} does not hold the {count} tokens that its folder says; restore it from a copy")
     digests = {f"bank.{name}": [unit.digests[name] for unit in group] for name in group[0].digests}
     return Lying(tensors, group, Mapped(data, path, digests))
 
