@@ -43,9 +43,7 @@ def kept(found: Sequence[Record]) -> str:
     note = f"{config['length']:,} tokens that left the window, {m['bytes of what left the window']:,} bytes "
     note += f'(`stored="{config["memory"]["stored"]}"`), and a window of {config["memory"]["window"]:,}; '
     note += f"{found[0].host}, float32, {config['threads']} thread; processor time, in brackets by the clock; "
-    note += (
-        f"that did other things, too; medians of {config['turns']} turns of {config['said']} tokens. Restored from the "
-    )
+    note += f"medians of {config['turns']} turns of {config['said']} tokens. Restored from the "
     note += (
         "disk, not from the system's cache. The last column is what it would take to read all of it again, at the rate "
     )
