@@ -13,7 +13,7 @@ import torch
 import mnemic
 from families import make
 from helpers import tokens
-from mnemic.analysis import real_tables
+from mnemic.analysis import real_tables, store_tables
 from mnemic.bench.experiments import Silent
 from mnemic.bench.results import Record, problems
 from mnemic.memories import MemoryConfig
@@ -94,6 +94,25 @@ def test_what_recall_costs():
         assert found[length]["reading"]["clock / base"].keys() == {"recall", "few blocks"}
         assert found[length]["bytes"]["all"] == 2 * found[length]["bytes"]["few"]
     assert found["100"]["bytes"]["all"] * 24 == found["24"]["bytes"]["all"] * 100
+
+
+def test_what_keeping_costs(tmp_path):
+    """A turn writes a fraction of the session into a store and a folder, and all of it into a file."""
+    kept, model = script("kept"), make("llama")
+    config = RecallConfig(segment_length=16, window=16, budget=8, sinks=4, unit=4, stored="int8")
+    found = kept.measured(model, config, tokens(1, 80), 1500, 2, 16, tmp_path, 60)
+    assert 0 < found["bytes of what left the window"] < found["bytes of the session"]
+    for way, share in {"store": 0.5, "folder": 0.5, "file": 1.1}.items():
+        its = found["ways"][way]
+        assert found["bytes of what left the window"] < its["first"]["bytes"]
+        assert share - 0.4 < its["turn"]["bytes"] / its["first"]["bytes"] < share
+        assert its["restore"]["clock"] > 0 < its["reading / restoring"]["processor"]
+    record = Record("kept", "recall", "tiny", 0, {"length": 1500, "turns": 2, "said": 16, "threads": 1}, measures=found)
+    record.config["memory"] = config.to_dict()
+    record.command = "python benchmarks/kept.py"
+    path = record.save(tmp_path, "kept.json")
+    assert problems(path) == []
+    assert "| store | " in store_tables.kept([Record.load(path)])
 
 
 def test_which_blocks_recall(tmp_path, monkeypatch):

@@ -36,19 +36,19 @@ Check = Callable[[str, Tensor], None]
 
 
 class Chunk:
-    """Room for `room` tokens, of which `used` are there: `tensors` `[l, k, room, ...]` by name. `means` are made of
-    `LEAST` tokens each that are there, and stay as they are.
+    """Room for `room` tokens, of which `used` are there: `tensors` `[l, k, room, ...]` by name. What is `made` of
+    `LEAST` tokens each that are there, by what it is, stays as it is: means of keys, checksums.
 
     One that is `sealed` takes no more: its tensors may lie in a file, and `check(name, tensor)` is called before one is
     used.
     """
 
-    def __init__(self, tensors: State, check: Check | None = None, *, sealed: bool) -> None:
+    def __init__(self, tensors: State, check: Check | None = None, *, sealed: bool, used: int = 0) -> None:
         self.tensors, self.check, self.sealed = tensors, check, sealed
         self.room = length(tensors)
-        self.used = self.room if sealed else 0
+        self.used = self.room if sealed else used
         self.lock = threading.Lock()
-        self.means: dict[tuple[int, int], list[Tensor]] = {}
+        self.made: dict[Any, list[Any]] = {}
 
     @staticmethod
     def empty(like: State, count: int) -> Chunk:
@@ -86,18 +86,18 @@ class Chunk:
 
     def copy(self, parts: Sequence[tuple[Chunk, int, int]]) -> None:
         """Fills an empty one with tokens of others, each from a first one on, of which it has whole `LEAST` before, to
-        before another; and with their means.
+        before another; and with what was made of them.
         """
         for chunk, start, stop in parts:
             self.fill(self.used, chunk.part(start, stop))
-        self.take_means(parts)
+        self.take_made(parts)
 
-    def take_means(self, parts: Sequence[tuple[Chunk, int, int]]) -> None:
-        """Takes over the means of tokens of others, of which it is made."""
-        for key in {key for chunk, *_ in parts for key in tuple(chunk.means)}:  # another thread may make more
-            made = self.means[key] = []
+    def take_made(self, parts: Sequence[tuple[Chunk, int, int]]) -> None:
+        """Takes over what was made of tokens of others, of which it is made."""
+        for key in {key for chunk, *_ in parts for key in tuple(chunk.made)}:  # another thread may make more
+            made = self.made[key] = []
             for chunk, start, stop in parts:
-                whole = chunk.means.get(key, [])[start // LEAST : stop // LEAST]
+                whole = chunk.made.get(key, [])[start // LEAST : stop // LEAST]
                 made += whole
                 if len(whole) < stop // LEAST - start // LEAST:
                     break
@@ -122,13 +122,17 @@ class Bank:
         """Tokens that are there."""
         return sum(self.counts)
 
+    def spans(self) -> list[tuple[Chunk, int]]:
+        """The chunks, each with how many of its tokens are there."""
+        return list(zip(self.chunks, self.counts, strict=True))
+
     @property
     def heads(self) -> int:
         """Heads of keys."""
         return self.chunks[0].tensors["keys"].shape[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Bank.of, (self.tensors(), self.stored, None, self.spill)  # a chunk may hold what forks have read
+        return Bank.of, (self.tensors(), self.stored, self.spill)  # a chunk may hold what forks have read
 
     def append(
         self,
@@ -179,7 +183,7 @@ class Bank:
 
     def _spilled(self) -> Bank:
         """With a file for whole `LEAST` tokens of all that is in RAM, where that is more than it may be."""
-        loose = [(chunk, there) for chunk, there in self._parts() if not chunk.sealed]
+        loose = [(chunk, there) for chunk, there in self.spans() if not chunk.sealed]
         if self.spill is None or sum(nbytes(chunk.tensors) for chunk, _ in loose) <= self.spill.ram:
             return self
         last, there = loose.pop()
@@ -190,7 +194,7 @@ class Bank:
         laid = self.spill.lay(
             [chunk.part(0, count) for chunk, _, count in parts], functools.partial(Chunk, sealed=True)
         )
-        laid.take_means(parts)
+        laid.take_made(parts)
         lie = len(self.chunks) - len(loose) - 1
         chunks, counts = [*self.chunks[:lie], laid], [*self.counts[:lie], laid.room]
         if there > whole:
@@ -274,13 +278,13 @@ class Bank:
         key, found = (place, run), []
         if key not in self.joined:
             with torch.inference_mode(False), torch.no_grad():
-                for chunk, there in self._parts():
-                    made, whole = chunk.means.get(key, []), there // LEAST
+                for chunk, there in self.spans():
+                    made, whole = chunk.made.get(key, []), there // LEAST
                     for begin in range(len(made) * LEAST, whole * LEAST, LEAST):
                         part = chunk.part(begin, begin + LEAST, parts("keys", self.stored))
                         part = {name: tensor[place] for name, tensor in part.items()}
                         made = [*made, unpack("keys", part).float().unflatten(1, (-1, run)).mean(2).transpose(1, 2)]
-                    chunk.means[key] = made
+                    chunk.made[key] = made
                     found += made[:whole]
                 self.joined[key] = torch.cat(found, -1) if found else self.keys(place)[0].mT[..., :0].float()
         return self.joined[key]
@@ -288,7 +292,7 @@ class Bank:
     @property
     def nbytes(self) -> int:
         """Bytes of the tokens that are there."""
-        found = [{name: t[:, :, :there] for name, t in chunk.tensors.items()} for chunk, there in self._parts()]
+        found = [{name: t[:, :, :there] for name, t in chunk.tensors.items()} for chunk, there in self.spans()]
         return sum(nbytes(part) for part in found)  # which uses nothing
 
     def tensors(self, *, whole: bool = False) -> State:
@@ -302,26 +306,29 @@ class Bank:
         return found | {"positions": self.positions[None]}
 
     @staticmethod
-    def of(tensors: State, stored: Stored = "base", check: Check | None = None, spill: Spill | None = None) -> Bank:
+    def of(tensors: State, stored: Stored = "base", spill: Spill | None = None) -> Bank:
         """The inverse of `tensors`, of a bank that stores in this way; tokens behind those that have positions are left
-        out. With `check` the tensors, of whole `LEAST` tokens, become a chunk as they are, and are checked when used.
+        out.
         """
-        if not tensors:
-            return Bank(stored=stored, spill=spill)
-        kept = {part: tensors[part][0] for name in ("keys", "values") for part in parts(name, stored)}
-        positions = tensors["positions"][0].cpu()
-        if check is not None:
-            return Bank((Chunk(kept, check, sealed=True),), (len(positions),), positions, stored)
-        kept = {name: tensor[:, :, : len(positions)] for name, tensor in kept.items()}
-        return Bank(stored=stored, spill=spill)._append(kept, positions)
+        return Bank(stored=stored, spill=spill).adding({name: tensor[0] for name, tensor in tensors.items()})
 
-    def _parts(self) -> list[tuple[Chunk, int]]:
-        return list(zip(self.chunks, self.counts, strict=True))
+    def adding(self, tensors: State) -> Bank:
+        """The bank with those tokens `[l, k, n, ...]` behind its own, as they are stored, that have `positions [n]`."""
+        if not tensors:
+            return self
+        positions = tensors["positions"].cpu()
+        kept = (part for name in ("keys", "values") for part in parts(name, self.stored))
+        return self._append({part: tensors[part][:, :, : len(positions)] for part in kept}, positions)
+
+    def holding(self, chunk: Chunk, positions_n: Int[Tensor, " n"]) -> Bank:
+        """The bank, of whole `LEAST` tokens, with the first `n` of a chunk behind them, which stays as it is."""
+        chunks, counts = (*self.chunks, chunk), (*self.counts, len(positions_n))
+        return replace(self, chunks=chunks, counts=counts, positions=torch.cat([self.positions, positions_n.cpu()]))
 
     def _of(self, name: str, place: int, count: int | None = None) -> list[State]:
         """`keys` or `values` of one block as they are stored, chunk by chunk; of the first `count` tokens alone."""
         found, left = [], self.length if count is None else count
-        for chunk, there in self._parts():
+        for chunk, there in self.spans():
             if found and left <= 0:  # what is not used is not read
                 break
             some = chunk.part(0, min(there, left), parts(name, self.stored))
@@ -330,7 +337,7 @@ class Bank:
         return found
 
     def _tensors(self) -> State:
-        found = [chunk.part(0, there) for chunk, there in self._parts()]
+        found = [chunk.part(0, there) for chunk, there in self.spans()]
         return {name: torch.cat([part[name] for part in found], 2) for name in found[0]}
 
 

@@ -8,7 +8,7 @@ written must pass the same checks, so that no good version is replaced by one th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from mnemic.attachment import check_unedited, config_of, memory_cache, router_of
 from mnemic.bank import filled
+from mnemic.chunks import Lying
 from mnemic.history import Log
 from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
@@ -71,27 +72,33 @@ def check_description(meta: Mapping[str, Any], source: object) -> None:
 
 
 def check_contents(
-    tensors: State, meta: Mapping[str, Any], model: nn.Module, source: object, unread: Collection[str] = ()
+    tensors: State, meta: Mapping[str, Any], model: nn.Module, source: object, chunks: Sequence[Lying] = ()
 ) -> None:
-    """Raises `StateError` unless the tensors are such as `model` and its memory make in a session with the meta's
-    window. `meta` has passed `check_description`. The numbers in those that are `unread` are left to `check_kept`.
+    """Raises `StateError` unless the tensors, and those of the bank's first tokens that lie in `chunks`, are such as
+    `model` and its memory make in a session with the meta's window. `meta` has passed `check_description`. The numbers
+    in what is unread are left to `check_kept`.
     """
     try:
-        _check_fit(tensors, meta, model, key_shapes, unread)
+        _check_fit(tensors, meta, model, key_shapes, [each.tensors for each in chunks])
+        for each in chunks:
+            if each.unread is None:
+                check_kept({f"bank.{name}": tensor for name, tensor in each.tensors.items()})
     except StateError as error:
         raise StateError(f"{source} does not fit this model and its memory: {error}; restore it from a copy") from error
 
 
-def check_written(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> None:
-    """Raises `StateError` for a session that could not be loaded again, whatever its model or its owner did to it."""
+def check_written(tensors: State, meta: Mapping[str, Any], model: nn.Module, chunks: Sequence[State] = ()) -> None:
+    """Raises `StateError` for a session that could not be loaded again, whatever its model or its owner did to it. The
+    numbers in `chunks`, `[l, k, n, ...]` of its bank's first tokens, are not read for that.
+    """
 
     def own(_: nn.Module) -> dict[str, tuple[int, int]]:
         # as the base has just made them: it need not run for this
         found = {name: (tensor.shape[1], tensor.shape[3]) for name, tensor in tensors.items() if _is_key(name)}
-        for layer in router_of(model).attended if "bank.keys" in tensors else ():
+        kept = chunks[0] if chunks else {name[5:]: tensors[name][0] for name in tensors if name.startswith("bank.")}
+        for layer in router_of(model).attended if "keys" in kept else ():
             for kind in ("keys", "values"):
-                kept = tensors[f"bank.{kind}"]
-                found.setdefault(f"{kind}.{layer}", (kept.shape[2], kept.shape[4]))
+                found.setdefault(f"{kind}.{layer}", (kept[kind].shape[1], kept[kind].shape[3]))
         return found
 
     try:
@@ -99,7 +106,7 @@ def check_written(tensors: State, meta: Mapping[str, Any], model: nn.Module) -> 
         check_unedited(router_of(model))
         if meta["window"] is not None:
             memory_cache(model, meta["window"], meta.get("sinks", 0))
-        _check_fit(tensors, meta, model, own)
+        _check_fit(tensors, meta, model, own, chunks)
     except ValueError as error:
         raise StateError(f"this session could not be loaded again: {error}. Nothing was written") from error
 
@@ -139,28 +146,20 @@ def _check_fit(
     meta: Mapping[str, Any],
     model: nn.Module,
     keys: Callable[[nn.Module], dict[str, tuple[int, int]]],
-    unread: Collection[str] = (),
+    chunks: Sequence[State],
 ) -> None:
-    """Raises `StateError` unless tensors and counts are such as the model and its memory make; `keys` gives the heads
-    and width of the keys and values.
+    """Raises `StateError` unless tensors, chunks and counts are such as the model and its memory make; `keys` gives the
+    heads and width of the keys and values.
     """
     router = router_of(model)
     _check_history(tensors, meta)
     if (meta["window"] is None) is router.causal:
         raise StateError(f"its window is {meta['window']}; decoders have one, encoders have none")
     expected = _stream(tensors, meta, router) | _window(tensors, meta, model, keys)
-    expected |= _bank(tensors, meta, model, keys)
+    expected |= _bank(tensors, meta, model, keys, chunks)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in HISTORY}
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        raise StateError(f"nothing here keeps {', '.join(unknown)[:200]!r}")
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise StateError(f"it lacks {', '.join(missing)}")
-    for name, (shape, dtypes) in expected.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-            found = f"{list(tensor.shape)} of {tensor.dtype}"
-            raise StateError(f"{name} is {found}, here it would be {list(shape)} of {dtypes[0]}")
-    check_kept({name: tensor for name, tensor in tensors.items() if name not in unread})
+    _check_kinds(tensors, expected)
+    check_kept(tensors)
     _check_numbers(tensors, meta, router.segment_length)
     if (stream := meta.get("stream")) is not None:
         state = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("state.")}
@@ -177,29 +176,63 @@ def _check_fit(
             raise StateError(f"the next key of its window stands at position {position} of {limit}")
 
 
+def _check_kinds(tensors: State, expected: Mapping[str, Kind]) -> None:
+    """Raises `StateError` for tensors of other names, shapes or dtypes."""
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise StateError(f"nothing here keeps {', '.join(unknown)[:200]!r}")
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise StateError(f"it lacks {', '.join(missing)}")
+    for name, (shape, dtypes) in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            found = f"{list(tensor.shape)} of {tensor.dtype}"
+            raise StateError(f"{name} is {found}, here it would be {list(shape)} of {dtypes[0]}")
+
+
 def _bank(
     tensors: State,
     meta: Mapping[str, Any],
     model: nn.Module,
     keys: Callable[[nn.Module], dict[str, tuple[int, int]]],
+    chunks: Sequence[State],
 ) -> dict[str, Kind]:
-    """What a session's bank is made of: nothing before keys have left the window, or where none are kept."""
+    """What a session's bank is made of, beside `chunks`: nothing before keys have left the window, or where none are
+    kept.
+    """
     router = router_of(model)
-    if meta.get("stream") is None or not router.memory.keeps or not BANK & tensors.keys():
+    if meta.get("stream") is None or not router.memory.keeps or not (chunks or BANK & tensors.keys()):
+        if chunks:
+            raise StateError(f"its bank has {len(chunks)} chunks, and none is kept here")
         return {}
     count = tensors["bank.positions"].numel() if "bank.positions" in tensors else 0
-    kept, room = tensors.get("bank.keys"), filled(count)
-    if kept is None or kept.ndim != 5 or kept.shape[3] != room:  # with no zeros behind them, as they once were written
-        room = count
     if count > meta["stream"]["seen"][0]:
         raise StateError(f"its bank has {count} tokens, and {meta['stream']['seen'][0]} were read")
-    expected, stored = {}, router.memory.stored
-    for kind in ("keys", "values"):
-        heads, width = keys(model)[f"{kind}.{router.attended[0]}"]
-        numbers, *scale = (f"bank.{part}" for part in parts(kind, stored))
-        dtypes = (router.dtype, *FLOATS) if stored == "base" else (CODES[stored],)
-        expected[numbers] = ((1, len(router.attended), heads, room, width), dtypes)
-        expected |= {name: ((1, len(router.attended), heads, room, 1), (torch.float32,)) for name in scale}
+
+    def kinds(room: int) -> dict[str, Kind]:
+        """Of so many tokens."""
+        found, stored = {}, router.memory.stored
+        for kind in ("keys", "values"):
+            heads, width = keys(model)[f"{kind}.{router.attended[0]}"]
+            numbers, *scale = (f"bank.{part}" for part in parts(kind, stored))
+            dtypes = (router.dtype, *FLOATS) if stored == "base" else (CODES[stored],)
+            found[numbers] = ((len(router.attended), heads, room, width), dtypes)
+            found |= {name: ((len(router.attended), heads, room, 1), (torch.float32,)) for name in scale}
+        return found
+
+    left, expected = count, {}
+    for chunk in chunks:
+        first = chunk[min(chunk)]
+        room = first.shape[2] if first.ndim == 4 else 0
+        # whole `LEAST` tokens, of which the last may have zeros behind them, or as they once were written, without
+        if not 0 < room <= filled(left) or room not in (filled(room), left):
+            raise StateError(f"a chunk of its bank is {list(first.shape)}, where {left} of {count} tokens are left")
+        _check_kinds({f"bank.{name}": tensor for name, tensor in chunk.items()}, kinds(room))
+        left -= room
+    if left > 0 or not chunks:
+        kept, room = tensors.get("bank.keys"), filled(left)
+        if kept is None or kept.ndim != 5 or kept.shape[3] != room:  # likewise
+            room = left
+        expected |= {name: ((1, *shape), dtypes) for name, (shape, dtypes) in kinds(room).items()}
     if (chosen := tensors.get("bank.chosen")) is not None:
         heads, _ = keys(model)[f"keys.{router.attended[0]}"]
         size = chosen.shape[-1] if chosen.ndim else 0

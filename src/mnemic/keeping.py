@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from mnemic import folders
 from mnemic.attachment import check_fingerprint, check_settings, router_of
-from mnemic.bank import Bank, filled
+from mnemic.bank import Bank, Chunk, filled
 from mnemic.checks import check_contents, check_description, check_kept, keys_of
+from mnemic.chunks import UNITS, Lying, Units, cut
 from mnemic.history import Log
 from mnemic.host.anatomy import fingerprint
 from mnemic.host.cache import Window
@@ -22,7 +25,7 @@ from mnemic.host.release import DynamicLayer
 from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
 from mnemic.host.wrappers import unwrapped, whole
-from mnemic.mapping import Mapped
+from mnemic.mapping import map_file
 from mnemic.memory import Further
 from mnemic.rereading import reread, window_ids
 from mnemic.spilling import Spill
@@ -34,23 +37,36 @@ if TYPE_CHECKING:
 
 
 def contents(session: Session) -> tuple[State, dict[str, Any]]:
-    """The tensors: the stream's; `bank.keys` and `bank.values` `[1, blocks, heads, n, width]` where keys are kept that
-    left the window, with zeros behind them to fill the last chunk, so that a file can be mapped, and `bank.positions
-    [1, n]`; `bank.chosen [1, blocks, heads, c]` where the next tokens share what was chosen of them; `history.*`; of
-    the window `window.valid [1, kept]` and, unless its tokens can be read again and are to be, `keys.*` and `values.*`
-    `[1, heads, kept, width]` in the base's dtype.
+    """All that is kept. Zeros behind the bank's tokens fill its last chunk, so that a file can be mapped."""
+    tensors, meta, bank = _contents(session)
+    kept = bank.tensors(whole=True) if bank is not None else {}
+    return tensors | {f"bank.{name}": tensor for name, tensor in kept.items()}, meta
+
+
+def parted(session: Session) -> tuple[State, dict[str, Any], Units]:
+    """What is kept as a head and the bank's units (`mnemic.chunks`)."""
+    tensors, meta, bank = _contents(session)
+    head, units = cut(bank or Bank(), check_kept)
+    return tensors | head, meta, units
+
+
+def _contents(session: Session) -> tuple[State, dict[str, Any], Bank | None]:
+    """What is kept, its bank apart. The tensors: the stream's; where keys are kept that left the window, `bank.keys`
+    and `bank.values` `[1, blocks, heads, n, width]` and `bank.positions [1, n]`, which are the callers' to add, and
+    `bank.chosen [1, blocks, heads, c]` where the next tokens share what was chosen of them; `history.*`; of the window
+    `window.valid [1, kept]` and, unless its tokens can be read again and are to be, `keys.*` and `values.*` `[1, heads,
+    kept, width]` in the base's dtype.
     """
     if session._layer.off:
         raise StateError(
             "tokens were read while the memory was off, and a session of such a memory could not go on from its file; "
             "save before that, or do such things with session.fork()"
         )
-    tensors, meta = {}, _description(session)
+    tensors, meta, bank = {}, _description(session), None
     if session.stream is not None:
         stream = session.stream.detach()
         tensors |= stream.tensors()
         if (bank := stream.banks[0]) is not None:
-            tensors |= {f"bank.{name}": tensor for name, tensor in bank.tensors(whole=True).items()}
             tensors |= _chosen(stream.held[0])
         if (log := stream.logs[0]) is not None:
             tensors |= {f"history.{name}": tensor for name, tensor in log.tensors().items()}
@@ -63,20 +79,33 @@ def contents(session: Session) -> tuple[State, dict[str, Any]]:
             tensors |= {"window.valid": window.valid} | keys_of(session._cache)
         else:
             tensors["window.valid"] = window.valid.new_ones(1, window.context[0])
-    return tensors, meta
+    return tensors, meta, bank
+
+
+def opened(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any], list[Lying]]:
+    """What lies in a file or in a folder: a head, and the bank's tokens that are mapped, and not read."""
+    if folders.is_folder(path):
+        return folders.read(path)
+    tensors, meta, unread = map_file(path)
+    if unread is None:
+        return tensors, meta, []
+    lie = {name.removeprefix("bank."): tensors.pop(name) for name in unread.digests}
+    # of another shape they are refused by whoever checks them
+    lie = {name: tensor[0] if tensor.shape[:1] == (1,) else tensor for name, tensor in lie.items()}
+    return tensors, meta, [Lying(lie, unread=unread)]
 
 
 def restored(
     cls: type[Session],
     tensors: State,
     meta: dict[str, Any],
-    unread: Mapped | None,
+    chunks: Sequence[Lying],
     source: object,
     model: nn.Module,
     tokenizer: Any,
     strict: bool,
 ) -> Session:
-    """The session of a file's contents; raises `StateError` as `Session.load` does. `unread` is as in `fill`."""
+    """The session of a head and of what lies beside it; raises `StateError` as `Session.load` does."""
     check_description(meta, source)
     check_fingerprint(model, meta, source, strict=strict)
     router = router_of(model)
@@ -93,8 +122,8 @@ def restored(
     except ValueError as error:
         raise StateError(f"{source} has a window that this model cannot have: {error}") from error
     tensors = brought_up(tensors, meta, router)
-    check_contents(tensors, meta, model, source, unread.digests if unread is not None else ())
-    fill(session, tensors, meta, unread)
+    check_contents(tensors, meta, model, source, chunks)
+    fill(session, tensors, meta, chunks)
     return session
 
 
@@ -106,17 +135,9 @@ def brought_up(tensors: State, meta: Mapping[str, Any], router: Router) -> State
     return {f"state.{name}": first[name].cpu() for name in router.memory.newer if name in first} | tensors
 
 
-def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapped | None) -> None:
-    """Puts contents that passed `check_contents` into a new session. What is `unread` is checked when it is used, or
-    now where it goes on in another dtype or on another device.
-    """
+def fill(session: Session, tensors: State, meta: dict[str, Any], chunks: Sequence[Lying]) -> None:
+    """Puts contents that passed `check_contents` into a new session."""
     router = session._router
-
-    def check(name: str, tensor: Tensor) -> None:
-        assert unread is not None
-        unread.check(f"bank.{name}", tensor, check_kept)
-
-    found = tensors
     # keys of a base in float32 go on in the same base in bfloat16
     dtype: Any = unwrapped(session.model).dtype
     tensors = {
@@ -129,11 +150,7 @@ def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapped 
         logs = (Log.of(noted) if noted else session._empty_log,)  # a file of before there were histories has none
         ledgers: dict[str, Any] = {name: tuple(values) for name, values in ledger.items()}
         kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("bank.")}
-        lie = {name: t for name, t in found.items() if unread is not None and name in unread.digests}
-        stay = bool(lie) and all(tensors[name] is t and t.shape[3] == filled(t.shape[3]) for name, t in lie.items())
-        for name, tensor in () if stay else lie.items():
-            check(name[5:], tensor)
-        banks = (Bank.of(kept, router.memory.stored, check if stay else None) if kept else None,)
+        banks = (_bank(kept, chunks, session) if kept else None,)
         chosen = enumerate(kept["chosen"][0] if "chosen" in kept else ())
         held = ({place: its_kc[:, None] for place, its_kc in chosen},)
         carried = Stream(state, tensors["waiting"], **ledgers, logs=logs, banks=banks, held=held)
@@ -154,6 +171,41 @@ def fill(session: Session, tensors: State, meta: dict[str, Any], unread: Mapped 
         ids = window_ids(session._log, seen, cache, router.segment_length)
         assert ids is not None  # checked
         reread(session.model, cache, cache.window, ids.to(router.device), router.segment_length)
+
+
+def _bank(kept: State, chunks: Sequence[Lying], session: Session) -> Bank:
+    """A bank of what was kept of one: `kept` has all its positions, and the tokens behind those that lie in chunks."""
+    bank, positions = Bank(stored=session._router.memory.stored), kept["positions"][0]
+    for each in chunks:
+        bank = _holding(bank, each, positions[bank.length :], session)
+    rest = {name: tensor[0] for name, tensor in kept.items() if name not in ("chosen", "positions")}
+    return bank.adding(rest | {"positions": positions[bank.length :]}) if rest else bank
+
+
+def _holding(bank: Bank, lying: Lying, positions: Tensor, session: Session) -> Bank:
+    """The bank with a chunk behind its tokens. What is unread is checked when it is used, or now where it goes on in
+    another dtype or on another device.
+    """
+    dtype: Any = unwrapped(session.model).dtype
+    room = lying.tensors["keys"].shape[2]
+
+    def check(name: str, tensor: Tensor) -> None:
+        assert lying.unread is not None
+        lying.unread.check(f"bank.{name}", tensor, check_kept)
+
+    moved = {
+        name: tensor.to(session._router.device, dtype if _in_dtype(f"bank.{name}", tensor) else tensor.dtype)
+        for name, tensor in lying.tensors.items()
+    }
+    if room == filled(room) and all(moved[name] is tensor for name, tensor in lying.tensors.items()):
+        unread = lying.unread is not None
+        chunk = Chunk(moved, check if unread else None, sealed=unread, used=room)
+        if lying.units:
+            chunk.made[UNITS] = list(lying.units)
+        return bank.holding(chunk, positions[:room])
+    for name, tensor in lying.tensors.items() if lying.unread is not None else ():
+        check(name, tensor)
+    return bank.adding(moved | {"positions": positions[:room]})
 
 
 def forget(session: Session, first: int, last: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mnemic import keeping
+from mnemic import folders, keeping
 from mnemic.attachment import (
     check_same,
     default_window,
@@ -23,6 +23,7 @@ from mnemic.attachment import (
 )
 from mnemic.bank import Bank
 from mnemic.checks import check_written
+from mnemic.chunks import Units
 from mnemic.generating import answer, generate
 from mnemic.history import Log
 from mnemic.host.anatomy import examine
@@ -35,7 +36,6 @@ from mnemic.host.release import DynamicLayer
 from mnemic.host.router import Router
 from mnemic.host.wrappers import as_forward
 from mnemic.locks import Lock, alone
-from mnemic.mapping import map_file
 from mnemic.sources import Sources, noting
 from mnemic.spilling import RAM
 from mnemic.state import from_bytes, to_bytes, write_file
@@ -408,13 +408,21 @@ class Session:
     # --- keeping it --------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the session as one safetensors file; a process that loads it continues with identical logits.
+        """Writes the session; a process that loads it continues with identical logits.
 
-        It holds the memory's state, the tokens that wait and the window's keys; after `flush` with a window of one
-        segment it is the memory's state alone. Raises `StateError` for what `load` would refuse, such as a state that
-        is not finite; a file that is there stays then.
+        A path is that of one safetensors file, which holds the memory's state, the tokens that wait and the window's
+        keys; after `flush` with a window of one segment it is the memory's state alone. Where the path is a folder, or
+        ends as one ("alice/"), the keys and values that left the window lie in files of their own there, and of them a
+        save writes what is new: for sessions that carry much.
+
+        Raises:
+            StateError: what `load` would refuse, such as a state that is not finite; what is there stays then.
+            OSError: it could not be written, as where the disk is full; what is there stays too.
         """
-        write_file(path, *self.checked())
+        if folders.is_folder(path):
+            folders.save(path, *self.parted())
+        else:
+            write_file(path, *self.checked())
 
     def to_bytes(self) -> bytes:
         """What `save` writes, as bytes: for a database of one's own. `mnemic.SessionStore` is one."""
@@ -424,17 +432,19 @@ class Session:
     def load(
         cls, path: str | os.PathLike[str], model: nn.Module, tokenizer: Any = None, *, strict: bool = True
     ) -> Session:
-        """The session that `save` wrote.
+        """The session that `save` wrote, as a file or as a folder.
 
-        Keys and values that left the window stay in the file, which is mapped: it may be replaced or deleted, but not
-        be written into. They are read when they are used, and all of them are checked then: whatever uses them raises
-        `StateError` if they were changed.
+        Keys and values that left the window stay in the file, or files, which are mapped: they may be replaced or
+        deleted, but not be written into. They are read when they are used, and all of them are checked then: whatever
+        uses them raises `StateError` if they were changed.
 
         Raises:
+            FileNotFoundError: there is none.
             StateError: another base model (unless `strict=False`), another memory or its config, an edited or truncated
-                file, and contents that this model and memory would not make. Nothing is loaded then.
+                file, a missing one of a folder, and contents that this model and memory would not make. Nothing is
+                loaded then.
         """
-        return keeping.restored(cls, *map_file(path), path, model, tokenizer, strict)
+        return keeping.restored(cls, *keeping.opened(path), path, model, tokenizer, strict)
 
     @classmethod
     def from_bytes(
@@ -447,13 +457,20 @@ class Session:
         source: object = "these bytes",
     ) -> Session:
         """The session that `to_bytes` gave; raises `StateError` as `load` does. `source` is how errors name it."""
-        return keeping.restored(cls, *from_bytes(data, source), None, source, model, tokenizer, strict)
+        return keeping.restored(cls, *from_bytes(data, source), (), source, model, tokenizer, strict)
 
     def checked(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """`contents`, once it has passed what `load` checks; raises `StateError` for what it would refuse."""
         tensors, meta = self.contents()
         check_written(tensors, meta, self.model)
         return tensors, meta
+
+    @alone
+    def parted(self) -> tuple[dict[str, Tensor], dict[str, Any], Units]:
+        """`checked` contents as a head and the units of what left the window (`mnemic.chunks`)."""
+        tensors, meta, units = keeping.parted(self)
+        check_written(tensors, meta, self.model, units.tensors)
+        return tensors, meta, units
 
     @alone
     def contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,10 +8,6 @@ process that is killed leaves its files.
 from __future__ import annotations
 
 import errno
-import hashlib
-import itertools
-import json
-import math
 import os
 import secrets
 import tempfile
@@ -23,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mnemic.mapping import Mapped, map_tensors
-from mnemic.state import DTYPES, State, StateError, bytes_of, nbytes
+from mnemic.mapping import Mapped, checksums, map_tensors
+from mnemic.state import State, StateError, nbytes
 
 if TYPE_CHECKING:
     from mnemic.bank import Chunk
@@ -56,12 +52,14 @@ class Spill:
         try:
             descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".chunk")
             try:
-                digest, digests = _write(descriptor, parts)
+                with os.fdopen(descriptor, "wb") as file:
+                    digest, found = checksums(parts, file.write)
                 data, _, tensors = map_tensors(temporary)
                 # what another session has read may be the same, and go sooner
                 path = self.folder / f"{digest}.{secrets.token_hex(4)}.chunk"
                 chunk = self.held.get(digest)  # of a fork, which has read the same
                 if chunk is None or not _sound(chunk):
+                    digests = {name: [its] for name, its in found.items()}
                     chunk = make(tensors, Mapped(data, f"chunk {path}", digests).check)
                     os.replace(temporary, path)
                     self.held[digest] = chunk
@@ -91,30 +89,3 @@ def _sound(chunk: Chunk) -> bool:
         return all(chunk[name] is not None for name in chunk.tensors)
     except StateError:
         return False
-
-
-def _write(descriptor: int, parts: Sequence[State]) -> tuple[str, dict[str, str]]:
-    """Writes the tokens of all parts; returns the checksum of it all and of each tensor. Nothing is copied for that."""
-    named = {dtype: name for name, dtype in DTYPES.items()}
-    # the widest numbers first, so that all lie at multiples of their size
-    names = sorted(parts[0], key=lambda name: (-parts[0][name].itemsize, name))
-    entries, end = {}, 0
-    for name in names:
-        blocks, heads, _, width = parts[0][name].shape
-        shape = [blocks, heads, sum(part[name].shape[2] for part in parts), width]
-        begin, end = end, end + math.prod(shape) * parts[0][name].itemsize
-        entries[name] = {"dtype": named[parts[0][name].dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    digests = {}
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            digest = hashlib.sha256()
-            blocks, heads = parts[0][name].shape[:2]
-            for block, head, part in itertools.product(range(blocks), range(heads), parts):
-                data = bytes_of(part[name][block, head])
-                file.write(data)
-                digest.update(data)
-            digests[name] = digest.hexdigest()
-    return hashlib.sha256(text + json.dumps(digests, sort_keys=True).encode()).hexdigest(), digests

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from mmap import mmap
 from pathlib import Path
 from typing import Any
@@ -313,13 +313,15 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
     write_bytes(path, to_bytes(tensors, meta))
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+def write_bytes(path: str | os.PathLike[str], data: bytes | Iterable[bytes | memoryview]) -> None:
     """Writes a file that appears whole or not at all, readable by its owner alone."""
     write_all({path: data})
 
 
-def write_all(files: Mapping[str | os.PathLike[str], bytes]) -> None:
-    """`write_bytes` for files that belong together: none is replaced before all are on the disk."""
+def write_all(files: Mapping[str | os.PathLike[str], bytes | Iterable[bytes | memoryview]]) -> None:
+    """`write_bytes` for files that belong together: none is replaced before all are on the disk. What is large comes in
+    pieces.
+    """
     written: dict[str, Path] = {}
     try:
         for path, data in files.items():
@@ -327,7 +329,8 @@ def write_all(files: Mapping[str | os.PathLike[str], bytes]) -> None:
             descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             written[temporary] = path
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                for piece in [data] if isinstance(data, bytes) else data:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
         for temporary, path in written.items():

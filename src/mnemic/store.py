@@ -1,7 +1,8 @@
 """Sessions by name in a database: SQLite in one file, or PostgreSQL where many workers share them.
 
-A row is a session's bytes as `Session.to_bytes` makes them, with their checksum, and what a list shows. Every write is
-one transaction, and says which version it replaces: of two writers that read the same, the second gets a `Conflict`.
+A session is a row with its head and what a list shows, and holds chunks of what left its window, each of which is there
+once (`mnemic.tables`). Every write is one transaction, and says which version it replaces: of two writers that read the
+same, the second gets a `Conflict`.
 """
 
 from __future__ import annotations
@@ -14,65 +15,49 @@ import secrets
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import sqlalchemy as sql
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from torch import nn
 
-from mnemic.checks import check_bytes
+from mnemic import folders, tables
+from mnemic.checks import check_bytes, check_kept
+from mnemic.chunks import Lying, Units, cut_file, gathered, joined, take_units
 from mnemic.connections import SECONDS_BUSY, Connections
+from mnemic.keeping import restored
 from mnemic.session import Session, Stored
-from mnemic.state import from_bytes, to_bytes, write_bytes
+from mnemic.state import State, from_bytes, to_bytes, write_bytes
+from mnemic.tables import SECOND, SHOWN, Entry
 
-FORMAT = 1
 LONGEST_NAME = 512
 """Most characters of a name."""
 SIZE_LIMIT = 256 * 2**20
 """Most bytes of a session, unless the store is told otherwise."""
 ATTEMPTS = 20
-"""How often a new session is put, if others make and delete it at the same time."""
+"""How often a session is put or removed, if others do so with it, or with its chunks, at the same time."""
+AGAIN = ("40001", "40P01")
+"""What PostgreSQL calls transactions that it ended for another's sake: to be tried again."""
+LOG = 64 * 2**20
+"""Bytes that SQLite's log keeps when it has been moved into the file."""
 LONGEST_TTL = 100 * 365 * 24 * 3600
 """A hundred years, in seconds."""
-SECOND = 1_000_000
-"""Times are stored in microseconds."""
-
-_metadata = sql.MetaData()
-_store = sql.Table(
-    "mnemic_store",
-    _metadata,
-    sql.Column("format", sql.Integer, primary_key=True, autoincrement=False),
-    sql.Column("id", sql.String(32), nullable=False),
-)
-_sessions = sql.Table(
-    "mnemic_sessions",
-    _metadata,
-    sql.Column("name", sql.Text, primary_key=True),
-    sql.Column("birth", sql.BigInteger, nullable=False),
-    sql.Column("version", sql.BigInteger, nullable=False),
-    sql.Column("memory", sql.Text, nullable=False),
-    sql.Column("memory_fingerprint", sql.Text, nullable=False),
-    sql.Column("base_model", sql.Text),
-    sql.Column("base_fingerprint", sql.Text, nullable=False),
-    sql.Column("nbytes", sql.BigInteger, nullable=False),
-    sql.Column("created", sql.BigInteger, nullable=False),
-    sql.Column("updated", sql.BigInteger, nullable=False),
-    sql.Column("expires", sql.BigInteger, index=True),
-    sql.Column("data", sql.LargeBinary, nullable=False),  # last: SQLite reads a row up to the column it needs
-)
+LOCK = 6024313
+"""PostgreSQL's advisory lock of whoever makes tables; that of whoever looks at the total is the next."""
 
 # statements are made once: to make one takes longer than to run it
-_NAMED = _sessions.c.name == sql.bindparam("named")
-_ALIVE = sql.or_(_sessions.c.expires.is_(None), _sessions.c.expires > sql.bindparam("now"))
-_STANDING = sql.select(_sessions.c.birth, _sessions.c.version).where(_NAMED, _ALIVE)
-_READ = _STANDING.add_columns(_sessions.c.data)
-_REPLACE = sql.update(_sessions).where(
-    _NAMED, _ALIVE, _sessions.c.birth == sql.bindparam("born"), _sessions.c.version == sql.bindparam("replaced")
+_NAMED = tables.sessions.c.name == sql.bindparam("named")
+_ALIVE = sql.or_(tables.sessions.c.expires.is_(None), tables.sessions.c.expires > sql.bindparam("now"))
+_STANDING = sql.select(tables.sessions.c.birth, tables.sessions.c.version).where(_NAMED, _ALIVE)
+_READ = _STANDING.add_columns(tables.sessions.c.data)
+_REPLACE = sql.update(tables.sessions).where(
+    _NAMED,
+    _ALIVE,
+    tables.sessions.c.birth == sql.bindparam("born"),
+    tables.sessions.c.version == sql.bindparam("replaced"),
 )
 
 
@@ -102,27 +87,8 @@ class Conflict(StoreError):
         )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What a store knows of a session without loading it. Times are in UTC; `expires` is None for never.
-
-    `nbytes` are those of the session's file; `memory` is the kind of mechanism.
-    """
-
-    name: str
-    version: int
-    nbytes: int
-    memory: str
-    memory_fingerprint: str
-    base_model: str | None
-    base_fingerprint: str
-    created: datetime
-    updated: datetime
-    expires: datetime | None
-
-
 Entries = list[Entry]
-_SHOWN = [_sessions.c[field.name] for field in fields(Entry)]
+Result = TypeVar("Result")
 
 
 class SessionStore:
@@ -132,8 +98,11 @@ class SessionStore:
     One store may be used from several threads, and goes on working in processes that are forked from this one; a fork
     waits for the transactions of other threads. With SQLite a process killed at any moment leaves each session in its
     old or its new version; so does a loss of power, but the latest versions may then be lost. `ttl` is how many seconds
-    sessions live after their last `put`, for ever by default. One with more than `size_limit` bytes is refused. With
-    `create=False` a SQLite file must be there.
+    sessions live after their last `put`, for ever by default. One with more than `size_limit` bytes is refused, and one
+    with which all that is there, each chunk counted once, would have more than `total_limit`. With `create=False` a
+    SQLite file must be there.
+
+    A store of an earlier release is brought up when it is opened, and earlier releases do not open it any more.
 
     Raises:
         ValueError: another kind of database, or SQLite without a file.
@@ -146,11 +115,12 @@ class SessionStore:
         *,
         ttl: float | None = None,
         size_limit: int = SIZE_LIMIT,
+        total_limit: int | None = None,
         create: bool = True,
     ) -> None:
         self._url = _url(url)
         self.url = self._url.render_as_string(hide_password=True)
-        self.ttl, self.size_limit = _ttl(ttl), size_limit
+        self.ttl, self.size_limit, self.total_limit = _ttl(ttl), size_limit, total_limit
         self._sqlite = self._url.get_backend_name() == "sqlite"
         if self._sqlite:
             _prepare_file(self._url.database, create)
@@ -166,19 +136,22 @@ class SessionStore:
     # --- sessions ----------------------------------------------------------------------------------------------------
 
     def get(self, name: str, model: nn.Module, tokenizer: Any = None, *, strict: bool = True) -> Session:
-        """The session of that name. It knows its version, and `put` replaces that version alone.
+        """The session of that name, all of which is read and checked. It knows its version, and `put` replaces that
+        version alone.
 
         Raises:
             NotStored: there is none.
-            StateError: one of another base model or memory, or damaged; see `Session.load`.
+            StateError: one of another base model or memory, or damaged, or a chunk of it is missing; see
+                `Session.load`.
         """
-        data, stored = self._read(name)
-        session = Session.from_bytes(data, model, tokenizer, strict=strict, source=self._source(name))
+        _, stored, tensors, meta, chunks = self._read(name)
+        session = restored(Session, tensors, meta, chunks, self._source(name), model, tokenizer, strict)
         session.stored = stored
         return session
 
     def put(self, name: str, session: Session, *, ttl: float | None = None, overwrite: bool = False) -> int:
-        """Keeps a session under that name, and returns its new version. `ttl` in seconds instead of the store's.
+        """Keeps a session under that name, and returns its new version. `ttl` in seconds instead of the store's. What
+        left the window and is in the store already, under this name or another, is not written again.
 
         A session that came from `get`, or was `put` before, replaces the version that it was then; any other must find
         the name free. With `overwrite` it replaces whatever is there.
@@ -186,68 +159,81 @@ class SessionStore:
         Raises:
             Conflict: another version is there. Nothing was written; the session in hand is as it was.
             StateError: a session that `get` would refuse, such as one whose state is not finite.
-            StoreError: more bytes than `size_limit`, or a database that cannot be reached.
+            StoreError: more bytes than `size_limit` or `total_limit`, or a database that cannot be reached.
             ValueError: a name that is empty, too long, or no text that can be stored.
         """
         with session.lock.use():  # of two threads that put it, the second would find the first one's version
-            tensors, meta = session.checked()
-            session.stored = self._write(name, to_bytes(tensors, meta), meta, session.stored, ttl, overwrite)
+            tensors, meta, units = session.parted()
+            data = to_bytes(tensors | units.listed(), meta)
+            session.stored = self._write(name, data, meta, units, session.stored, ttl, overwrite)
             return session.stored.version
 
     def delete(self, name: str) -> Entry:
-        """Removes a session, expired or not, and returns what was removed; raises `NotStored` if there is none."""
+        """Removes a session, expired or not, with the chunks that nobody else holds, and returns what was removed;
+        raises `NotStored` if there is none.
+        """
         _check_name(name)
-        with self._transaction() as connection:
-            row = connection.execute(sql.delete(_sessions).where(_NAMED).returning(*_SHOWN), {"named": name}).first()
-        if row is None:
+        removed = self._tried(
+            f"session {name!r} cannot be removed from", lambda it: tables.remove(it, _NAMED, named=name)
+        )
+        if not removed:
             raise NotStored(f"there is no session {name!r} in {self.url}")
         self._empty_log()
-        return _entry(row)
+        return removed[0]
 
     def list(self) -> Entries:
         """Every session that has not expired, by name."""
-        with self._transaction() as connection:
-            rows = connection.execute(sql.select(*_SHOWN).where(_ALIVE), {"now": _now()}).all()
-        return sorted(map(_entry, rows), key=lambda entry: entry.name)
+        with self.transaction() as connection:
+            rows = connection.execute(sql.select(*SHOWN).where(_ALIVE), {"now": _now()}).all()
+        return sorted(map(Entry.of, rows), key=lambda entry: entry.name)
 
     def entry(self, name: str) -> Entry:
         """What the store knows of one session; raises `NotStored`."""
         _check_name(name)
-        with self._transaction() as connection:
-            row = connection.execute(sql.select(*_SHOWN).where(_NAMED, _ALIVE), {"named": name, "now": _now()}).first()
+        with self.transaction() as connection:
+            row = connection.execute(sql.select(*SHOWN).where(_NAMED, _ALIVE), {"named": name, "now": _now()}).first()
         if row is None:
             raise NotStored(f"there is no session {name!r} in {self.url}")
-        return _entry(row)
+        return Entry.of(row)
 
     def export(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Writes a session as the file that `Session.save` would write; raises `NotStored`."""
-        write_bytes(path, self.get_bytes(name)[0])
+        """Writes a session as `Session.save` would, as a file or as a folder; raises `NotStored`."""
+        data, _, tensors, meta, chunks = self._read(name)
+        if folders.is_folder(path):
+            folders.save(path, tensors, meta, Units.of(chunks))
+        else:
+            write_bytes(path, to_bytes(joined(tensors, chunks), meta) if chunks else data)
 
     def purge(self) -> Entries:
-        """Removes every session that has expired, and returns what was removed."""
-        with self._transaction() as connection:
-            dead = sql.delete(_sessions).where(~_ALIVE).returning(*_SHOWN)
-            rows = connection.execute(dead, {"now": _now()}).all()
-        if rows:
+        """Removes every session that has expired, as `delete` does, and returns what was removed."""
+        removed = self._tried(
+            "sessions cannot be removed from", lambda connection: tables.remove(connection, ~_ALIVE, now=_now())
+        )
+        if removed:
             self._empty_log()
-        return sorted(map(_entry, rows), key=lambda entry: entry.name)
+        return removed
 
     # --- their bytes -------------------------------------------------------------------------------------------------
 
     def get_bytes(self, name: str) -> tuple[bytes, Stored]:
         """What `Session.from_bytes` takes, and where it stands; raises `NotStored`, and `StateError` if damaged."""
-        data, stored = self._read(name)
-        from_bytes(data, self._source(name))
-        return data, stored
+        data, stored, tensors, meta, chunks = self._read(name)
+        return to_bytes(joined(tensors, chunks), meta) if chunks else data, stored
 
-    def _read(self, name: str) -> tuple[bytes, Stored]:
-        """The bytes as they lie there; whoever opens them checks them."""
+    def _read(self, name: str) -> tuple[bytes, Stored, State, dict[str, Any], list[Lying]]:
+        """A head's bytes, where the session stands, the head, and what lies beside it: all of one version."""
         _check_name(name)
-        with self._transaction() as connection:
+        with self.transaction() as connection:
+            # or another's write between two statements is seen by the second
+            snapshot = "BEGIN" if self._sqlite else "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"
+            connection.exec_driver_sql(snapshot)
             row = connection.execute(_READ, {"named": name, "now": _now()}).first()
-        if row is None:
-            raise NotStored(f"there is no session {name!r} in {self.url}")
-        return bytes(row.data), Stored(self._id, name, row.birth, row.version)
+            if row is None:
+                raise NotStored(f"there is no session {name!r} in {self.url}")
+            tensors, meta = from_bytes(data := bytes(row.data), source := self._source(name))
+            units = take_units(tensors, source)
+            chunks = gathered(units, functools.partial(tables.data_of, connection), source)
+        return data, Stored(self._id, name, row.birth, row.version), tensors, meta, chunks
 
     def _source(self, name: str) -> str:
         """How errors name it."""
@@ -269,15 +255,25 @@ class SessionStore:
         """
         tensors, meta = from_bytes(data, source := f"what is to be session {name!r}")
         check_bytes(tensors, meta, source)
-        return self._write(name, data, meta, stored, ttl, overwrite)
+        head, units = cut_file(tensors, check_kept)
+        data = to_bytes(head | units.listed(), meta) if units.known else data
+        return self._write(name, data, meta, units, stored, ttl, overwrite)
 
     def _write(
-        self, name: str, data: bytes, meta: dict[str, Any], stored: Stored | None, ttl: float | None, overwrite: bool
+        self,
+        name: str,
+        data: bytes,
+        meta: dict[str, Any],
+        units: Units,
+        stored: Stored | None,
+        ttl: float | None,
+        overwrite: bool,
     ) -> Stored:
         _check_name(name)
-        if len(data) > self.size_limit:
+        size = len(data) + sum(units.size(place, place + 1) for place in range(len(units.known)))
+        if size > self.size_limit:
             raise StoreError(
-                f"session {name!r} has {len(data):,} bytes, this store takes {self.size_limit:,}; flush() it, give it "
+                f"session {name!r} has {size:,} bytes, this store takes {self.size_limit:,}; flush() it, give it "
                 "a shorter window=, or set size_limit="
             )
         now, ttl = _now(), self.ttl if ttl is None else _ttl(ttl)
@@ -287,49 +283,80 @@ class SessionStore:
         values = {
             "memory": meta["memory"]["kind"],
             **shown,
-            "nbytes": len(data),
+            "nbytes": size,
             "updated": now,
             "expires": None if ttl is None else now + int(ttl * SECOND),
             "data": data,
         }
         if stored is not None and (stored.store, stored.name) != (self._id, name):
             stored = None
-        problem = None
-        for _ in range(ATTEMPTS):
-            try:
-                with self._transaction() as connection:
-                    if stored is not None and not overwrite:
-                        return _replace(connection, stored, values)
-                    return self._add(connection, name, values, overwrite)
-            except IntegrityError as error:
-                # somebody else made it since we looked
-                problem = error.orig
-                if not overwrite and (found := self._version(name)):
-                    raise Conflict(name, 0, found) from None
-        raise StoreError(f"session {name!r} cannot be put into {self.url}: {problem}; nothing was changed")
+
+        def write(connection: sql.Connection) -> Stored:
+            if stored is not None and not overwrite:
+                new = _replace(connection, stored, values)
+            else:
+                new = self._add(connection, name, values, overwrite)
+            tables.hold(connection, name, units)
+            self._check_total(connection, name)
+            return new
+
+        def taken() -> None:
+            """Somebody else may have made it since we looked."""
+            if stored is None and not overwrite and (found := self._version(name)):
+                raise Conflict(name, 0, found)
+
+        return self._tried(f"session {name!r} cannot be put into", write, taken)
+
+    def _check_total(self, connection: sql.Connection, name: str) -> None:
+        """Raises `StoreError` where all that is there now is more than there may be."""
+        if self.total_limit is None:
+            return
+        if not self._sqlite:  # one at a time: of two that fit alone one may have to go
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK + 1})")
+        if (total := tables.total(connection)) > self.total_limit:
+            raise StoreError(
+                f"with session {name!r} this store would have {total:,} bytes, it takes {self.total_limit:,}; delete() "
+                "or purge() others, or set total_limit="
+            )
 
     def _add(self, connection: sql.Connection, name: str, values: dict[str, Any], overwrite: bool) -> Stored:
         """A new row, or, with `overwrite`, a new version of the one that is there."""
         named, now = {"named": name}, values["updated"]
-        connection.execute(sql.delete(_sessions).where(_NAMED, ~_ALIVE), {**named, "now": now})
+        connection.execute(sql.delete(tables.sessions).where(_NAMED, ~_ALIVE), {**named, "now": now})
         if overwrite:
-            newer = sql.update(_sessions).where(_NAMED).values(version=_sessions.c.version + 1, **values)
-            row = connection.execute(newer.returning(_sessions.c.birth, _sessions.c.version), named).first()
+            newer = sql.update(tables.sessions).where(_NAMED).values(version=tables.sessions.c.version + 1, **values)
+            row = connection.execute(newer.returning(tables.sessions.c.birth, tables.sessions.c.version), named).first()
             if row is not None:
                 return Stored(self._id, name, row.birth, row.version)
         birth = secrets.randbits(62)
         connection.execute(
-            sql.insert(_sessions), {"name": name, "birth": birth, "version": 1, "created": now, **values}
+            sql.insert(tables.sessions), {"name": name, "birth": birth, "version": 1, "created": now, **values}
         )
         return Stored(self._id, name, birth, 1)
 
     def _version(self, name: str) -> int:
         """The version that is there, 0 for none."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute(_STANDING, {"named": name, "now": _now()}).first()
         return 0 if row is None else row.version
 
     # --- the database ------------------------------------------------------------------------------------------------
+
+    def _tried(
+        self, doing: str, work: Callable[[sql.Connection], Result], before: Callable[[], None] = lambda: None
+    ) -> Result:
+        """What `work` returns in a transaction, which is tried again where another's came in its way, `before` that is
+        called.
+        """
+        problem = None
+        for _ in range(ATTEMPTS):
+            try:
+                with self.transaction() as connection:
+                    return work(connection)
+            except _Again as error:
+                problem = error.args[0]
+            before()
+        raise StoreError(f"{doing} {self.url}: {problem}; nothing was changed")
 
     def close(self) -> None:
         """Gives the connections back. The store opens new ones if it is used again."""
@@ -342,33 +369,32 @@ class SessionStore:
         self.close()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sql.Connection]:
+    def transaction(self) -> Iterator[sql.Connection]:
         """All or nothing; what the database cannot do becomes a `StoreError`."""
         try:
             with self._connections.begin() as connection:
                 yield connection
-        except IntegrityError:
-            raise
         except DBAPIError as error:
+            if isinstance(error, IntegrityError) or getattr(error.orig, "sqlstate", None) in AGAIN:
+                raise _Again(error.orig) from error
             busy = "; another process has been writing for too long" if "locked" in str(error.orig) else ""
             raise StoreError(f"{self.url}: {str(error.orig).strip()}{busy}; nothing was changed") from error
 
     def _open(self) -> str:
         """The database's identity, its tables made if they are not there."""
-        with self._transaction() as connection:
-            there = sql.inspect(connection).has_table(_store.name)
-        with self._transaction() as connection:
-            if not there:
+        with self.transaction() as connection:
+            there = sql.inspect(connection).has_table(tables.store.name)
+            row = connection.execute(sql.select(tables.store)).first() if there else None
+        with self.transaction() as connection:
+            if row is None or row.format < tables.FORMAT:
                 # one at a time: to make what another is making at that moment is an error
-                lock = "BEGIN IMMEDIATE" if self._sqlite else "SELECT pg_advisory_xact_lock(6024313)"
+                lock = "BEGIN IMMEDIATE" if self._sqlite else f"SELECT pg_advisory_xact_lock({LOCK})"
                 connection.exec_driver_sql(lock)
-                _metadata.create_all(connection)
-                if connection.execute(sql.select(_store)).first() is None:
-                    connection.execute(sql.insert(_store).values(format=FORMAT, id=uuid.uuid4().hex))
-            row = connection.execute(sql.select(_store)).first()
-        if row is None or row.format != FORMAT:
+                tables.prepare(connection, uuid.uuid4().hex)
+            row = connection.execute(sql.select(tables.store)).first()
+        if row is None or row.format != tables.FORMAT:
             found = "no format" if row is None else f"format {row.format}"
-            raise StoreError(f"{self.url} has {found}, this version of mnemic reads {FORMAT}")
+            raise StoreError(f"{self.url} has {found}, this version of mnemic reads {tables.FORMAT}")
         return row.id
 
     def _empty_log(self) -> None:
@@ -376,6 +402,10 @@ class SessionStore:
         if self._sqlite:
             with contextlib.suppress(DBAPIError), self._connections.begin() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+class _Again(Exception):
+    """Another transaction came in the way of this one, which changed nothing; with what the database says of it."""
 
 
 def _replace(connection: sql.Connection, stored: Stored, values: dict[str, Any]) -> Stored:
@@ -453,6 +483,8 @@ def _prepare_connection(connection: Any, _: object) -> None:
     # the log is written before a commit returns, and flushed when it is moved into the file
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA secure_delete=ON")
+    connection.execute("PRAGMA foreign_keys=ON")
+    connection.execute(f"PRAGMA journal_size_limit={LOG}")
 
 
 def _now() -> int:
@@ -476,11 +508,3 @@ def _check_name(name: str) -> None:
 def _storable(text: str) -> bool:
     """Whether databases take a text."""
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _entry(row: sql.Row[Any]) -> Entry:
-    values = row._asdict()
-    for name in ("created", "updated", "expires"):
-        if values[name] is not None:
-            values[name] = datetime.fromtimestamp(values[name] / SECOND, UTC)
-    return Entry(**values)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnemic import folders
 from mnemic.checks import check_description
 from mnemic.history import Log
 from mnemic.memories import CONFIGS
@@ -101,11 +102,20 @@ def contents(tensors: State, meta: dict[str, Any], name: str) -> Contents:
 
 
 def open_session(file: Path) -> Contents:
-    """The contents of a file; raises `StateError` for one that holds no session or is not whole."""
-    tensors, meta = read_file(file)
+    """The contents of a file or a folder, whose chunk files are not read; raises `StateError` for one that holds no
+    session or is not whole.
+    """
+    if folders.is_folder(file):
+        tensors, meta, chunks = folders.read(file)
+        for place, each in enumerate(chunks):
+            tensors |= {f"bank.{name}.{place}": tensor for name, tensor in each.tensors.items()}
+        head, files = file / folders.HEAD, list(file.iterdir())
+    else:
+        (tensors, meta), head, files = read_file(file), file, [file]
     found = contents(tensors, meta, str(file))
     check_description(meta, file)
-    found.size, found.saved, found.name = file.stat().st_size, file.stat().st_mtime, file.name
+    found.size, found.saved = sum(each.stat().st_size for each in files), head.stat().st_mtime
+    found.name = file.name
     return found
 
 

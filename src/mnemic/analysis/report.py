@@ -56,6 +56,7 @@ def tables(results: Path) -> dict[str, str]:
     made["peers-pairs"] = peers.table_of_pairs(records(results, "peers"))
     made["drift"] = drift.table(records(results, "drift"))
     made["store-cost"] = store_tables.cost(records(results, "store"))
+    made["kept"] = store_tables.kept(records(results, "kept"))
     made["store-crowds"] = store_tables.crowds(records(results, "store"))
     made["mutated-files"] = store_tables.mutated(records(results, "mutated-files"))
     made["needles"] = real_tables.needles(records(results, "needles"))

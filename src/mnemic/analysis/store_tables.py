@@ -26,20 +26,47 @@ def cost(found: Sequence[Record]) -> str:
     return markdown(["", "median, ms", "95 % within, ms"], rows) + "\n\n" + note
 
 
+def kept(found: Sequence[Record]) -> str:
+    """What a session that carries much costs to keep, the first time and after a turn, and to go on from."""
+    if not found:
+        return missing("sessions that carry much")
+    m, config, rows = found[0].measures, found[0].config, []
+
+    def seconds(times: dict[str, float], form: str = ".2f") -> str:
+        return f"{times['processor']:{form}} ({times['clock']:{form}})"
+
+    for way, its in m["ways"].items():
+        cells = [cell for when in ("first", "turn") for cell in (seconds(its[when]), f"{its[when]['bytes']:,.0f}")]
+        cells += [seconds(its[name]) for name in ("restore", "first token", "next token")]
+        rows.append([way, *cells, seconds(its["reading / restoring"], ",.0f")])
+    header = ["kept in a", "first, s", "bytes", "after a turn, s", "bytes", "restore, s", "first token, s"]
+    note = f"{config['length']:,} tokens that left the window, {m['bytes of what left the window']:,} bytes "
+    note += f'(`stored="{config["memory"]["stored"]}"`), and a window of {config["memory"]["window"]:,}; '
+    note += f"{found[0].host}, float32, {config['threads']} thread; processor time, in brackets by the clock; "
+    note += f"medians of {config['turns']} turns of {config['said']} tokens. Restored from the "
+    note += (
+        "disk, not from the system's cache. The last column is what it would take to read all of it again, at the rate "
+    )
+    note += "at which the restored session reads a turn, by what it takes to restore and to say one token. Made by "
+    return f"{markdown([*header, 'next token, s', 'reading / restoring'], rows)}\n\n{note}`{found[0].command}`."
+
+
 def crowds(found: Sequence[Record]) -> str:
-    """What came of kills and of many writers, for each database."""
+    """What came of kills and of many writers, for each database, and of kills for a folder."""
     if not found:
         return missing("the store")
-    m, header, rows = found[0].measures, ["database", "kills", "lost", "half written"], []
+    m, header, rows = found[0].measures, ["where", "kills", "lost", "half written", "chunks left"], []
     header += ["writers x rounds", "updates", "refused", "missing", "read wrong", "puts a second"]
-    for name in ("SQLite", "PostgreSQL"):
+    for name in ("SQLite", "PostgreSQL", "a folder"):
         if f"kills, {name}" not in m:
             continue
-        kills, crowd = m[f"kills, {name}"], m[f"crowd, {name}"]
-        puts = (crowd["writers"] * crowd["rounds"] + crowd["accepted"]) / crowd["seconds"]
-        told = [kills["kills"], kills["lost"], kills["half_written"], f"{crowd['writers']} x {crowd['rounds']}"]
-        told += [crowd["accepted"], crowd["refused"], crowd["missing"], crowd["wrong"], f"{puts:,.0f}"]
-        rows.append([name, *map(str, told)])
+        kills, crowd = m[f"kills, {name}"], m.get(f"crowd, {name}")
+        told = [kills["kills"], kills["lost"], kills["half_written"], kills["left"]]
+        if crowd is not None:
+            puts = (crowd["writers"] * crowd["rounds"] + crowd["accepted"]) / crowd["seconds"]
+            told += [f"{crowd['writers']} x {crowd['rounds']}", crowd["accepted"], crowd["refused"]]
+            told += [crowd["missing"], crowd["wrong"], f"{puts:,.0f}"]
+        rows.append([name, *map(str, told), *["-"] * (len(header) - 1 - len(told))])
     return markdown(header, rows) + f"\n\nMade by `{found[0].command}`."
 
 

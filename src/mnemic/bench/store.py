@@ -1,4 +1,4 @@
-"""Stores under kills and crowds, and what keeping a session costs.
+"""Stores and folders under kills and crowds, and what keeping a session costs.
 
 Children come from a server that has imported everything once and started nothing else, so they start fast, and what is
 killed is a process like any other.
@@ -18,14 +18,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sql
 import torch
 
+from mnemic import folders, tables
 from mnemic.attachment import attach
+from mnemic.bank import LEAST
 from mnemic.bench.cost import gpt2_small
 from mnemic.bench.results import Record
+from mnemic.checks import check_kept
+from mnemic.chunks import cut_file, joined
 from mnemic.memories.emt import EMTConfig
 from mnemic.session import Session, Stored
-from mnemic.state import from_bytes, to_bytes
+from mnemic.state import State, from_bytes, to_bytes
 from mnemic.store import Conflict, SessionStore
 
 SLOTS, DIM = 64, 256
@@ -48,22 +53,39 @@ def children() -> Any:
 
 
 def tally(counts: Sequence[int]) -> bytes:
-    """A session's bytes that carry some numbers, in every slot."""
+    """A session's bytes that carry some numbers, in every slot, and in what left its window."""
+    return to_bytes(*_contents(counts))
+
+
+def _contents(counts: Sequence[int]) -> tuple[State, dict[str, Any]]:
     meta = {"content": "session", "window": None, "memory": EMTConfig().to_dict(), "base_model": None}
     meta |= {"memory_fingerprint": "", "base_fingerprint": "", "stream": {"counts": [0], "written": [1], "seen": [1]}}
     tensors = {"state.counts": torch.tensor([list(counts)]), "state.slots": _slots(counts)}
-    return to_bytes(tensors | {"waiting": torch.zeros(1, 0, DIM)}, meta)
+    return tensors | _bank(counts) | {"waiting": torch.zeros(1, 0, DIM)}, meta
 
 
 def _slots(counts: Sequence[int]) -> torch.Tensor:
     return torch.tensor(counts, dtype=torch.float32).repeat(SLOTS, DIM // len(counts) + 1)[None, :, :DIM].contiguous()
 
 
+def _bank(counts: Sequence[int]) -> State:
+    """Of each version other chunks: some that all have had before, one of these numbers, and a few tokens behind."""
+    units = [*range(counts[0] % 5), sum(counts)]
+    numbers = torch.tensor([*units, counts[-1]], dtype=torch.float32).repeat_interleave(LEAST)
+    numbers[(there := LEAST * len(units) + 7) :] = 0
+    keys = numbers[None, None, None, :, None].repeat(1, 1, 1, 1, 4)
+    return {"bank.keys": keys, "bank.values": -keys, "bank.positions": torch.arange(there)[None]}
+
+
 def counts_of(data: bytes) -> list[int]:
-    """The numbers of `tally`; raises `StateError` or `ValueError` if they are not those in every slot."""
-    tensors, _ = from_bytes(data)
+    """The numbers of `tally`; raises `StateError` or `ValueError` if they are not those everywhere."""
+    return _counts(from_bytes(data)[0])
+
+
+def _counts(tensors: State) -> list[int]:
     counts = tensors["state.counts"][0].tolist()
-    if not torch.equal(tensors["state.slots"], _slots(counts)):
+    expected = _bank(counts) | {"state.slots": _slots(counts)}
+    if not all(torch.equal(tensors[name], tensor) for name, tensor in expected.items()):
         raise ValueError("a session is half of one version and half of another")
     return counts
 
@@ -74,7 +96,8 @@ def counts_of(data: bytes) -> list[int]:
 @dataclass
 class Kills:
     """What came of killing writers: versions acknowledged that were not there afterwards, sessions that were half one
-    version and half another, and kills after a write was done but before the writer could say so.
+    version and half another (or lacked a chunk), and kills after a write was done but before the writer could say so.
+    `left` are chunks that nobody held in the end.
     """
 
     kills: int = 0
@@ -82,6 +105,7 @@ class Kills:
     half_written: int = 0
     unacknowledged: int = 0
     versions: int = 0
+    left: int = 0
 
 
 def kill_while_putting(url: str, kills: int, seed: int = 0, progress: Progress = quiet) -> Kills:
@@ -89,35 +113,89 @@ def kill_while_putting(url: str, kills: int, seed: int = 0, progress: Progress =
 
     The writer tells every version that `put` returned; after the kill that one, or the next, must be there, whole.
     """
-    found, source, context = Kills(), random.Random(seed), children()
     with SessionStore(url) as store:
         store.put_bytes("killed", tally([1]), overwrite=True)
+
+    def there() -> tuple[int, int]:
+        with SessionStore(url) as store:
+            data, stored = store.get_bytes("killed")
+        return stored.version, counts_of(data)[0]
+
+    found = _killed(_write_on, url, there, kills, 0.03, seed, progress)
+    with SessionStore(url) as store:
+        store.delete("killed")
+        with store.transaction() as connection:
+            orphans = ~tables.chunks.c.digest.in_(sql.select(tables.held.c.digest))
+            found.left = len(connection.execute(sql.select(tables.chunks.c.digest).where(orphans)).all())
+    return found
+
+
+def kill_while_saving(folder: str, kills: int, seed: int = 0, progress: Progress = quiet) -> Kills:
+    """`kill_while_putting` for versions that are saved into a folder."""
+    _save(folder, 1)
+
+    def there() -> tuple[int, int]:
+        tensors, meta, chunks = folders.read(folder)
+        (count,) = _counts(from_bytes(to_bytes(joined(tensors, chunks), meta))[0])
+        return count, count
+
+    found = _killed(_save_on, folder, there, kills, 0.1, seed, progress)
+    _save(folder, found.versions + 1)
+    named = {Path(str(each.unread.source)).name for each in folders.read(folder)[2] if each.unread is not None}
+    found.left = len({path.name for path in Path(folder).iterdir()} - named - {folders.HEAD, folders.LOCK})
+    return found
+
+
+def _save(folder: str, version: int) -> None:
+    tensors, meta = _contents([version])
+    head, units = cut_file(tensors, check_kept)
+    folders.save(folder, head, meta, units)
+
+
+def _save_on(folder: str, tell: Connection) -> None:
+    tensors, _, chunks = folders.read(folder)
+    (version,) = _counts(joined(tensors, chunks))
+    while True:
+        version += 1
+        _save(folder, version)
+        tell.send(version)
+
+
+def _killed(
+    write: Callable[[str, Connection], None],
+    where: str,
+    there: Callable[[], tuple[int, int]],
+    kills: int,
+    within: float,
+    seed: int,
+    progress: Progress,
+) -> Kills:
+    """Kills those who `write`, up to `within` seconds after a version; `there` gives the one that is there, and what it
+    holds.
+    """
+    found, source, context = Kills(), random.Random(seed), children()
     for _ in range(kills):
         mine, theirs = context.Pipe(duplex=False)
-        writer = context.Process(target=_write_on, args=(url, theirs), daemon=True)
+        writer = context.Process(target=write, args=(where, theirs), daemon=True)
         writer.start()
         theirs.close()
         told = mine.recv()
-        time.sleep(source.uniform(0, 0.03))
+        time.sleep(source.uniform(0, within))
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
         told = _last(mine, told)
         found.kills += 1
         try:
-            with SessionStore(url) as store:
-                data, stored = store.get_bytes("killed")
-            (there,) = counts_of(data)
-            found.half_written += there != stored.version
-            found.lost += stored.version < told
-            found.unacknowledged += stored.version > told
-            found.versions = stored.version
+            version, held = there()
+            found.half_written += held != version
+            found.lost += version < told
+            found.unacknowledged += version > told
+            found.versions = version
         except ValueError:
             found.half_written += 1
         except LookupError:
             found.lost += 1
         progress(1)
-    with SessionStore(url) as store:
-        store.delete("killed")
     return found
 
 

@@ -314,7 +314,8 @@ class Chat:
             return
         try:
             entry = self.store.delete(self.name)
-            self.say(f"Removed session {entry.name!r}: version {entry.version}, {entry.nbytes:,} bytes.")
+            size = f"{entry.nbytes:,} bytes, of which {entry.freed:,} are free now"
+            self.say(f"Removed session {entry.name!r}: version {entry.version}, {size}.")
         except mnemic.NotStored:
             self.say(f"Session {self.name!r} is not in the store.")
         except mnemic.StoreError as error:

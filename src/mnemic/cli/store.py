@@ -118,7 +118,8 @@ def _plain(value: Any) -> Text:
 
 
 def _removed(entry: Entry) -> Text:
-    return Text.assemble("removed ", _plain(entry.name), f", version {entry.version}, {entry.nbytes:,} bytes")
+    size = f"{entry.nbytes:,} bytes, of which {entry.freed:,} are free now"
+    return Text.assemble("removed ", _plain(entry.name), f", version {entry.version}, {size}")
 
 
 def bench_store(
@@ -131,7 +132,7 @@ def bench_store(
     ] = None,
     out: Out = Path("results"),
 ) -> None:
-    """Stores: writers killed, writers in a crowd, and what it costs to load and save a session."""
+    """Stores and folders: writers killed, writers in a crowd, and what it costs to load and save a session."""
     from mnemic.bench import store as measure
 
     seconds: dict[str, float] = {}
@@ -154,6 +155,8 @@ def bench_store(
                 measures[f"kills, {name}"] = dataclasses.asdict(found)
                 found = timed(f"crowd, {name}", writers * rounds, measure.crowd, where, writers, rounds)
                 measures[f"crowd, {name}"] = dataclasses.asdict(found)
+        found = timed("kills, a folder", kills, measure.kill_while_saving, f"{folder}/saved", kills)
+        measures["kills, a folder"] = dataclasses.asdict(found)
     for name, found in measures.items():
         console.print(f"{name}: {found}", highlight=False, soft_wrap=True)
     record = measure.record(measures, 0, seconds)
