@@ -318,7 +318,7 @@ def test_what_one_begins_to_hold_another_does_not_remove(first, url, model, monk
                 problems.append(error)
 
         monkeypatch.setattr(tables, "hold", held)
-        second = threading.Thread(target=lambda: begun.wait() and run(actions[({*actions} - {first}).pop()]))
+        second = threading.Thread(target=lambda: begun.wait(30) and run(actions[({*actions} - {first}).pop()]))
         second.start()
         run(actions[first])
         second.join()

@@ -101,7 +101,7 @@ def test_a_fork_waits_for_the_transactions_of_other_threads(url):  # noqa: F811
         begun, order = threading.Event(), []
 
         def slow():
-            with store._transaction() as connection:
+            with store.transaction() as connection:
                 connection.exec_driver_sql("DELETE FROM mnemic_sessions")
                 begun.set()
                 time.sleep(0.3)
@@ -109,7 +109,7 @@ def test_a_fork_waits_for_the_transactions_of_other_threads(url):  # noqa: F811
 
         thread = threading.Thread(target=slow)
         thread.start()
-        begun.wait()
+        assert begun.wait(30)
 
         def work(_):
             # the lock of a thread that is not here would be held for ever
@@ -130,13 +130,13 @@ def test_a_transaction_that_does_not_end_holds_up_no_fork_for_good(tmp_path, mon
         begun, end = threading.Event(), threading.Event()
 
         def endless():
-            with store._transaction():
+            with store.transaction():
                 begun.set()
-                end.wait()
+                end.wait(30)
 
         thread = threading.Thread(target=endless)
         thread.start()
-        begun.wait()
+        assert begun.wait(30)
 
         def work(_):
             assert counts_of(store.get_bytes("a")[0]) == [1]

@@ -518,7 +518,7 @@ def test_one_of_many_who_make_a_session_makes_it(url):
         barrier = threading.Barrier(8)
 
         def make_it(number):
-            barrier.wait()
+            barrier.wait(30)
             try:
                 return store.put_bytes("new", tally([number])).version
             except Conflict as conflict:
@@ -527,7 +527,7 @@ def test_one_of_many_who_make_a_session_makes_it(url):
         assert sorted(pool.map(make_it, range(8))) == [-1] * 7 + [1]
 
         def over_it(number):
-            barrier.wait()
+            barrier.wait(30)
             return store.put_bytes("over", tally([number]), overwrite=True).version
 
         assert sorted(pool.map(over_it, range(8))) == list(range(1, 9))
