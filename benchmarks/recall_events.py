@@ -5,8 +5,7 @@ gamma x deviation of the `PAST` tokens before it, and moves each cut between its
 alike (modularity). Recall cuts every `unit` tokens. Here both choose for the same questions to the same documents:
 events are scored by the mass that recall scores blocks by, those of most mass a token are taken until the budget is
 full, and of the attention that a base with everything in its window would pay to all that is kept (keys at their true
-distances) the share that falls on what is chosen is told, of all tokens and of the needle's. Gamma is such that events
-are as long as blocks on average. A score of 1 is all of it.
+distances) the share that falls on what is chosen is told. Gamma is such that events are as long as blocks on average.
 
     python benchmarks/recall_events.py --data novels.tar.xz --out results
 """
@@ -72,7 +71,7 @@ def main(
 
 @torch.no_grad()
 def measured(host: Any, told: list[Tensor], cases: list[Case], budgets: list[int]) -> dict[str, Any]:
-    """Of every cut, size and budget the shares of attention: of all tokens and of the needle's."""
+    """Of every cut, size and budget the share of attention."""
     surprises = [surprise(host, ids) for ids in track(told, "surprise")]
     attachment = mnemic.attach(host, RecallConfig())
     sessions = read(host, told)
@@ -81,7 +80,7 @@ def measured(host: Any, told: list[Tensor], cases: list[Case], budgets: list[int
     for case in track(cases, "choosing"):
 
         def look(site: Site, asked: Asked, case: Case = case) -> Further | None:
-            compare(memory, asked, surprises[case.document], case.told, budgets, found)
+            compare(memory, asked, surprises[case.document], budgets, found)
             return plain(site, asked)
 
         session = sessions[case.document].fork()
@@ -91,11 +90,7 @@ def measured(host: Any, told: list[Tensor], cases: list[Case], budgets: list[int
             session.forward(case.answer[:, :-1])
         finally:
             memory.further = plain
-    shares = {name: torch.stack(each).mean(0) for name, each in found.items()}
-    return {
-        name: {"attention": round(float(share[0]), 4), "needle": round(float(share[1]), 4)}
-        for name, share in sorted(shares.items())
-    }
+    return {name: round(sum(shares) / len(shares), 4) for name, shares in sorted(found.items())}
 
 
 def surprise(host: Any, ids: Int[Tensor, "1 t"]) -> Float[Tensor, " t"]:
@@ -115,9 +110,8 @@ def compare(
     memory: Any,
     asked: Asked,
     nats: Float[Tensor, " t"],
-    needle: slice,
     budgets: list[int],
-    found: dict[str, list[Tensor]],
+    found: dict[str, list[float]],
 ) -> None:
     """Adds what each cut would leave of the attention of one block."""
     bank, config = asked.bank, memory.config
@@ -127,12 +121,11 @@ def compare(
     guess_kgtn = (far_kgts @ keys_kns[:, None].mT).softmax(-1)
     line = asked.turn(keys_kns, torch.arange(asked.first - count, asked.first))
     true_kgtn = (asked.turned_hts.unflatten(0, (bank.heads, -1)) * asked.scale @ line[:, None].mT).softmax(-1)
-    told = torch.zeros(count, dtype=torch.bool)
-    told[(bank.positions >= needle.start) & (bank.positions < needle.stop)] = True
+    total = likeness(keys_kns)
     for size in SIZES:
         cuts = {"even": torch.arange(sinks, count, size)}
         cuts["surprise"] = events(nats[bank.positions], sinks, size)
-        cuts["surprise, refined"] = refined(keys_kns, cuts["surprise"])
+        cuts["surprise, refined"] = refined(total, cuts["surprise"])
         for name in CUTS:
             label_n = torch.zeros(count, dtype=torch.long)
             label_n[cuts[name]] = 1
@@ -140,9 +133,7 @@ def compare(
             for budget in budgets:
                 chosen_ktn = choice(guess_kgtn, label_n, budget)
                 seen = true_kgtn * chosen_ktn[:, None]
-                share = seen.sum() / true_kgtn.sum()
-                of_needle = seen[..., told].sum() / true_kgtn[..., told].sum()
-                found[f"{name}, {size} tokens, budget {budget}"].append(torch.stack([share, of_needle]))
+                found[f"{name}, {size} tokens, budget {budget}"].append(float(seen.sum() / true_kgtn.sum()))
 
 
 def choice(guess_kgtn: Tensor, label_n: Int[Tensor, " n"], budget: int) -> Tensor:
@@ -181,19 +172,23 @@ def _bounded(begin: Tensor, first: int, count: int, longest: int) -> Tensor:
     return torch.tensor(found)
 
 
-def refined(keys_kns: Float[Tensor, "k n s"], begin: Int[Tensor, " e"]) -> Int[Tensor, " e"]:
-    """Each cut between its neighbours where the two events on its sides are of the greatest modularity, by the
-    likeness of keys: the cosine, of all heads on average, or 0 where it is less.
+def likeness(keys_kns: Float[Tensor, "k n s"]) -> Float[Tensor, "n1 n1"]:
+    """Sums over the first rows and columns of how much alike keys are: the cosine, of all heads on average, or 0 where
+    it is less.
     """
     unit = torch.nn.functional.normalize(keys_kns, dim=-1)
     like = (unit @ unit.mT).mean(0).clamp_min(0)
-    total = torch.nn.functional.pad(like.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
+    return torch.nn.functional.pad(like.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
+
+
+def refined(total: Float[Tensor, "n1 n1"], begin: Int[Tensor, " e"]) -> Int[Tensor, " e"]:
+    """Each cut between its neighbours where the two events on its sides are of the greatest modularity."""
 
     def within(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         """The sum over rows a to b and columns c to d."""
         return total[b, d] - total[a, d] - total[b, c] + total[a, c]
 
-    cuts, ends = begin.tolist(), [*begin.tolist()[1:], keys_kns.shape[1]]
+    cuts, ends = begin.tolist(), [*begin.tolist()[1:], len(total) - 1]
     for i in range(1, len(cuts)):
         start, stop = cuts[i - 1], ends[i]
         split = torch.arange(start + 1, stop)

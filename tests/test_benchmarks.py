@@ -115,6 +115,31 @@ def test_what_keeping_costs(tmp_path):
     assert "| store | " in store_tables.kept([Record.load(path)])
 
 
+def test_events_beside_even_blocks(tmp_path, monkeypatch):
+    """All that is kept is all of the attention, and a greater budget leaves more of it; cuts are in order."""
+    events, model = script("recall_events"), make("llama")
+    small = {"segment_length": 16, "window": 16, "budget": 8, "sinks": 4, "unit": 4}
+    monkeypatch.setattr(events, "RecallConfig", functools.partial(RecallConfig, **small))
+    monkeypatch.setattr(events, "SIZES", (4, 8))
+    cases = [events.Case(0, tokens(1, 5, 2), tokens(1, 3, 3), slice(20, 24))]
+    found = events.measured(model, [tokens(1, 96)], cases, [8, 16, 96])
+    assert len(found) == 2 * 3 * 3
+    for cut in ("even, 4", "surprise, 8", "surprise, refined, 4"):
+        few, more, every = (found[f"{cut} tokens, budget {budget}"] for budget in (8, 16, 96))
+        assert 0 < few < more < every == 1
+    begin = events.events(torch.randn(200, generator=torch.Generator().manual_seed(0)).abs(), 4, 8)
+    assert 20 < len(begin) < 40
+    assert begin[0] == 4
+    keys = torch.ones(1, 40, 4)
+    keys[:, 17:] *= torch.tensor([1.0, -1.0, 1.0, -1.0])  # likeness ends at 17, so a cut near it moves there
+    assert events.refined(events.likeness(keys), torch.tensor([0, 20])).tolist() == [0, 17]
+    record = Record("recall-events", "recall", "tiny", 0, {"documents": 1, "length": 96}, measures=found)
+    record.command = "python benchmarks/recall_events.py"
+    path = record.save(tmp_path, "recall-events.json")
+    assert problems(path) == []
+    assert "| 8 | surprise, refined | " in real_tables.recall_events([Record.load(path)])
+
+
 def test_which_blocks_recall(tmp_path, monkeypatch):
     """Every block has a share for each of its heads, and the first few of them are read with anew."""
     script_of_blocks, model = script("recall_blocks"), make("llama")

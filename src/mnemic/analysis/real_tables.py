@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,26 +86,20 @@ def recall_blocks(found: Sequence[Record]) -> str:
 
 
 def recall_events(found: Sequence[Record]) -> str:
-    """How much attention even blocks and events leave in a budget, of all that is kept and of what is asked for."""
+    """How much attention even blocks and events leave in a budget."""
     if not found:
         return missing("events")
-    record, table = found[0], {}
-    for name, shares in record.measures.items():
+    record, table = found[0], defaultdict[tuple[int, str], dict[int, str]](dict)
+    for name, share in record.measures.items():
         cut, size, budget = name.rsplit(", ", 2)
-        row = table.setdefault((int(size.split()[0]), cut), {})
-        row[int(budget.split()[1])] = [f"{100 * shares[of]:.1f}" for of in ("attention", "needle")]
+        table[int(size.split()[0]), cut][int(budget.split()[1])] = f"{100 * share:.1f}"
     budgets = sorted(next(iter(table.values())))
-    rows = [
-        [str(size), cut, *(table[size, cut][budget][0] for budget in budgets), table[size, cut][budgets[-1]][1]]
-        for size, cut in sorted(table, key=lambda each: each[0])
-    ]
-    header = ["tokens", "cut", *(f"budget {budget}" for budget in budgets), f"the needle's, budget {budgets[-1]}"]
-    note = "Per cent of the attention of a base with everything in its window to what had left the window here, that "
+    rows = [[str(size), cut, *(row[budget] for budget in budgets)] for (size, cut), row in sorted(table.items())]
+    note = "Per cent of the attention of a base with everything in its window, to what had left the window here, that "
     note += f"falls on what is chosen: five-depths, {record.config['documents']} documents of "
-    note += (
-        f"{record.config['length']:,} tokens, mean over blocks, heads and tokens of answers, {record.host}. Made by "
-    )
-    return f"{markdown(header, rows)}\n\n{note}`{record.command}`."
+    note += f"{record.config['length']:,} tokens, mean over blocks and tokens of answers, {record.host}."
+    header = ["tokens", "cut", *(f"budget {budget}" for budget in budgets)]
+    return f"{markdown(header, rows)}\n\n{note} Made by `{record.command}`."
 
 
 def lesson_speed(found: Sequence[Record]) -> str:
