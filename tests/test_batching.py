@@ -90,8 +90,9 @@ def test_a_batch_equals_each_alone(config, name, window):
     with torch.no_grad():
         outputs = batch.forward(texts)
         for session, text, output in zip(alone, texts, outputs, strict=True):
-            # the writes of Titans are steep
-            assert_near(output.logits, session.forward(text).logits, 1e-4 if config.kind == "titans" else 2e-5)
+            # the writes of Titans are steep, and those of compact solve equations
+            steep = config.kind in ("titans", "compact")
+            assert_near(output.logits, session.forward(text).logits, 1e-4 if steep else 2e-5)
     assert_same_sessions(together, alone)
     prompts, more = texts_of([11, 2, 5], 2), {"max_new_tokens": 6, "do_sample": False, "repetition_penalty": 1.3}
     answers = batch.generate(prompts, **more)

@@ -118,7 +118,8 @@ def test_a_session_goes_on_in_another_dtype(config, saved, loaded, tmp_path):
     model = base(DTYPES["float16"] if saved == "float16" else torch.bfloat16).to(DTYPES[saved])
     other = copy.deepcopy(model).to(DTYPES[loaded])
     if f"{config.kind}-0" in INSIDE:
-        config = config.replace(budget=64)  # all of it: what rounding chooses among random keys tells nothing
+        all_of_it = {"keys": 64} if config.kind == "compact" else {"budget": 64}
+        config = config.replace(**all_of_it)  # what rounding chooses among random keys tells nothing
     attachment = mnemic.attach(model, config)
     shake(attachment.memory)
     attachment.save_pretrained(tmp_path / "memory")

@@ -62,7 +62,7 @@ def test_every_mechanism_has_a_page(config, tmp_path):
     assert [each["name"] for each in shown["tensors"]] == sorted(found.state)
     # something sensible is shown of every one: places, matrices or queues; but for a vector (an LSTM's), keys beyond
     # the window, and what is the sum of others
-    nothing = config.kind in ("memory-prompt", "recall", "several")
+    nothing = config.kind in ("memory-prompt", "recall", "compact", "several")
     assert shown["groups"] or shown["matrices"] or shown["queues"] or nothing
     passages = [entry["passage"] for group in shown["groups"] for row in group["rows"] for entry in row["written"]]
     passages += [entry["passage"] for each in shown["written_into"] for entry in each["written"]]
