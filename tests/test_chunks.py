@@ -22,9 +22,8 @@ from saved_before import load as saved
 from saved_before import said as said_next
 from test_mapped import reading, recalling, said, small_chunks
 from test_packing import assert_same
-from test_store import file_store, store, url
 
-__all__ = ["file_store", "small_chunks", "store", "url"]
+__all__ = ["small_chunks"]
 pytestmark = pytest.mark.small
 CONSTANTS = {name: getattr(mnemic.bank, name) for name in ("CHUNK", "LEAST", "STEP")}
 """As they are, of which `small_chunks` makes others."""

@@ -14,7 +14,6 @@ import pytest
 from mnemic import connections
 from mnemic.bench.store import counts_of, tally
 from mnemic.store import SessionStore
-from test_store import url  # noqa: F401 - the fixture: a database of each kind
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="this system does not fork")
 
@@ -52,7 +51,7 @@ def opened(store: SessionStore) -> int:
     return pool.checkedin() + pool.checkedout()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_what_a_child_writes_stays_when_its_parent_closes(url):  # noqa: F811
+def test_what_a_child_writes_stays_when_its_parent_closes(url):
     with SessionStore(url) as store:
         store.put_bytes("a", tally([1]))
 
@@ -72,7 +71,7 @@ def test_what_a_child_writes_stays_when_its_parent_closes(url):  # noqa: F811
         assert counts_of(store.get_bytes("a")[0]) == [1]
 
 
-def test_no_connection_is_inherited(url):  # noqa: F811
+def test_no_connection_is_inherited(url):
     with SessionStore(url) as store:
         store.put_bytes("a", tally([1]))
         assert opened(store) == 1
@@ -95,7 +94,7 @@ def test_no_connection_is_inherited(url):  # noqa: F811
         assert counts_of(store.get_bytes("a")[0]) == [2]
 
 
-def test_a_fork_waits_for_the_transactions_of_other_threads(url):  # noqa: F811
+def test_a_fork_waits_for_the_transactions_of_other_threads(url):
     with SessionStore(url) as store:
         store.put_bytes("a", tally([0]))
         begun, order = threading.Event(), []
