@@ -1,6 +1,6 @@
 """What it costs to keep a session that carries gigabytes: a turn's `put` and `save`, and to go on from what was kept.
 
-The first 5,120 tokens of a novel are read once, and timed. A session that remembers N tokens is made of them without
+The first 5,120 tokens of a novel are read once. A session that remembers N tokens is made of them without
 reading: the 4,096 that left the window are repeated, keys and values, with noise that is other each time, as equal
 chunks would be kept once. Then it is put into a store (SQLite), saved as a folder and saved as a file; it reads turns,
 and is put and saved after each; and it is restored from all three, says two tokens and reads a turn. Before it is
@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +24,13 @@ from typing import Annotated, Any
 import sqlalchemy as sql
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mnemic
 from mnemic import tables
 from mnemic.bank import Bank
 from mnemic.bench.results import Record
-from mnemic.checkpoints import folder_of
 from mnemic.memories.recall import RecallConfig
-from mnemic.tasks.documents import novels, tokenize
+from real_model import ids_of, opened, timed
 
 READ = 4096
 """Tokens whose keys are repeated."""
@@ -54,15 +51,12 @@ def main(
     """Times all of it and writes a record."""
     if data is None:
         raise typer.BadParameter("give --data, a text")
-    torch.set_num_threads(1)
-    folder = folder_of(model)
-    host: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    text = novels(data)[0][1]
-    ids = tokenize(text[len(text) // 4 :][:60_000], AutoTokenizer.from_pretrained(folder)).ids[None]
+    host, tokenizer, name = opened(model)
+    ids = ids_of(data, tokenizer)
     config = RecallConfig(stored=stored)  # pyright: ignore[reportArgumentType]
     with tempfile.TemporaryDirectory(dir=scratch) as place:
         measures = measured(host, config, ids, length, turns, said, Path(place), READ)
-    record = Record("kept", "recall", f"{Path(folder).name}, untrained", 0, {"memory": config.to_dict()})
+    record = Record("kept", "recall", f"{name}, untrained", 0, {"memory": config.to_dict()})
     record.config |= {"length": length, "turns": turns, "said": said, "repeated": READ, "noise": NOISE, "threads": 1}
     record.measures = measures
     record.command = f"python benchmarks/kept.py --data {data.name} --length {length} --turns {turns} --stored {stored}"
@@ -95,7 +89,7 @@ def measured(
             session.read(ids[:, (turn - 1) * said : turn * said])
         for way, (keep, _) in ways.items():
             before = _pieces(way, store, place)
-            its, _ = timed(keep)
+            its = timed(keep)[0]._asdict()
             written = sum(size for (_, size) in (_pieces(way, store, place) - before))
             kept[way]["times"].append({**its, "bytes": written})
             print(f"{way}, {turn}: {its}, {written:,} bytes", flush=True)
@@ -103,10 +97,11 @@ def measured(
         store.close()
         _drop(place)
         its = kept[way]
-        its["restore"], again = timed(restore)
+        spent, again = timed(restore)
+        its["restore"] = spent._asdict()
         for name in ("first token", "next token"):
-            its[name], _ = timed(lambda again=again: again.forward(ids[:, -1:]))
-        its["a turn read"], _ = timed(lambda again=again: again.read(ids[:, :said]))
+            its[name] = timed(lambda again=again: again.forward(ids[:, -1:]))[0]._asdict()
+        its["a turn read"] = timed(lambda again=again: again.read(ids[:, :said]))[0]._asdict()
         its["first"], *later = its["times"]
         its["turn"] = {key: statistics.median(time[key] for time in later) for key in its["first"]}
         its["reading / restoring"] = {
@@ -164,13 +159,6 @@ def _drop(place: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def timed(step: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """Seconds on the clock and of the processor, and what came of it."""
-    clock, processor = time.perf_counter(), time.process_time()
-    found = step()
-    return {"clock": time.perf_counter() - clock, "processor": time.process_time() - processor}, found
 
 
 if __name__ == "__main__":

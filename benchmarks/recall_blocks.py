@@ -20,15 +20,14 @@ import torch
 import typer
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mnemic
 from mnemic.bench.drift import hold_out
 from mnemic.bench.results import Record
-from mnemic.checkpoints import folder_of
 from mnemic.memories.recall import RecallConfig
 from mnemic.tasks.documents import novels
 from needle_documents import KINDS
+from real_model import opened
 
 KIND = "five-depths"
 
@@ -55,14 +54,11 @@ def main(
     """Ranks the blocks, tries the first of them, and writes a record."""
     if data is None:
         raise typer.BadParameter("give --data, a text")
-    torch.set_num_threads(1)
-    folder = folder_of(model)
-    host: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    host, tokenizer, name = opened(model)
     texts, _ = hold_out(novels(data), 0.3)
     told, cases = drawn(tokenizer, texts, length, documents, seed)
     shares, scores = measured(host, told, cases, [int(count) for count in counts.split(",")])
-    record = recorded(Path(folder).name, seed, length, documents, shares, scores)
+    record = recorded(name, seed, length, documents, shares, scores)
     record.command = (
         f"python benchmarks/recall_blocks.py --data {data.name} --length {length} --documents {documents} "
         f"--counts {counts} --seed {seed}"

@@ -22,15 +22,14 @@ import typer
 from jaxtyping import Float, Int
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mnemic
 from mnemic.bench.drift import hold_out
 from mnemic.bench.results import Record
-from mnemic.checkpoints import folder_of
 from mnemic.memories.recall import RecallConfig
 from mnemic.memory import Asked, Further, Site
 from mnemic.tasks.documents import novels
+from real_model import opened
 from recall_blocks import Case, drawn, read
 
 PAST = 128
@@ -54,13 +53,11 @@ def main(
     """Compares the cuts and writes a record."""
     if data is None:
         raise typer.BadParameter("give --data, a text")
-    torch.set_num_threads(1)
-    folder = folder_of(model)
-    host: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    host, tokenizer, name = opened(model)
     texts, _ = hold_out(novels(data), 0.3)
-    told, cases = drawn(AutoTokenizer.from_pretrained(folder), texts, length, documents, seed)
+    told, cases = drawn(tokenizer, texts, length, documents, seed)
     config = {"length": length, "documents": documents, "sizes": SIZES, "past": PAST}
-    record = Record("recall-events", "recall", f"{Path(folder).name}, untrained", seed, config)
+    record = Record("recall-events", "recall", f"{name}, untrained", seed, config)
     record.measures = measured(host, told, cases, [int(budget) for budget in budgets.split(",")])
     record.command = (
         f"python benchmarks/recall_events.py --data {data.name} --length {length} --documents {documents} "

@@ -17,21 +17,17 @@ import contextlib
 import copy
 import os
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mnemic
 from mnemic.bank import Bank
 from mnemic.bench.results import Record
-from mnemic.checkpoints import folder_of
 from mnemic.memories.recall import RecallConfig
-from mnemic.tasks.documents import novels, tokenize
+from real_model import Clock, ids_of, opened, timed
 
 READ = 4096
 """Tokens whose keys are repeated."""
@@ -48,8 +44,6 @@ SIDES: dict[str, dict[str, Any]] = {
 FEW: list[int] = [5, 6, 7, 8, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 28]
 """Of SmolLM2, the blocks that attend to what is asked for."""
 
-Clock = tuple[float, float]
-
 
 def main(
     data: Annotated[Path | None, typer.Option(help="Text: a folder or a tar archive of .txt files.")] = None,
@@ -62,15 +56,12 @@ def main(
     """Times all sides and writes a record."""
     if data is None:
         raise typer.BadParameter("give --data, a text")
-    torch.set_num_threads(1)
-    folder = folder_of(model)
-    host: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    text = novels(data)[0][1]
-    ids = tokenize(text[len(text) // 4 :][:60_000], AutoTokenizer.from_pretrained(folder)).ids[None]
+    host, tokenizer, name = opened(model)
+    ids = ids_of(data, tokenizer)
     config = RecallConfig()
     counts = [int(length) for length in lengths.split(",")]
     measures = measured(host, config, FEW, ids, counts, turns, segments, READ)
-    record = Record("recall-speed", "recall", f"{Path(folder).name}, untrained", 0, {"memory": config.to_dict()})
+    record = Record("recall-speed", "recall", f"{name}, untrained", 0, {"memory": config.to_dict()})
     record.config |= {
         "few": FEW,
         "turns": turns,
@@ -117,7 +108,7 @@ def measured(
         for number, token in enumerate(tokens):
             for side, session in sessions.items():
                 with under(side):
-                    clock = timed(lambda session=session, token=token: session.forward(token))
+                    clock, _ = timed(lambda session=session, token=token: session.forward(token))
                 if number:  # the first one makes what a bank derives from its keys
                     spent[side].append(clock)
         measures = summed(spent)
@@ -129,7 +120,7 @@ def measured(
             part = ids[:, number * config.segment_length :][:, : config.segment_length]
             for side, session in readers.items():
                 with under(side):
-                    spent[side].append(timed(lambda session=session, part=part: session.read(part)))
+                    spent[side].append(timed(lambda session=session, part=part: session.read(part))[0])
         found[f"{length}"] = measures | ({"reading": summed(spent)} if segments else {})
         ratios = ", ".join(f"{side} {ratio:.2f}" for side, ratio in measures["clock / base"].items())
         print(f"{length:,} remembered, a decoded token / base: {ratios}", flush=True)
@@ -156,13 +147,6 @@ def _filled(first: mnemic.Session, length: int, read: int) -> mnemic.Session:
     assert first.stream is not None
     filled._layer.stream = first.stream.with_banks([bank])
     return filled
-
-
-def timed(step: Callable[[], Any]) -> Clock:
-    """Seconds on the clock, and of the processor."""
-    clock, processor = time.perf_counter(), time.process_time()
-    step()
-    return time.perf_counter() - clock, time.process_time() - processor
 
 
 def summed(spent: dict[str, list[Clock]]) -> dict[str, Any]:
