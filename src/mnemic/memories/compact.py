@@ -25,8 +25,8 @@ other ways to keep few keys, with which it is compared (`compact_presses`). Caps
 the matching.
 
 What is trained: nothing. What is forgotten: what later segments did not look for.
-State: `8 x width + 8` bytes a key, of `blocks x heads of keys x keys`: key, value and mass in float32, and where it stands.
-The queries of a segment that has not ended wait: `blocks x heads of queries x width` numbers a token.
+State: `8 x width + 8` bytes a key, of `blocks x heads of keys x keys`: key, value and mass in float32, and where it
+stands. The queries of a segment that has not ended wait: `blocks x heads of queries x width` numbers a token.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class CompactConfig(MemoryConfig):
         trains="nothing",
         bytes_law="layers x key heads x keys x (8 width + 8)",
         paper="Zweiger et al., arXiv 2602.16284",
-        citation="@misc{zweiger2026fast, title = {Fast {KV} Compaction via Attention Matching}, author = {Zweiger, Adam "
-        "and Fu, Xinghong and Guo, Han and Kim, Yoon}, eprint = {2602.16284}, archivePrefix = {arXiv}, year = {2026}}",
+        citation="@misc{zweiger2026fast, title = {Fast {KV} Compaction via Attention Matching}, author = {Zweiger, "
+        "Adam and Fu, Xinghong and Guo, Han and Kim, Yoon}, eprint = {2602.16284}, archivePrefix = {arXiv}, year = {2026}}",
     )
 
     segment_length: int = 256
