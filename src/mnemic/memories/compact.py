@@ -79,7 +79,8 @@ class CompactConfig(MemoryConfig):
         bytes_law="layers x key heads x keys x (8 width + 8)",
         paper="Zweiger et al., arXiv 2602.16284",
         citation="@misc{zweiger2026fast, title = {Fast {KV} Compaction via Attention Matching}, author = {Zweiger, "
-        "Adam and Fu, Xinghong and Guo, Han and Kim, Yoon}, eprint = {2602.16284}, archivePrefix = {arXiv}, year = {2026}}",
+        "Adam and Fu, Xinghong and Guo, Han and Kim, Yoon}, eprint = {2602.16284}, archivePrefix = {arXiv}, "
+        "year = {2026}}",
     )
 
     segment_length: int = 256
