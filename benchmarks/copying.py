@@ -98,6 +98,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
     learning_rate: Annotated[float, typer.Option(help="Constant.")] = RATE,
     seed: Annotated[int, typer.Option(help="Of weights and streams.")] = 0,
+    bf16: Annotated[bool, typer.Option(help="The base in bfloat16.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("runs/copying"),
     listed: Annotated[bool, typer.Option("--list", help="Name what can be compared.")] = False,
 ) -> None:
@@ -119,7 +120,7 @@ def main(
     for name in memories or known:
         config = MemoryConfig.from_dict({"segment_length": LENGTH, **known[name]})
         with Show(name) as show:
-            record = run(name, config, folder, learnt, held, steps, learning_rate, seed, show)
+            record = run(name, config, folder, learnt, held, steps, learning_rate, seed, bf16, show)
         table = Table(title=f"{name}: nats a token of {TEST_ROWS} copies, {steps} steps", title_justify="left")
         for condition in ("own memory", *CONDITIONS[1:]):
             table.add_column(condition, justify="right")
@@ -138,16 +139,17 @@ def run(
     steps: int,
     learning_rate: float,
     seed: int,
+    bf16: bool,
     show: Show,
 ) -> Record:
     """One memory from its first weights on."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if bf16 else torch.float32)
     torch.manual_seed(seed)
     attachment = mnemic.attach(model, config)
     changed(name, attachment.memory)
     task, test = Copying(learnt), Copying(held)
     calibrate(model, task.batch(CALIBRATED, seed))
-    checkpoint = Path("runs/copying") / f"{name}-{steps}-{learning_rate:g}-seed{seed}.safetensors"
+    checkpoint = Path("runs/copying") / f"{name}-{steps}-{learning_rate:g}{'-bf16' * bf16}-seed{seed}.safetensors"
     curve, notes, seconds = [], {}, 0.0
     show.phase(name, steps)
     done = 0
@@ -192,6 +194,7 @@ def run(
             "learning_rate": learning_rate,
             "rows": ROWS,
             "segment_length": LENGTH,
+            "bf16": bf16,
             "model": Path(folder).name,
             "test rows": TEST_ROWS,
         },
@@ -212,7 +215,7 @@ def run(
         seconds={"training": seconds, "asking": time.monotonic() - begun},
     )
     rate = "" if learning_rate == RATE else f" --learning-rate {learning_rate:g}"
-    record.command = f"python benchmarks/copying.py {name} --steps {steps}{rate} --seed {seed}"
+    record.command = f"python benchmarks/copying.py {name} --steps {steps}{rate}{' --bf16' * bf16} --seed {seed}"
     return record
 
 

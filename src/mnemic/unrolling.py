@@ -144,9 +144,8 @@ def _unroll(
             model, router, ids, labelled, places, window, bptt_segments, stream, advance, losses
         )
     wanted = wanted[labelled][:, :, places]
-    chosen = wanted != IGNORED
-    order, rows = _by_row(chosen)
-    logits_nv, targets_n = logits[chosen][order], wanted[chosen][order]
+    places_n, rows = _by_row(wanted != IGNORED)
+    logits_nv, targets_n = logits.flatten(0, 2)[places_n], wanted.flatten()[places_n]
     loss = F.cross_entropy(logits_nv.float(), targets_n)
     auxiliary = torch.cat(losses).mean() if losses else torch.zeros_like(loss)
     return Unrolled(loss, logits_nv, targets_n, rows, stream, auxiliary)
@@ -164,10 +163,10 @@ def _worth_it(model: nn.Module, router: Router, segments: int, labelled: int) ->
 
 
 def _by_row(chosen_sbt: Tensor) -> tuple[Tensor, Tensor]:
-    """The order that sorts chosen tokens by row, and the row of each then."""
+    """Where chosen tokens stand among all of them, ordered by row, and the row of each."""
     rows = chosen_sbt.nonzero()[:, 1]
     order = torch.argsort(rows, stable=True)
-    return order, rows[order]
+    return chosen_sbt.flatten().nonzero()[order, 0], rows[order]
 
 
 def obstacle_to_parallel(model: nn.Module, window: int) -> str | None:
@@ -314,7 +313,9 @@ def _logits(
 ) -> Float[Tensor, "b p v"]:
     """Logits at some places of a call; the head, a fifth of a small model's work, runs there alone where it can."""
     given = with_cache(model, cache)
-    if len(places) < ids.shape[1] and KEEP in parameter_names(type(unwrapped(model))):
+    if len(places) == ids.shape[1]:
+        return model(input_ids=ids, **given).logits
+    if KEEP in parameter_names(type(unwrapped(model))):
         return model(input_ids=ids, **given, **{KEEP: places}).logits
     return model(input_ids=ids, **given).logits[:, places]
 

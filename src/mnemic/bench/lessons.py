@@ -126,7 +126,7 @@ def retrieved(attachment: Attachment, tokenizer: Any, batch: Told, length: int) 
 class LessonRun:
     """How a memory is taught on the frozen base `model`, a folder or a hub id: `rows` streams a step, `questions` of
     each, at `learning_rate` held for half of the steps and then falling. It begins as the memory saved in the folder
-    `begin`, or new.
+    `begin`, or new. With `bf16` the base computes in bfloat16, and the memory still in float32.
     """
 
     model: str
@@ -140,6 +140,7 @@ class LessonRun:
     test_rows: int = 64
     pool: int = 2048
     begin: Path | None = None
+    bf16: bool = False
 
     @property
     def steps(self) -> int:
@@ -149,7 +150,7 @@ class LessonRun:
     def described(self) -> dict[str, Any]:
         """The settings that decide what is learnt."""
         return {
-            **{name: getattr(self, name) for name in ("rows", "questions", "learning_rate", "seed", "pool")},
+            **{name: getattr(self, name) for name in ("rows", "questions", "learning_rate", "seed", "pool", "bf16")},
             "model": Path(self.model).name,
             "begin": None if self.begin is None else json.loads((self.begin / SETTINGS_FILE).read_text()),
             "memory": self.config.to_dict(),
@@ -181,8 +182,8 @@ class LessonRun:
         self._check(out)
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         pools = [self._pool(texts, tokenizer) for texts in (train_texts, test_texts)]
-        # in float32, whatever the file has: what a memory learns from is exact
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32  # whatever the file has
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
         device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or "cpu"
         torch.nn.Module.to(model, device)
         pools = [pool.to(device) for pool in pools]

@@ -54,7 +54,7 @@ def train(
         int | None, typer.Option(min=0, help="How many segments back a loss sends its gradient; all by default.")
     ] = None,
     train_base: Annotated[bool, typer.Option(help="Train the base's own weights too.")] = False,
-    bf16: Annotated[bool, typer.Option(help="Mixed precision.")] = False,
+    bf16: Annotated[bool, typer.Option(help="Mixed precision; of --lessons, the base in bfloat16.")] = False,
     seed: Annotated[int, typer.Option(help="Of the memory's weights and of the order of rows.")] = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="A checkpoint every so many steps.")] = 100,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out, if there is one.")] = False,
@@ -77,7 +77,7 @@ def train(
 
     try:
         if lessons:
-            if curriculum or bptt_segments is not None or train_base or bf16:
+            if curriculum or bptt_segments is not None or train_base:
                 raise ValueError("--lessons says itself what is learnt when; leave out what plain text is learnt with")
             _teach(
                 LessonRun(
@@ -90,6 +90,7 @@ def train(
                     seed=seed,
                     test_rows=test_rows,
                     begin=begin,
+                    bf16=bf16,
                 ),
                 texts(data, dataset, documents, held_out),
                 out,
