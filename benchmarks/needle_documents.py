@@ -272,6 +272,10 @@ KINDS: dict[str, Kind] = {
     "prose": Kind((PROSE,)),
     # five things of which each is told once, so that one reading is asked five times
     "five-depths": Kind(tuple((f" {form} {{key}}.", f"\n\n{form}") for form in NUMBERED), needles=5),
+    "five-apart": Kind(
+        tuple((f"\n\n{form} {{key}}. Remember it. {{key}} is the number.\n\n", f"\n\n{form}") for form in NUMBERED),
+        needles=5,
+    ),
     "multi-4": Kind((PROSE,), needles=4),
     "multi-16": Kind((PROSE,), needles=16),
     "multi-query": Kind((NUMBER,), needles=4, in_turn=True, named="people", room=192),

@@ -7,6 +7,7 @@ text once; every condition, every setting of recall and every question is asked 
     prose         a sentence about a city in the running text
     five-depths   five things at five depths, of which nothing else tells the like; asked one by one: five questions for
                   one reading
+    five-apart    the same, each in a paragraph of its own and told twice, as the pass key
     multi-4, -16  so many sentences of `prose` about different cities, each of them asked
     multi-query   the numbers of four people, asked one after another in one stream
     pairs-64      the numbers of 64 people, of which eight are asked; from 6,144 tokens on
@@ -35,6 +36,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -142,13 +144,17 @@ def retrieved(ids: Int[Tensor, "1 t"], scores: Sequence[float], budget: int) -> 
 
 @dataclass
 class Bench:
-    """The model with its memory, the settings it is asked under (the first is the score), and what retrieves text."""
+    """The model with its memory, the settings it is asked under (the first is the score), and what retrieves text. With
+    `spill` what takes more than `ram` bytes lies in files there.
+    """
 
     model: Any
     tokenizer: Any
     attachment: mnemic.Attachment
     settings: dict[str, RecallConfig]
     retrievers: dict[str, Retriever] = field(default_factory=lambda: {"BM25": bm25})
+    spill: Path | None = None
+    ram: int = 0
 
     @property
     def config(self) -> RecallConfig:
@@ -226,8 +232,12 @@ class Asking:
     def session(self) -> mnemic.Session:
         """The session that has read the document."""
         session, begun = mnemic.Session(self.bench.model, self.bench.tokenizer), time.perf_counter()
+        if self.bench.spill is not None:
+            session.spill_to(self.bench.spill, self.bench.ram)
         session.read(self.ids)
         self.costs |= {"seconds to read": _since(begun), "session bytes": session.nbytes}
+        if (own := anonymous()) is not None:
+            self.costs["bytes of RAM, read"] = own
         return session
 
     def _answers(self, telling: Telling, say: Callable[[Int[Tensor, "1 t"]], Said], new: bool = False) -> list[Said]:
@@ -245,7 +255,10 @@ class Asking:
             session = emptied(self.session) if empty else self.session
             with under(self.bench.attachment, config):
                 asked = self.document.other if other else self.document.own
-                return self._answers(asked, lambda prompt: self._said(session.fork(), prompt))
+                found = self._answers(asked, lambda prompt: self._said(session.fork(), prompt))
+            if (own := anonymous()) is not None:
+                self.costs["bytes of RAM, asked"] = max(own, self.costs.get("bytes of RAM, asked", 0))
+            return found
 
         return answers
 
@@ -314,6 +327,13 @@ def emptied(session: mnemic.Session) -> mnemic.Session:
     banks = [None if bank is None else bank.zeroed() for bank in stream.banks]
     fork.cache.memory.stream = replace(stream, state=zeroed(stream.state)).with_banks(banks)
     return fork
+
+
+def anonymous() -> int | None:
+    """Bytes of RAM that the process has for itself, without files that are mapped; None where the system says none."""
+    status = Path("/proc/self/status")
+    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return 1024 * int(found[1]) if found is not None else None
 
 
 def pace(bench: Bench, ids: Int[Tensor, "1 t"]) -> dict[str, float]:
@@ -397,6 +417,9 @@ def run(
     window = bench.config.window or bench.config.segment_length
     about = asdict(KINDS[kind]) | {"kind": kind, "model": model, "seed": seed, "text": called(texts), "window": window}
     about |= {} if bench.config.read_layers is None else {"blocks": bench.config.read_layers}
+    about |= {} if bench.config.stored == "base" else {"stored": bench.config.stored}
+    about |= {} if bench.model.dtype == torch.float32 else {"dtype": str(bench.model.dtype)}
+    about |= {} if bench.spill is None else {"ram": bench.ram}
     kept, todo = Kept(folder, about), places(kind, lengths, depths, documents)
     show.phase(f"{kind}, tokens", sum(place.length for place in todo))
     for place in todo:
@@ -466,7 +489,13 @@ def scored(
     }
     shares = {name: outcome.count("1") / len(outcome) for name, outcome in outcomes.items()}
     details = {"depth": depth, "position": _mean(there["positions"][needle] for there, _, needle in asked)}
-    for cost in ("session bytes", "seconds to read", "seconds to read everything"):
+    for cost in (
+        "session bytes",
+        "bytes of RAM, read",
+        "bytes of RAM, asked",
+        "seconds to read",
+        "seconds to read everything",
+    ):
         details[cost] = _mean(there["costs"].get(cost) for there, _, _ in asked)
     for name in names:
         details[f"seconds a token, {name}"] = _mean(there["answers"][name]["seconds a token"] for there, _, _ in asked)
@@ -529,6 +558,10 @@ def main(
     documents: Annotated[int, typer.Option(min=1, help="For each length and place.")] = 4,
     settings: Annotated[str, typer.Option(help="Of recall, by commas; the first is the score.")] = "default",
     blocks: Annotated[str, typer.Option(help="Those that recall, by commas; all by default.")] = "",
+    stored: Annotated[str, typer.Option(help="How recall keeps numbers: base, int8 or fp8.")] = "base",
+    spill: Annotated[Path | None, typer.Option(help="A folder for what takes more RAM than --ram.")] = None,
+    ram: Annotated[int, typer.Option(min=0, help="Bytes of keys and values in RAM with --spill.")] = 2**30,
+    bf16: Annotated[bool, typer.Option(help="The base in bfloat16.")] = False,
     seed: Annotated[int, typer.Option(help="Of texts, places and numbers.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("runs/needles/records"),
     listed: Annotated[bool, typer.Option("--list", help="Name the kinds and settings.")] = False,
@@ -545,7 +578,8 @@ def main(
             raise typer.BadParameter(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
     _, held = hold_out(novels(data), 0.3)
     layers = [int(block) for block in blocks.split(",")] if blocks else None
-    bench = prepared(folder_of(model), named, layers)
+    bench = prepared(folder_of(model), named, {"read_layers": layers, "stored": stored}, bf16)
+    bench.spill, bench.ram = spill, ram
     counts = [int(length) for length in lengths.split(",")]
     for kind in kinds:
         with Show(kind) as show:
@@ -555,20 +589,21 @@ def main(
         found.command = (
             f"python benchmarks/needles.py {kind} --data {data.name} --model {Path(model).name} --lengths {lengths} "
             f"--depths {depths} --documents {documents} --settings {settings} --seed {seed}"
-            f"{f' --blocks {blocks}' if blocks else ''}"
+            f"{f' --blocks {blocks}' if blocks else ''}{f' --stored {stored}' if stored != 'base' else ''}"
+            f"{f' --spill FOLDER --ram {ram}' if spill else ''}{' --bf16' * bf16}"
         )
         console.print(table(found))
         of = ("" if model == "smollm2" else f"-{Path(model).name}") + ("-blocks" if blocks else "")
         console.print(found.save(out, f"needles-{kind}{of}{f'-seed{seed}' if seed else ''}.json"))
 
 
-def prepared(folder: str, settings: Sequence[str], blocks: list[int] | None) -> Bench:
+def prepared(folder: str, settings: Sequence[str], more: dict[str, Any], bf16: bool) -> Bench:
     """The model with recall, on the accelerator where there is one, and what text is retrieved with."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if bf16 else torch.float32)
     model.to(device).eval()
-    configs = {name: RecallConfig(**SETTINGS[name], read_layers=blocks) for name in settings}
-    attachment = mnemic.attach(model, RecallConfig(read_layers=blocks))
+    configs = {name: RecallConfig(**SETTINGS[name], **more) for name in settings}
+    attachment = mnemic.attach(model, RecallConfig(**more))
     bench = Bench(model, AutoTokenizer.from_pretrained(folder), attachment, configs)
     if (package := MiniLM.folder()) is not None:
         bench.retrievers["MiniLM"] = MiniLM(package, device)

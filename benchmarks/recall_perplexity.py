@@ -236,13 +236,14 @@ def main(
     documents: Annotated[int, typer.Option(min=1, help="Novels of each length.")] = 2,
     settings: Annotated[str, typer.Option(help="Of recall, as of needles.py; the first is the score.")] = "default",
     seed: Annotated[int, typer.Option(help="Of the choice of novels.")] = 0,
+    bf16: Annotated[bool, typer.Option(help="The base in bfloat16.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("runs/recall_perplexity/records"),
 ) -> None:
     """Reads novels under each condition and writes one record."""
     if unknown := sorted(set(named := settings.split(",")) - SETTINGS.keys()):
         raise typer.BadParameter(f"unknown {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
     _, held = hold_out(novels(data), 0.3)
-    bench = prepared(folder_of(model), named)
+    bench = prepared(folder_of(model), named, {}, bf16)
     bench.settings = {name: config.replace(recall_in_reading=True) for name, config in bench.settings.items()}
     counts, called_by = [int(length) for length in lengths.split(",")], Path(model).name
     with Show("recall, perplexity") as show:

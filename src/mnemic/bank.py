@@ -217,11 +217,12 @@ class Bank:
         return self.emptied()._append(left, self.positions[stay])
 
     def zeroed(self) -> Bank:
-        """As many tokens, all of them zero."""
-        if not self.length:
-            return self
-        zeros = {name: torch.zeros_like(tensor) for name, tensor in self._tensors().items()}
-        return self.emptied()._append(zeros, self.positions)
+        """As many tokens, all of them zero, which take no room."""
+        zeros = [
+            {name: tensor.new_zeros(()).expand(tensor.shape) for name, tensor in chunk.tensors.items()}
+            for chunk in self.chunks
+        ]
+        return replace(self, chunks=tuple(Chunk(tensors, sealed=True) for tensors in zeros))
 
     def keys(self, place: int) -> list[Float[Tensor, "k n s"]]:
         """The keys of the `place`-th block that is kept, chunk by chunk."""
