@@ -416,10 +416,7 @@ def run(
     """All documents of a kind; those that `folder` has answers of are not read again."""
     window = bench.config.window or bench.config.segment_length
     about = asdict(KINDS[kind]) | {"kind": kind, "model": model, "seed": seed, "text": called(texts), "window": window}
-    about |= {} if bench.config.read_layers is None else {"blocks": bench.config.read_layers}
-    about |= {} if bench.config.stored == "base" else {"stored": bench.config.stored}
-    about |= {} if bench.model.dtype == torch.float32 else {"dtype": str(bench.model.dtype)}
-    about |= {} if bench.spill is None else {"ram": bench.ram}
+    about |= beside_default(bench)
     kept, todo = Kept(folder, about), places(kind, lengths, depths, documents)
     show.phase(f"{kind}, tokens", sum(place.length for place in todo))
     for place in todo:
@@ -431,6 +428,18 @@ def run(
         right = there["answers"][bench.score]["right"]
         show.advance(place.length, right=right.count("1") / len(right))
     return record(kind, bench, kept, todo, depths, documents, seed)
+
+
+def beside_default(bench: Bench) -> dict[str, Any]:
+    """What else decides the answers, where it is not as usual."""
+    config, dtype = bench.config, bench.model.dtype
+    found = {
+        "blocks": (config.read_layers, None),
+        "stored": (config.stored, "base"),
+        "dtype": (str(dtype).removeprefix("torch."), "float32"),
+        "ram": (None if bench.spill is None else bench.ram, None),
+    }
+    return {name: value for name, (value, usual) in found.items() if value != usual}
 
 
 def record(

@@ -42,7 +42,7 @@ from mnemic.host.arguments import with_cache
 from mnemic.memories.recall import RecallConfig
 from mnemic.tasks.documents import novels, tokenize
 from mnemic.texts import around
-from needles import EVERYTHING, SETTINGS, SINKS, WINDOW, Bench, Kept, prepared, under
+from needles import EVERYTHING, SETTINGS, SINKS, WINDOW, Bench, Kept, beside_default, prepared, under
 
 BLOCK = 256
 """Tokens that are drawn together by the bootstrap, and that one call reads."""
@@ -134,6 +134,7 @@ def run(
     """All novels under all conditions; what `folder` has is not read again."""
     window = bench.config.window or BLOCK
     about = {"kind": "perplexity", "model": model, "seed": seed, "text": called(texts), "window": window}
+    about |= beside_default(bench)
     kept, scores, above, read = Kept(folder, about), [], {}, 0.0
     for length in lengths:
         found = {name: [] for name in conditions(bench, length)}
@@ -250,7 +251,7 @@ def main(
         record = run(bench, held, counts, documents, seed, called_by, Path("runs/recall_perplexity"), show)
     record.command = (
         f"python benchmarks/recall_perplexity.py --data {data.name} --model {called_by} --lengths {lengths} "
-        f"--documents {documents} --settings {settings} --seed {seed}"
+        f"--documents {documents} --settings {settings} --seed {seed}{' --bf16' * bf16}"
     )
     console.print(table(record))
     of = "" if model == "smollm2" else f"-{called_by}"
