@@ -65,6 +65,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "emt-shared-slots": MEMORIES["emt"],
     "emt-not-whitened": {**MEMORIES["emt"], "whiten": False},
     "emt-wide": {**MEMORIES["emt"], "dim": 512},
+    "emt-usage": {**MEMORIES["emt"], "usage_weight": 1.0},
     "emt-128-slots": {**MEMORIES["emt"], "slots": 128},
     "emt-four-heads": {**MEMORIES["emt"], "heads": 4},
     "emt-no-late-read": {**MEMORIES["emt"], "read_layers": READS[:-1]},
@@ -81,7 +82,9 @@ def changed(name: str, memory: Any) -> None:
         memory.writes = memory.writes[-1:] * 2  # contents of the written block in place of the embeddings
     if name == "emt-shared-slots":
         for writer in memory.writers:
-            writer.allocate = lambda cosine_bts, keep_bt1, scale: ((scale * cosine_bts).softmax(-1) * keep_bt1).mT
+            writer.allocate = lambda cosine_bts, keep_bt1, scale, taken_bs: (
+                ((scale * cosine_bts).softmax(-1) * keep_bt1).mT
+            )
     if name == "emt-untied":
         memory._tie = lambda: None
         for reader in (each for readers in memory.readers.values() for each in readers):

@@ -32,7 +32,9 @@ halves, an address made of the token before and a content made of what entered t
     g_s  = sigmoid( w . [c_s ; M_s] + b ) (1 - exp(-3 n_s)),  b = 1 at first
     M_s  <- (1 - g_s) M_s + g_s GRU(c_s, M_s)             a slot that no token goes to keeps what it has
 
-so two tokens of a segment do not mix in one slot while others are free. Nothing tells beta_t that a token will never be
+so two tokens of a segment do not mix in one slot while others are free. With `usage_weight` r above 0 what earlier
+segments put into a slot counts, too, as in the token write: the sum begins at r usage_s, and usage <- 0.99 (usage + n),
+so tokens go where least was written of late, and what was told stays until all slots are full. Nothing tells beta_t that a token will never be
 asked for, but that it takes room; `write_cost` adds that many nats times the mean of beta to the training's loss.
 
 Read, at every read layer, from the slots as they stood when the segment began:
@@ -91,6 +93,8 @@ class EMTConfig(MemoryConfig):
     `mnemic.calibrate` fits to the host: small models keep what tells two names apart in directions of little variance.
     `write_cost` is what writing every token of a segment by allocation costs in training, in nats: with 0 a memory
     writes all that it reads, and old slots go under in it.
+    `usage_weight` is how much a slot's usage counts against it where the slots compete: with 0 a token goes to
+    the slot that claims its address, whatever is there.
     `segment_length` is counted in tokens.
     """
 
@@ -118,6 +122,7 @@ class EMTConfig(MemoryConfig):
     stack: int = 1
     whiten: bool = False
     write_cost: float = 0.0
+    usage_weight: float = 0.0
     zero_shot: bool = False
 
     def __post_init__(self) -> None:
@@ -138,6 +143,8 @@ class EMTConfig(MemoryConfig):
             raise ValueError(f"dim {self.dim} is not divisible by {self.heads} heads; set heads= to a divisor")
         if self.write_cost < 0:
             raise ValueError(f"write_cost is {self.write_cost}; use 0 or more nats, such as 0.5")
+        if self.usage_weight < 0:
+            raise ValueError(f"usage_weight is {self.usage_weight}; use 0 or more, such as 1")
         if self.sharpness <= 0:
             raise ValueError(f"sharpness is {self.sharpness}; it must be above 0")
         for name in ("feedback", "final_blend", "update_rate"):
@@ -148,7 +155,8 @@ class EMTConfig(MemoryConfig):
 
     def unused(self) -> dict[str, str]:
         """The settings of the other ways to write."""
-        rate, cost = {"update_rate": "set write='token'"}, {"write_cost": "set write='allocation'"}
+        rate = {"update_rate": "set write='token'"}
+        cost = dict.fromkeys(("write_cost", "usage_weight"), "set write='allocation'")
         if self.write == "segment":
             return rate | cost
         if self.write == "allocation":
@@ -171,7 +179,7 @@ class EMTConfig(MemoryConfig):
             cls(**small),
             cls(**small, read_layers=[0, 1], write_layer=1, whiten=True),
             cls(**small, write="token"),
-            cls(**small, write="allocation", whiten=True),
+            cls(**small, write="allocation", whiten=True, usage_weight=1.0),
             cls(**small, stack=2, read_layers=[0, -1], write_layer=0),
         ]
 
@@ -222,7 +230,7 @@ class EMT(Memory):
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """`slots [b, k, s, m]`; for the token write `usage` and `age` `[b, k, s]`; for allocation `last [b, k, m/2]`,
-        the address that the next token gets. All float32.
+        the address that the next token gets, and with `usage_weight` `usage [b, k, s]`. All float32.
         """
         slots = self.slots.float().to(device)
         if self.config.write == "token":
@@ -231,7 +239,9 @@ class EMT(Memory):
         if self.config.write == "segment":
             return {"slots": slots}
         if self.config.write == "allocation":
-            return {"slots": slots, "last": slots.new_zeros(batch, self.config.stack, self.config.dim // 2)}
+            last = slots.new_zeros(batch, self.config.stack, self.config.dim // 2)
+            usage = {"usage": slots.new_zeros(slots.shape[:-1])} if self.config.usage_weight else {}
+            return {"slots": slots, "last": last, **usage}
         zeros = torch.zeros(slots.shape[:-1], device=slots.device)
         return {"slots": slots, "usage": zeros, "age": zeros}
 

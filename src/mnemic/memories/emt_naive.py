@@ -85,7 +85,8 @@ def _write_segment(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor
 
 def _write_allocated(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     slots, size, last = row["slots"], len(row["slots"][0]), torch.stack(row["last"])
-    pairs, shares, taken = [], [], slots[0].new_zeros(len(slots))
+    pairs, shares, used = [], [], row.get("usage", list(torch.zeros(len(slots)).to(slots[0])))
+    taken = writer.usage_weight * torch.stack(used)
     for token in tokens:
         entered, hidden = token.chunk(2)
         hidden = writer.whiten(writer.norm_hidden(hidden))
@@ -105,7 +106,8 @@ def _write_allocated(writer: Any, tokens: list[Tensor], row: dict[str, list[Tens
         content = F.layer_norm(mean / mass, (size,))
         gate = torch.sigmoid(writer.gate(torch.cat([content, slot]))) * (1 - torch.exp(-3 * mass))
         after.append((1 - gate) * slot + gate * writer.gru(content[None], slot[None])[0])
-    return {"slots": after, "last": list(last)}
+        used = [*used[:place], 0.99 * (used[place] + mass), *used[place + 1 :]]
+    return {"slots": after, "last": list(last)} | ({"usage": used} if "usage" in row else {})
 
 
 def _write_tokens(writer: Any, tokens: list[Tensor], row: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:

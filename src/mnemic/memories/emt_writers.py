@@ -108,7 +108,7 @@ class AllocationWriter(nn.Module):
         self.claim = nn.Parameter(torch.randn(config.slots, size))
         self.claim_more = nn.Linear(size, size, bias=False)
         self.key = nn.Linear(size, size, bias=False)
-        self.sharpness = config.sharpness
+        self.sharpness, self.usage_weight = config.sharpness, config.usage_weight
         self.keep = nn.Linear(width, 1)
         self.gate = nn.Linear(2 * size, 1)
         self.gru = nn.GRUCell(size, size)
@@ -138,7 +138,10 @@ class AllocationWriter(nn.Module):
         claim_bsm = F.normalize(self.claim + self.claim_more(slots_bsm), dim=-1)
         key_btm = F.normalize(self.key(F.layer_norm(pair_btm, pair_btm.shape[-1:])), dim=-1)
         scale = 2 * math.sqrt(slots_bsm.shape[-1]) * self.sharpness
-        share_bst = self.allocate(key_btm @ claim_bsm.mT, self.kept(hidden_btd, keep_bt), scale)
+        taken_bs = torch.zeros_like(slots_bsm[..., 0])
+        if self.usage_weight:
+            taken_bs = self.usage_weight * state["usage"]
+        share_bst = self.allocate(key_btm @ claim_bsm.mT, self.kept(hidden_btd, keep_bt), scale, taken_bs)
         mass_bs1 = share_bst.sum(-1, keepdim=True)
         weight_bst = share_bst / mass_bs1.clamp_min(torch.finfo(share_bst.dtype).tiny)
         content_bsm = F.layer_norm(weight_bst @ pair_btm, slots_bsm.shape[-1:])
@@ -146,7 +149,10 @@ class AllocationWriter(nn.Module):
         gate_bs1 = gate_bs1 * (1 - torch.exp(-ENOUGH * mass_bs1))
         candidate_bsm = self.gru(content_bsm.flatten(0, 1), slots_bsm.flatten(0, 1)).view_as(slots_bsm)
         after_bsm = torch.lerp(slots_bsm, candidate_bsm.to(slots_bsm), gate_bs1.to(slots_bsm))
-        return {"slots": after_bsm, "last": latest(address_btm, keep_bt, last_bm)}, weight_bst, gate_bs1
+        after = {"slots": after_bsm, "last": latest(address_btm, keep_bt, last_bm)}
+        if self.usage_weight:
+            after["usage"] = USAGE_DECAY * (state["usage"] + mass_bs1[..., 0])
+        return after, weight_bst, gate_bs1
 
     def kept(self, white_btd: Tensor, keep_bt: Tensor | None) -> Tensor:
         """beta `[b, t, 1]` of the equations above of whitened hidden states, 0 for padding."""
@@ -160,9 +166,9 @@ class AllocationWriter(nn.Module):
         return kept_bt1.sum((1, 2)) / count
 
     @staticmethod
-    def allocate(cosine_bts: Tensor, keep_bt1: Tensor, scale: float) -> Tensor:
+    def allocate(cosine_bts: Tensor, keep_bt1: Tensor, scale: float, taken_bs: Tensor) -> Tensor:
         """w `[b, s, t]` of the equations above: token after token, as each finds fewer slots free."""
-        taken_bs, shares = torch.zeros_like(cosine_bts[:, 0]), []
+        shares = []
         for cosine_bs, keep_b1 in zip(cosine_bts.unbind(1), keep_bt1.unbind(1), strict=True):
             shares.append((scale * (cosine_bs - taken_bs)).softmax(-1) * keep_b1)
             taken_bs = taken_bs + shares[-1]
