@@ -6,7 +6,7 @@
 Both train fast weights on 16 streams of `--segments` segments with a fact and a question, on one thread, in processes
 of their own that take turns; the ratios are those of the medians. Both are timed on the same streams, whose questions
 stand anywhere in their segments, and this checkout on those of its lessons, too, most of which ask at a segment's
-beginning, so that less has to be computed. The text around the facts comes from a pool, as in training, and comes
+beginning, so that less has to be computed; both with the base in float32 and in bfloat16. The text around the facts comes from a pool, as in training, and comes
 again, so the first `--warm` steps, which meet it first, do not count.
 """
 
@@ -40,10 +40,11 @@ def main(
     segments: Annotated[int, typer.Option(min=1, help="Segments before the question.")] = 2,
     out: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("runs"),
     child: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    dtype: Annotated[str, typer.Option(hidden=True)] = "float32",
 ) -> None:
     """Times both and writes a record."""
     if child is not None:
-        print(json.dumps(timed(child, steps)[warm:]))
+        print(json.dumps(timed(child, steps, dtype)[warm:]))
         return
     if data is None or against is None:
         raise typer.BadParameter("give --data and --against")
@@ -52,17 +53,21 @@ def main(
 
     here = Path(__file__).resolve().parents[1]
     sides = {
-        "before": (against.resolve(), ANYWHERE),
-        "now": (here, ANYWHERE),
-        "now, as in lessons": (here, AS_IN_LESSONS),
+        "before": (against.resolve(), ANYWHERE, "float32"),
+        "now": (here, ANYWHERE, "float32"),
+        "now, as in lessons": (here, AS_IN_LESSONS, "float32"),
+        "before, bfloat16": (against.resolve(), ANYWHERE, "bfloat16"),
+        "now, bfloat16": (here, ANYWHERE, "bfloat16"),
+        "now, bfloat16, as in lessons": (here, AS_IN_LESSONS, "bfloat16"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory() as folder:
         for early in (ANYWHERE, AS_IN_LESSONS):
             streams(fetch("smollm2"), data, steps, segments, early, Path(folder) / str(early))
         for _ in range(turns):
-            for name, (root, early) in sides.items():
+            for name, (root, early, numbers) in sides.items():
                 words = [sys.executable, str(here / "benchmarks" / "lesson_speed.py"), "--child", f"{folder}/{early}"]
+                words += ["--dtype", numbers]
                 environment = os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
                 made = subprocess.run(
                     [*words, "--steps", str(steps), "--warm", str(warm)],
@@ -112,14 +117,14 @@ def streams(model: Path, data: Path, steps: int, segments: int, early: float, fo
     (folder / "model").write_text(str(model))
 
 
-def timed(folder: Path, steps: int) -> list[float]:
+def timed(folder: Path, steps: int, dtype: str) -> list[float]:
     """Seconds of each step."""
     from transformers import AutoModelForCausalLM
 
     import mnemic
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained((folder / "model").read_text(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained((folder / "model").read_text(), dtype=getattr(torch, dtype))
     torch.manual_seed(0)
     mnemic.attach(model, mnemic.FastWeightsConfig(segment_length=LENGTH, **MEMORY))
     batches = [mnemic.Batch(*pair) for pair in torch.load(folder / "streams.pt", weights_only=True)]

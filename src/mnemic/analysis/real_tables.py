@@ -57,7 +57,7 @@ def needles(found: Sequence[Record]) -> str:
             size = max(score.details["session bytes"] for score in scores) / 2**20
             shown = [
                 record.config["model"],
-                record.measures["kind"] + (f", {len(few)} blocks" if (few := record.config.get("blocks")) else ""),
+                ", ".join([record.measures["kind"], *_unusual(record.config)]),
                 f"{length:,}",
                 len(told["memory"]),
                 *cells,
@@ -68,6 +68,13 @@ def needles(found: Sequence[Record]) -> str:
     header = ["model", "needle", "tokens", "questions", "own", *names, "MiB"]
     note = "Per cent of numbers answered by untrained models, needles at even distances from the start on. Made by "
     return f"{markdown(header, rows)}\n\n{note}{', '.join(dict.fromkeys(commands))}."
+
+
+def _unusual(config: dict[str, Any]) -> list[str]:
+    """What decided a needle's answers beside the defaults."""
+    found = [f"{len(few)} blocks"] if (few := config.get("blocks")) else []
+    found += [config[name] for name in ("stored", "dtype") if name in config]
+    return found + (["in files"] if "ram" in config else [])
 
 
 def recall_blocks(found: Sequence[Record]) -> str:
