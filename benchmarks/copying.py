@@ -69,6 +69,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "emt-128-slots": {**MEMORIES["emt"], "slots": 128},
     "emt-four-heads": {**MEMORIES["emt"], "heads": 4},
     "emt-no-late-read": {**MEMORIES["emt"], "read_layers": READS[:-1]},
+    "fast-weights-no-shift": {**MEMORIES["fast-weights"], "shift": False},
     "memoria-sharp": MEMORIES["memoria"],
 }
 """A memory with one thing changed; `changed` does what no setting does."""

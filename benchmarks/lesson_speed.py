@@ -6,8 +6,8 @@
 Both train fast weights on 16 streams of `--segments` segments with a fact and a question, on one thread, in processes
 of their own that take turns; the ratios are those of the medians. Both are timed on the same streams, whose questions
 stand anywhere in their segments, and this checkout on those of its lessons, too, most of which ask at a segment's
-beginning, so that less has to be computed; both with the base in float32 and in bfloat16. The text around the facts comes from a pool, as in training, and comes
-again, so the first `--warm` steps, which meet it first, do not count.
+beginning, so that less has to be computed; both with the base in float32 and in bfloat16. The text around the facts
+comes from a pool, as in training, and comes again, so the first `--warm` steps, which meet it first, do not count.
 """
 
 from __future__ import annotations

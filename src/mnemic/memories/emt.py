@@ -34,8 +34,9 @@ halves, an address made of the token before and a content made of what entered t
 
 so two tokens of a segment do not mix in one slot while others are free. With `usage_weight` r above 0 what earlier
 segments put into a slot counts, too, as in the token write: the sum begins at r usage_s, and usage <- 0.99 (usage + n),
-so tokens go where least was written of late, and what was told stays until all slots are full. Nothing tells beta_t that a token will never be
-asked for, but that it takes room; `write_cost` adds that many nats times the mean of beta to the training's loss.
+so tokens go where least was written of late, and what was told stays until all slots are full. Nothing tells beta_t
+that a token will never be asked for, but that it takes room; `write_cost` adds that many nats times the mean of beta to
+the training's loss.
 
 Read, at every read layer, from the slots as they stood when the segment began:
 
