@@ -4,7 +4,7 @@ The first 5,120 tokens of a novel are read once. A session of N remembered token
 4,096 that left the window are repeated, keys and values, until there are N. What they say is of no interest here, and
 costs what other keys would. Then tokens are decoded one by one in turns: by the base (memory disabled), by the sinks
 and the window alone (budget 0), and by recall under each search, with choices that tokens share, and in a few blocks
-alone (`FEW`, as `recall_blocks.py` ranks them); then segments are read in turns. Times are medians; where tokens share
+alone (`FEW`, and the `TEN` first of them, as `recall_blocks.py` ranks them); then segments are read in turns. Times are medians; where tokens share
 a choice, of those that make one and of the others apart, each as often as there are such. On a machine that does other
 things, too, ratios hold and seconds do not; processor time is given beside the time on the clock.
 
@@ -39,10 +39,14 @@ SIDES: dict[str, dict[str, Any]] = {
     "recall, refresh 16": {"refresh": 16},
     "few blocks": {},
     "few blocks, candidates": {"search": "candidates"},
+    "ten blocks, candidates": {"search": "candidates"},
+    "ten blocks, fewer candidates": {"search": "candidates", "wider": 2},
 }
 """Beside the base, with what is changed of recall's settings."""
 FEW: list[int] = [5, 6, 7, 8, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 28]
 """Of SmolLM2, the blocks that attend to what is asked for."""
+TEN: list[int] = [6, 7, 8, 14, 15, 17, 18, 20, 21, 23]
+"""Those of them that do so most."""
 
 
 def main(
@@ -60,10 +64,11 @@ def main(
     ids = ids_of(data, tokenizer)
     config = RecallConfig()
     counts = [int(length) for length in lengths.split(",")]
-    measures = measured(host, config, FEW, ids, counts, turns, segments, READ)
+    measures = measured(host, config, {"few": FEW, "ten": TEN}, ids, counts, turns, segments, READ)
     record = Record("recall-speed", "recall", f"{name}, untrained", 0, {"memory": config.to_dict()})
     record.config |= {
         "few": FEW,
+        "ten": TEN,
         "turns": turns,
         "segments": segments,
         "repeated": READ,
@@ -78,17 +83,19 @@ def main(
 def measured(
     host: Any,
     config: RecallConfig,
-    few: list[int],
+    some: dict[str, list[int]],
     ids: torch.Tensor,
     lengths: list[int],
     turns: int,
     segments: int,
     read: int,
 ) -> dict[str, Any]:
-    """Of every number of remembered tokens what each side costs, and as a multiple of the base."""
+    """Of every number of remembered tokens what each side costs, and as a multiple of the base; `some` are the blocks
+    of sides that are called after them.
+    """
     found: dict[str, Any] = {}
-    configs = {"all": config, "few": config.replace(read_layers=few)}
-    hosts = {"all": host, "few": copy.deepcopy(host)}
+    configs = {"all": config} | {name: config.replace(read_layers=blocks) for name, blocks in some.items()}
+    hosts = {"all": host} | {name: copy.deepcopy(host) for name in some}
     attached = {name: mnemic.attach(hosts[name], each) for name, each in configs.items()}
     firsts = {name: mnemic.Session(each) for name, each in hosts.items()}
     for first in firsts.values():
@@ -129,7 +136,8 @@ def measured(
 
 def blocks(side: str) -> str:
     """In which blocks a side recalls."""
-    return "few" if side.startswith("few") else "all"
+    name, _, rest = side.partition(" blocks")
+    return name if rest or side.endswith(" blocks") else "all"
 
 
 def _bank_of(session: mnemic.Session) -> Bank:

@@ -88,7 +88,7 @@ def test_what_recall_costs():
     """Every side decodes and reads beside as many tokens as were asked for."""
     speed, model = script("recall_speed"), make("llama")
     config = RecallConfig(segment_length=16, window=16, budget=8, sinks=4, unit=4)
-    found = speed.measured(model, config, [0], tokens(1, 64), [24, 100], 16, 1, 20)
+    found = speed.measured(model, config, {"few": [0], "ten": [1]}, tokens(1, 64), [24, 100], 16, 1, 20)
     for length in ("24", "100"):
         assert found[length]["clock / base"].keys() == speed.SIDES.keys()
         assert found[length]["reading"]["clock / base"].keys() == {"recall", "few blocks"}
