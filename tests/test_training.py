@@ -533,6 +533,16 @@ def test_calibration_moves_whitening_alone_and_without_it_nothing():
         (assert_differ if whiten else assert_near)(feed(model, ids), logits)
 
 
+@pytest.mark.parametrize("label", ["recall-0", "knn-lm-0", "compact-0", "rmt-0"])
+def test_where_nothing_is_fitted_calibration_does_nothing(label):
+    model = host("llama", CONFIGS[label])
+    before = copy.deepcopy(mnemic.attached(model).memory.state_dict())
+    calibrate(model, varied(4))
+    after = mnemic.attached(model).memory.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_an_unfitted_whitening_is_the_identity():
     ids = torch.randn(5, 7)
     assert torch.equal(Whitening(7, bound=False)(ids), ids)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mnemic.attachment import router_of
 from mnemic.host.anatomy import base_parameters, examine
-from mnemic.memory import Site
+from mnemic.memory import Memory, Site
 from mnemic.state import StateError, read_file, write_file
 from mnemic.unrolling import IGNORED, TOKENS_AT_ONCE, FeatureMemo, unroll
 
@@ -23,9 +23,11 @@ def calibrate(model: nn.Module, batch: Batch) -> None:
     """Fits what a memory does not train (EMT's `whiten`) to the host, before training, on streams like those to come.
 
     Writes are fitted to all tokens of the segments without labels, reads to the positions from which a labelled token
-    is predicted. The base runs alone, every segment on its own.
+    is predicted. The base runs alone, every segment on its own. Of most memories there is nothing to fit.
     """
     router = router_of(model)
+    if type(router.memory).calibrate is Memory.calibrate:
+        return
     ids = batch.input_ids.unflatten(1, (-1, router.segment_length)).flatten(0, 1)
     targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).unflatten(1, (-1, router.segment_length)).flatten(0, 1)
     asked = targets != IGNORED
