@@ -4,9 +4,10 @@ The first 5,120 tokens of a novel are read once. A session of N remembered token
 4,096 that left the window are repeated, keys and values, until there are N. What they say is of no interest here, and
 costs what other keys would. Then tokens are decoded one by one in turns: by the base (memory disabled), by the sinks
 and the window alone (budget 0), and by recall under each search, with choices that tokens share, and in a few blocks
-alone (`FEW`, and the `TEN` first of them, as `recall_blocks.py` ranks them); then segments are read in turns. Times are medians; where tokens share
-a choice, of those that make one and of the others apart, each as often as there are such. On a machine that does other
-things, too, ratios hold and seconds do not; processor time is given beside the time on the clock.
+alone (`FEW`, and the `TEN` first of them, as `recall_blocks.py` ranks them); then segments are read in turns. Times are
+medians; where tokens share a choice, of those that make one and of the others apart, each as often as there are such.
+On a machine that does other things, too, ratios hold and seconds do not; processor time is given beside the time on the
+clock.
 
     taskset -c 1 python benchmarks/recall_speed.py --data novels.tar.xz --out results
 """
