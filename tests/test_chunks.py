@@ -254,6 +254,7 @@ def test_numbers_that_are_not_finite_are_not_kept(store, model):
 def test_limits_of_a_session_and_of_a_store(url, model):
     session = reading(model)
     with SessionStore(url) as store:
+        assert store.size_limit is store.total_limit is None, "recall alone has gigabytes soon"
         store.put("alice", session)
         size = store.entry("alice").nbytes
     said = rf"session 'bob' has {size:,} bytes, this store takes {size - 1:,}"

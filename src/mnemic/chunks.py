@@ -5,6 +5,9 @@ kept once is neither read, nor hashed, nor written again, and whoever has read t
 is a session's file without them: the tensors `bank.*` hold the tokens behind the last whole unit, fewer than `LEAST`,
 and `bank.units [1, u, 1 + t, 32]` uint8 the checksums of each unit in order: of all of it, then of its t tensors by
 name. So a file that keeps all of a bank is a head without units.
+
+What is restored is not read before it is used: it lies in a mapped file (`Mapped`), or elsewhere, from where it is
+fetched then (`Unread`).
 """
 
 from __future__ import annotations
@@ -121,8 +124,7 @@ class Lying:
 
 class Unread:
     """Units that lie elsewhere, and room for them, `tensors` `[l, k, n, ...]` by name, made for such as `like`. They
-    are fetched and checked when something of them is first used, all of them at once. What is not checked is never
-    there.
+    are fetched when something of them is first used, all of them at once; what is put there has its checksum.
     """
 
     def __init__(self, units: Sequence[Unit], like: State, fetch: Fetch, source: object) -> None:

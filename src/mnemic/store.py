@@ -1,8 +1,8 @@
 """Sessions by name in a database: SQLite in one file, or PostgreSQL where many workers share them.
 
 A session is a row with its head and what a list shows, and holds chunks of what left its window, each of which is there
-once (`mnemic.tables`). Every write is one transaction, and says which version it replaces: of two writers that read the
-same, the second gets a `Conflict`.
+once (`mnemic.tables`), and which are read when they are used. Every write is one transaction, and says which version it
+replaces: of two writers that read the same, the second gets a `Conflict`.
 """
 
 from __future__ import annotations
