@@ -73,7 +73,7 @@ def measured(
     start = ids[:, : read + (config.window or 0)]
     first.read(start)
     session = filled(first, length, read)
-    store = mnemic.SessionStore(place / "store.db", size_limit=2**40)
+    store = mnemic.SessionStore(place / "store.db")
     ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "store": (lambda: store.put("me", session), lambda: store.get("me", host)),
         "folder": (lambda: session.save(f"{place}/me/"), lambda: mnemic.Session.load(f"{place}/me/", host)),

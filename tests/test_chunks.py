@@ -113,12 +113,14 @@ def test_a_turn_writes_what_is_new(store, model, work):
     store.put("alice", session)
     assert done(work) == (units, units)
     for _ in range(2):
+        before = done(work)[1]
         read_on(session)
+        said(session)  # which uses all of it
+        used = done(work)
         store.put("alice", session)
-        assert done(work) == (1, 1)
-        # reading checks all of it, and writing what was read hashes none of it again
+        assert (before, used[1], done(work)) == (0, 0, (1, 1)), "what was read from the store is not hashed again"
         session = store.get("alice", model)
-        assert done(work) == (bank(session).length // SEGMENT, 0)
+        assert done(work) == (1, 0), "the first one tells what all are like"
     fork = session.fork()
     store.put("bob", fork, overwrite=True)
     assert done(work) == (0, 0)
@@ -195,7 +197,7 @@ def test_a_chunk_that_is_not_what_it_was(way, file_store, model, tmp_path):
             connection.execute("UPDATE mnemic_chunks SET data = ? WHERE digest = ?", (wrong, digest))
     calls = (
         file_store.get_bytes,
-        lambda name: file_store.get(name, model),
+        lambda name: said(file_store.get(name, model)),
         lambda name: file_store.export(name, tmp_path / "x"),
     )
     for call in calls:
@@ -252,6 +254,7 @@ def test_numbers_that_are_not_finite_are_not_kept(store, model):
 def test_limits_of_a_session_and_of_a_store(url, model):
     session = reading(model)
     with SessionStore(url) as store:
+        assert store.size_limit is store.total_limit is None, "recall alone has gigabytes soon"
         store.put("alice", session)
         size = store.entry("alice").nbytes
     said = rf"session 'bob' has {size:,} bytes, this store takes {size - 1:,}"

@@ -32,7 +32,7 @@ def filled(bank, keys, cuts):
 
 
 def in_ram(bank):
-    return sum(nbytes(chunk.tensors) for chunk in bank.chunks if not chunk.sealed)
+    return sum(nbytes(chunk.tensors) for chunk in bank.chunks if not chunk.in_file)
 
 
 def names(folder):

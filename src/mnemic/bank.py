@@ -39,14 +39,14 @@ class Chunk:
     """Room for `room` tokens, of which `used` are there: `tensors` `[l, k, room, ...]` by name. What is `made` of
     `LEAST` tokens each that are there, by what it is, stays as it is: means of keys, checksums.
 
-    One that is `sealed` takes no more: its tensors may lie in a file, and `check(name, tensor)` is called before one is
-    used.
+    One that is `sealed` takes no more: its tensors may lie `in_file`, or be filled only when they are used, as
+    `check(name, tensor)` is called before.
     """
 
-    def __init__(self, tensors: State, check: Check | None = None, *, sealed: bool, used: int = 0) -> None:
-        self.tensors, self.check, self.sealed = tensors, check, sealed
+    def __init__(self, tensors: State, check: Check | None = None, *, sealed: bool, in_file: bool = False) -> None:
+        self.tensors, self.check, self.sealed, self.in_file = tensors, check, sealed, in_file
         self.room = length(tensors)
-        self.used = self.room if sealed else used
+        self.used = self.room if sealed else 0
         self.lock = threading.Lock()
         self.made: dict[Any, list[Any]] = {}
 
@@ -183,7 +183,7 @@ class Bank:
 
     def _spilled(self) -> Bank:
         """With a file for whole `LEAST` tokens of all that is in RAM, where that is more than it may be."""
-        loose = [(chunk, there) for chunk, there in self.spans() if not chunk.sealed]
+        loose = [(chunk, there) for chunk, there in self.spans() if not chunk.in_file]
         if self.spill is None or sum(nbytes(chunk.tensors) for chunk, _ in loose) <= self.spill.ram:
             return self
         last, there = loose.pop()
@@ -192,7 +192,7 @@ class Bank:
         if not parts:
             return self
         laid = self.spill.lay(
-            [chunk.part(0, count) for chunk, _, count in parts], functools.partial(Chunk, sealed=True)
+            [chunk.part(0, count) for chunk, _, count in parts], functools.partial(Chunk, sealed=True, in_file=True)
         )
         laid.take_made(parts)
         lie = len(self.chunks) - len(loose) - 1

@@ -76,13 +76,10 @@ def check_contents(
 ) -> None:
     """Raises `StateError` unless the tensors, and those of the bank's first tokens that lie in `chunks`, are such as
     `model` and its memory make in a session with the meta's window. `meta` has passed `check_description`. The numbers
-    in what is unread are left to `check_kept`.
+    in chunks are not read for that, and left to `check_kept`.
     """
     try:
         _check_fit(tensors, meta, model, key_shapes, [each.tensors for each in chunks])
-        for each in chunks:
-            if each.unread is None:
-                check_kept({f"bank.{name}": tensor for name, tensor in each.tensors.items()})
     except StateError as error:
         raise StateError(f"{source} does not fit this model and its memory: {error}; restore it from a copy") from error
 

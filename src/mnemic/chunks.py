@@ -5,17 +5,23 @@ kept once is neither read, nor hashed, nor written again, and whoever has read t
 is a session's file without them: the tensors `bank.*` hold the tokens behind the last whole unit, fewer than `LEAST`,
 and `bank.units [1, u, 1 + t, 32]` uint8 the checksums of each unit in order: of all of it, then of its t tensors by
 name. So a file that keeps all of a bank is a head without units.
+
+What is restored is not read before it is used: it lies in a mapped file (`Mapped`), or elsewhere, from where it is
+fetched then (`Unread`).
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mnemic import bank
 from mnemic.bank import Bank, Chunk
@@ -28,6 +34,8 @@ NAMES = {2 * len(parts("keys", way)): [*parts("keys", way), *parts("values", way
 """Names of a unit's tensors, in order, by how many there are."""
 Numbers = Callable[[State], None]
 """Raises `StateError` for numbers, by the names of their tensors in a file, that no session has."""
+Fetch = Callable[[Sequence[str]], Generator[bytes | None]]
+"""The bytes of units by their digests, one after another; None for one that is not there."""
 
 
 class Unit(NamedTuple):
@@ -50,8 +58,8 @@ class Units:
 
     @staticmethod
     def of(lying: Sequence[Lying]) -> Units:
-        """Of what was kept as units and was read."""
-        chunks = [Chunk(each.tensors, sealed=True) for each in lying]
+        """Of what was kept as units."""
+        chunks = [Chunk(each.tensors, each.check, sealed=True) for each in lying]
         for chunk, each in zip(chunks, lying, strict=True):
             chunk.made[UNITS] = list(each.units)
         return Units([(chunk, chunk.room) for chunk in chunks], lambda _: None)
@@ -96,13 +104,73 @@ class Units:
 
 @dataclass(frozen=True)
 class Lying:
-    """Tokens of a bank that were kept: `tensors` `[l, k, n, ...]` by name, the units that they are, where that is
-    known, and, where nothing of them has been read yet, what checks them.
+    """Tokens of a bank that were kept, and are not read before they are used: `tensors` `[l, k, n, ...]` by name, what
+    reads and checks them, and the units that they are, where that is known.
     """
 
     tensors: State
+    unread: Mapped | Unread
     units: Sequence[Unit] = ()
-    unread: Mapped | None = None
+
+    def check(self, name: str, tensor: Tensor, numbers: Numbers | None = None) -> None:
+        """To be called before a tensor is used; raises `StateError` for one that is not as it was kept."""
+        self.unread.check(f"bank.{name}", tensor, numbers)
+
+    def check_all(self) -> None:
+        """`check` for all of its tensors."""
+        for name, tensor in self.tensors.items():
+            self.check(name, tensor)
+
+
+class Unread:
+    """Units that lie elsewhere, and room for them, `tensors` `[l, k, n, ...]` by name, made for such as `like`. They
+    are fetched when something of them is first used, all of them at once; what is put there has its checksum.
+    """
+
+    def __init__(self, units: Sequence[Unit], like: State, fetch: Fetch, source: object) -> None:
+        self.units, self.source, self._fetch = units, source, fetch
+        self._size, self._there, self._lock = bank.length(like), False, threading.Lock()
+        self._checked: set[str] = set()
+        with torch.inference_mode(False):  # whoever comes later may use it outside
+            self.tensors = {
+                name: t.new_empty(*t.shape[:2], self._size * len(units), t.shape[3]) for name, t in like.items()
+            }
+
+    @staticmethod
+    def of(units: Sequence[Unit], like: State, fetch: Fetch, source: object) -> list[Lying]:
+        """Units that are all like one of them, `CHUNK` tokens together."""
+        step = bank.CHUNK // bank.LEAST
+        groups = [units[begin : begin + step] for begin in range(0, len(units), step)]
+        found = [(Unread(group, like, fetch, source), group) for group in groups]
+        return [Lying(its.tensors, its, group) for its, group in found]
+
+    def check(self, name: str, tensor: Tensor, numbers: Numbers | None = None) -> None:
+        """Reads all of it, the first time; raises `StateError` for a unit that is not there any more, cut or changed,
+        or has `numbers` that raise one, and `StoreError` where it cannot be fetched.
+        """
+        if name in self._checked:
+            return
+        with self._lock:
+            if not self._there:
+                self._read()
+                self._there = True
+            if numbers is not None:
+                numbers({name: tensor})
+            self._checked.add(name)
+
+    def _read(self) -> None:
+        with contextlib.closing(self._fetch([unit.digest for unit in self.units])) as found:
+            for place, (unit, data) in enumerate(zip(self.units, found, strict=True)):
+                if data is None:
+                    raise StateError(
+                        f"{self.source} lacks its chunk {unit.digest}: it was deleted or replaced after it was loaded "
+                        "and before this chunk was used; load it again, or restore it from a copy"
+                    )
+                for name, tensor in read_unit(data, unit, self.source).items():
+                    room = self.tensors[name][:, :, place * self._size : (place + 1) * self._size]
+                    if room.shape != tensor.shape or room.dtype != tensor.dtype:
+                        raise StateError(f"{self.source} has chunks of several models; restore it from a copy")
+                    room.copy_(tensor)
 
 
 def cut(of: Bank, numbers: Numbers) -> tuple[State, Units]:
@@ -138,9 +206,7 @@ def joined(tensors: State, chunks: Sequence[Lying]) -> State:
     if not chunks:
         return tensors
     for each in chunks:
-        if each.unread is not None:
-            for name, tensor in each.tensors.items():
-                each.unread.check(f"bank.{name}", tensor)
+        each.check_all()
     found = {}
     for name in chunks[0].tensors:
         kept = [each.tensors[name][None] for each in chunks]
@@ -174,30 +240,6 @@ def read_unit(data: bytes, unit: Unit, source: object) -> State:
     if not same or checksums([tensors]) != (unit.digest, unit.digests):
         raise problem
     return tensors
-
-
-def gathered(units: Sequence[Unit], data: Callable[[str], bytes | None], source: object) -> list[Lying]:
-    """Units whose bytes `data` gives by their digest, read now, `CHUNK` tokens together; raises `StateError` for one
-    that is missing, cut or changed.
-    """
-    found, step = [], bank.CHUNK // bank.LEAST
-    for group in (units[first : first + step] for first in range(0, len(units), step)):
-        tensors: State = {}
-        for place, unit in enumerate(group):
-            if (there := data(unit.digest)) is None:
-                raise StateError(f"{source} lacks its chunk {unit.digest}; restore it from a copy")
-            part = read_unit(there, unit, source)
-            size = bank.length(part)
-            with torch.inference_mode(False):  # whoever comes later may use it outside
-                for name, t in part.items():
-                    if not place:
-                        tensors[name] = t.new_empty(*t.shape[:2], size * len(group), t.shape[3])
-                    room = tensors[name][:, :, place * size : (place + 1) * size]
-                    if room.shape != t.shape or room.dtype != t.dtype:
-                        raise StateError(f"{source} has chunks of several models; restore it from a copy")
-                    room.copy_(t)
-        found.append(Lying(tensors, group))
-    return found
 
 
 def _known(chunk: Chunk, count: int, numbers: Numbers) -> list[Unit]:

@@ -114,7 +114,7 @@ def _mapped(folder: Path, group: list[Unit]) -> Lying:
     if tensors.keys() != group[0].digests.keys() or any(t.shape[2:3] != (count,) for t in tensors.values()):
         raise StateError(f"{path} does not hold the {count} tokens that its folder says; restore it from a copy")
     digests = {f"bank.{name}": [unit.digests[name] for unit in group] for name in group[0].digests}
-    return Lying(tensors, group, Mapped(data, path, digests))
+    return Lying(tensors, Mapped(data, path, digests), group)
 
 
 def _groups(tensors: State, units: list[Unit], source: object) -> list[list[Unit]]:

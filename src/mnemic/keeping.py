@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from mnemic.host.release import DynamicLayer
 from mnemic.host.remembered import remembered
 from mnemic.host.router import Router
 from mnemic.host.wrappers import unwrapped, whole
-from mnemic.mapping import map_file
+from mnemic.mapping import Mapped, map_file
 from mnemic.memory import Further
 from mnemic.rereading import reread, window_ids
 from mnemic.spilling import Spill
@@ -92,7 +93,7 @@ def opened(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any], list[Ly
     lie = {name.removeprefix("bank."): tensors.pop(name) for name in unread.digests}
     # of another shape they are refused by whoever checks them
     lie = {name: tensor[0] if tensor.shape[:1] == (1,) else tensor for name, tensor in lie.items()}
-    return tensors, meta, [Lying(lie, unread=unread)]
+    return tensors, meta, [Lying(lie, unread)]
 
 
 def restored(
@@ -183,28 +184,22 @@ def _bank(kept: State, chunks: Sequence[Lying], session: Session) -> Bank:
 
 
 def _holding(bank: Bank, lying: Lying, positions: Tensor, session: Session) -> Bank:
-    """The bank with a chunk behind its tokens. What is unread is checked when it is used, or now where it goes on in
+    """The bank with a chunk behind its tokens, which is read and checked when it is used, or now where it goes on in
     another dtype or on another device.
     """
-    dtype: Any = unwrapped(session.model).dtype
-    room = lying.tensors["keys"].shape[2]
-
-    def check(name: str, tensor: Tensor) -> None:
-        assert lying.unread is not None
-        lying.unread.check(f"bank.{name}", tensor, check_kept)
-
-    moved = {
-        name: tensor.to(session._router.device, dtype if _in_dtype(f"bank.{name}", tensor) else tensor.dtype)
-        for name, tensor in lying.tensors.items()
-    }
-    if room == filled(room) and all(moved[name] is tensor for name, tensor in lying.tensors.items()):
-        unread = lying.unread is not None
-        chunk = Chunk(moved, check if unread else None, sealed=unread, used=room)
+    base: Any = unwrapped(session.model).dtype
+    device, room = session._router.device, lying.tensors["keys"].shape[2]
+    dtypes = {name: base if _in_dtype(f"bank.{name}", t) else t.dtype for name, t in lying.tensors.items()}
+    check = functools.partial(lying.check, numbers=check_kept)
+    stays = all(t.device == device and t.dtype == dtypes[name] for name, t in lying.tensors.items())
+    if room == filled(room) and stays:
+        chunk = Chunk(lying.tensors, check, sealed=True, in_file=isinstance(lying.unread, Mapped))
         if lying.units:
             chunk.made[UNITS] = list(lying.units)
         return bank.holding(chunk, positions[:room])
-    for name, tensor in lying.tensors.items() if lying.unread is not None else ():
+    for name, tensor in lying.tensors.items():
         check(name, tensor)
+    moved = {name: tensor.to(device, dtypes[name]) for name, tensor in lying.tensors.items()}
     return bank.adding(moved | {"positions": positions[:room]})
 
 

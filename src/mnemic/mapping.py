@@ -133,6 +133,9 @@ def laid(parts: Sequence[State]) -> Iterator[tuple[str, memoryview | bytes]]:
     yield "", len(text).to_bytes(8, "little") + text
     for name in names:
         blocks, heads = parts[0][name].shape[:2]
+        if len(parts) == 1 and parts[0][name].is_contiguous():  # as it lies
+            yield name, bytes_of(parts[0][name])
+            continue
         for block, head, part in itertools.product(range(blocks), range(heads), parts):
             yield name, bytes_of(part[name][block, head])
 

@@ -1,8 +1,8 @@
 """Sessions by name in a database: SQLite in one file, or PostgreSQL where many workers share them.
 
 A session is a row with its head and what a list shows, and holds chunks of what left its window, each of which is there
-once (`mnemic.tables`). Every write is one transaction, and says which version it replaces: of two writers that read the
-same, the second gets a `Conflict`.
+once (`mnemic.tables`), and which are read when they are used. Every write is one transaction, and says which version it
+replaces: of two writers that read the same, the second gets a `Conflict`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import secrets
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -26,17 +26,15 @@ from torch import nn
 
 from mnemic import folders, tables
 from mnemic.checks import check_bytes, check_kept
-from mnemic.chunks import Lying, Units, cut_file, gathered, joined, take_units
+from mnemic.chunks import Lying, Units, Unread, cut_file, joined, read_unit, take_units
 from mnemic.connections import SECONDS_BUSY, Connections
 from mnemic.keeping import restored
 from mnemic.session import Session, Stored
-from mnemic.state import State, from_bytes, to_bytes, write_bytes
+from mnemic.state import State, StateError, from_bytes, to_bytes, write_bytes
 from mnemic.tables import SECOND, SHOWN, Entry
 
 LONGEST_NAME = 512
 """Most characters of a name."""
-SIZE_LIMIT = 256 * 2**20
-"""Most bytes of a session, unless the store is told otherwise."""
 ATTEMPTS = 20
 """How often a session is put or removed, if others do so with it, or with its chunks, at the same time."""
 AGAIN = ("40001", "40P01")
@@ -98,9 +96,9 @@ class SessionStore:
     One store may be used from several threads, and goes on working in processes that are forked from this one; a fork
     waits for the transactions of other threads. With SQLite a process killed at any moment leaves each session in its
     old or its new version; so does a loss of power, but the latest versions may then be lost. `ttl` is how many seconds
-    sessions live after their last `put`, for ever by default. One with more than `size_limit` bytes is refused, and one
-    with which all that is there, each chunk counted once, would have more than `total_limit`. With `create=False` a
-    SQLite file must be there.
+    sessions live after their last `put`, for ever by default. One with more than `size_limit` bytes, its chunks
+    counted, is refused, and one with which all that is there, each chunk counted once, would have more than
+    `total_limit`; by default there are no limits but the database's. With `create=False` a SQLite file must be there.
 
     A store of an earlier release is brought up when it is opened, and earlier releases do not open it any more.
 
@@ -114,7 +112,7 @@ class SessionStore:
         url: str | os.PathLike[str] = "memories.db",
         *,
         ttl: float | None = None,
-        size_limit: int = SIZE_LIMIT,
+        size_limit: int | None = None,
         total_limit: int | None = None,
         create: bool = True,
     ) -> None:
@@ -136,8 +134,11 @@ class SessionStore:
     # --- sessions ----------------------------------------------------------------------------------------------------
 
     def get(self, name: str, model: nn.Module, tokenizer: Any = None, *, strict: bool = True) -> Session:
-        """The session of that name, all of which is read and checked. It knows its version, and `put` replaces that
-        version alone.
+        """The session of that name. It knows its version, and `put` replaces that version alone.
+
+        Chunks of what left the window stay in the store. They are read when they are used, and all of them are checked
+        then: what uses one that was cut or changed raises `StateError`, which names it, as does what uses one that was
+        deleted meanwhile, with the session or with that version of it. What was read once stays with the session.
 
         Raises:
             NotStored: there is none.
@@ -198,7 +199,7 @@ class SessionStore:
 
     def export(self, name: str, path: str | os.PathLike[str]) -> None:
         """Writes a session as `Session.save` would, as a file or as a folder; raises `NotStored`."""
-        data, _, tensors, meta, chunks = self._read(name)
+        data, _, tensors, meta, chunks = self._read(name, whole=True)
         if folders.is_folder(path):
             folders.save(path, tensors, meta, Units.of(chunks))
         else:
@@ -217,11 +218,13 @@ class SessionStore:
 
     def get_bytes(self, name: str) -> tuple[bytes, Stored]:
         """What `Session.from_bytes` takes, and where it stands; raises `NotStored`, and `StateError` if damaged."""
-        data, stored, tensors, meta, chunks = self._read(name)
+        data, stored, tensors, meta, chunks = self._read(name, whole=True)
         return to_bytes(joined(tensors, chunks), meta) if chunks else data, stored
 
-    def _read(self, name: str) -> tuple[bytes, Stored, State, dict[str, Any], list[Lying]]:
-        """A head's bytes, where the session stands, the head, and what lies beside it: all of one version."""
+    def _read(self, name: str, *, whole: bool = False) -> tuple[bytes, Stored, State, dict[str, Any], list[Lying]]:
+        """A head's bytes, where the session stands, the head, and what lies beside it: all of one version, of which the
+        `whole` is read now, or the chunks when they are used.
+        """
         _check_name(name)
         with self.transaction() as connection:
             # or another's write between two statements is seen by the second
@@ -232,8 +235,22 @@ class SessionStore:
                 raise NotStored(f"there is no session {name!r} in {self.url}")
             tensors, meta = from_bytes(data := bytes(row.data), source := self._source(name))
             units = take_units(tensors, source)
-            chunks = gathered(units, functools.partial(tables.data_of, connection), source)
+            if lost := tables.lacking(connection, [unit.digest for unit in units]):
+                raise StateError(f"{source} lacks its chunk {lost[0]}; restore it from a copy")
+            chunks, fetch = [], functools.partial(tables.data_of, connection)
+            if units:
+                first = next(fetch([units[0].digest]))
+                assert first is not None  # in one snapshot
+                like = read_unit(first, units[0], source)
+                chunks = Unread.of(units, like, fetch if whole else self._fetch, source)
+            for each in chunks if whole else ():
+                each.check_all()
         return data, Stored(self._id, name, row.birth, row.version), tensors, meta, chunks
+
+    def _fetch(self, digests: Sequence[str]) -> Generator[bytes | None]:
+        """The bytes of chunks, in a transaction of their own."""
+        with self.transaction() as connection:
+            yield from tables.data_of(connection, digests)
 
     def _source(self, name: str) -> str:
         """How errors name it."""
@@ -271,7 +288,7 @@ class SessionStore:
     ) -> Stored:
         _check_name(name)
         size = len(data) + sum(units.size(place, place + 1) for place in range(len(units.known)))
-        if size > self.size_limit:
+        if self.size_limit is not None and size > self.size_limit:
             raise StoreError(
                 f"session {name!r} has {size:,} bytes, this store takes {self.size_limit:,}; flush() it, give it "
                 "a shorter window=, or set size_limit="

@@ -10,7 +10,7 @@ refuses the second, and the transaction is tried again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -73,6 +73,7 @@ _REMOVE = (
     .where(chunks.c.digest.in_(_SOME), ~sql.exists().where(held.c.digest == chunks.c.digest))
     .returning(chunks.c.nbytes)
 )
+_THERE = sql.select(chunks.c.digest).where(chunks.c.digest.in_(_SOME))
 _DATA = sql.select(chunks.c.data).where(chunks.c.digest == sql.bindparam("digest"))
 _TOTAL = [sql.select(sql.func.sum(column)) for column in (sql.func.length(sessions.c.data), chunks.c.nbytes)]
 
@@ -145,10 +146,17 @@ def remove(connection: sql.Connection, which: sql.ColumnElement[bool], **values:
     return [Entry.of(row, row.own + hold(connection, row.name, None)) for row in sorted(rows, key=lambda row: row.name)]
 
 
-def data_of(connection: sql.Connection, digest: str) -> bytes | None:
-    """The bytes of a chunk; None where there is none."""
-    data = connection.execute(_DATA, {"digest": digest}).scalar()
-    return None if data is None else bytes(data)
+def lacking(connection: sql.Connection, digests: Sequence[str]) -> list[str]:
+    """Those of some chunks that are not there."""
+    there = {digest for some in _some(digests) for digest in connection.execute(_THERE, some).scalars()}
+    return [digest for digest in digests if digest not in there]
+
+
+def data_of(connection: sql.Connection, digests: Sequence[str]) -> Generator[bytes | None]:
+    """The bytes of chunks, one after another; None for one that is not there."""
+    for digest in digests:
+        data = connection.execute(_DATA, {"digest": digest}).scalar()
+        yield None if data is None else bytes(data)
 
 
 def total(connection: sql.Connection) -> int:

@@ -141,7 +141,7 @@ def kill_while_saving(folder: str, kills: int, seed: int = 0, progress: Progress
 
     found = _killed(_save_on, folder, there, kills, 0.1, seed, progress)
     _save(folder, found.versions + 1)
-    named = {Path(str(each.unread.source)).name for each in folders.read(folder)[2] if each.unread is not None}
+    named = {Path(str(each.unread.source)).name for each in folders.read(folder)[2]}
     found.left = len({path.name for path in Path(folder).iterdir()} - named - {folders.HEAD, folders.LOCK})
     return found
 

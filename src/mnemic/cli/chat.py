@@ -240,7 +240,7 @@ class Chat:
                 "and drops what was said here since; /overwrite keeps this one and drops theirs.",
                 "red",
             )
-        except mnemic.StoreError as error:
+        except (mnemic.StoreError, mnemic.StateError) as error:
             self.say(f"Not saved: {error}", "red")
         else:
             self.unsaved = False
