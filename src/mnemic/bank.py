@@ -222,7 +222,8 @@ class Bank:
             {name: tensor.new_zeros(()).expand(tensor.shape) for name, tensor in chunk.tensors.items()}
             for chunk in self.chunks
         ]
-        return replace(self, chunks=tuple(Chunk(tensors, sealed=True) for tensors in zeros))
+        # as if in a file: there is nothing that could be laid into one
+        return replace(self, chunks=tuple(Chunk(tensors, sealed=True, in_file=True) for tensors in zeros))
 
     def keys(self, place: int) -> list[Float[Tensor, "k n s"]]:
         """The keys of the `place`-th block that is kept, chunk by chunk."""
