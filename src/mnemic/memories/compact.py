@@ -2,7 +2,7 @@
 
 After Attention Matching (arXiv 2602.16284): of a block's keys few are kept, with a bias and a new value each, so that
 queries find the same mass and the same output in them as in all. Here it is recurrent: at each segment's end what was
-kept and what leaves the window now become what is kept.
+kept and what leaves the window now become what is kept. `Session.compact` does it before they would leave.
 
 For one block and one head of keys: k_i, v_i and masses m_i (1 for a key that was read) are what was kept and what
 leaves, q_j queries of the segment that ends, of all heads of queries that share these keys, s the scale of products, R
@@ -20,9 +20,8 @@ by the normal equations. In the softmax of later tokens key i has the bias log B
 `farthest` tokens before the window at most. As long as all that left fits into `keys` keys nothing is lost.
 
 Where we depart. The paper compacts a context once, with queries made for this ("repeat the context", questions), and
-weighs all alike. Here queries are those that came: `queries` tokens of the segment that ends, evenly chosen. `by` names
-other ways to keep few keys, with which it is compared (`compact_presses`). Caps on products (Gemma 2) are left out of
-the matching.
+weighs all alike. Here queries are those that came: `queries` tokens of the segment that ends, evenly chosen. Caps on
+products (Gemma 2) are left out of the matching.
 
 What is trained: nothing. What is forgotten: what later segments did not look for.
 State: `8 x width + 8` bytes a key, of `blocks x heads of keys x keys`: key, value and mass in float32, and where it
@@ -31,7 +30,8 @@ stands. The queries of a segment that has not ended wait: `blocks x heads of que
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -143,24 +143,16 @@ class Compact(Memory):
             "behind": torch.zeros(shape, dtype=torch.int32, device=device),
         }
 
-    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """As they came."""
-        return hidden_btd
-
     def further(self, site: Site, asked: Asked) -> Further | None:
         """What is kept, where it stood, with the logarithms of its masses."""
         own = here(asked.state, 0, asked.place)
         if not own.mass_kn.shape[1]:
             return None
         bias_ktc = None if bool((own.mass_kn == 1).all()) else own.mass_kn[:, None].log()
-        return Further(placed(own, asked.first, asked.turn)[:, None], own.value_knv[:, None], bias_ktm=bias_ktc)
+        return Further(own.placed(asked.first, asked.turn)[:, None], own.value_knv[:, None], bias_ktm=bias_ktc)
 
     def write_and_tell(
-        self,
-        hidden_btd: Float[Tensor, "b t d"],
-        state: State,
-        keep_bt: Bool[Tensor, "b t"] | None = None,
-        leaving: Sequence[Leaving] | None = None,
+        self, hidden_btd: Tensor, state: State, keep_bt: Tensor | None = None, leaving: Sequence[Leaving] | None = None
     ) -> tuple[State, None]:
         """`write`; what is kept stands for many tokens."""
         return self.write(hidden_btd, state, keep_bt, leaving), None
@@ -174,15 +166,16 @@ class Compact(Memory):
         leaving: Sequence[Leaving] | None = None,
     ) -> State:
         """What is kept, when keys have left the window: made of itself and of them, for these queries."""
-        if leaving is None or not any(left.keys_lkns.shape[2] for left in leaving):
-            return state
         after = {name: tensor.clone() for name, tensor in state.items()}
-        for row, left in enumerate(leaving):
+        for row, left in enumerate(leaving or ()):
             query_td = hidden_btd[row] if keep_bt is None else hidden_btd[row][keep_bt[row]]
+            every = max(1, len(query_td) // self.config.queries)
+            stood_t = left.begins + torch.arange(0, len(query_td), every, device=query_td.device)
             heads = self.inside.blocks, self.inside.queries, self.inside.key_width
-            query_lhts = query_td.float().unflatten(-1, heads).permute(1, 2, 0, 3)
-            for place in range(self.inside.blocks if left.keys_lkns.shape[2] else 0):
-                own = self._kept(here(state, row, place), query_lhts[place], left, place)
+            query_lhts = query_td[::every].float().unflatten(-1, heads).permute(1, 2, 0, 3)
+            for place, query_hts in enumerate(query_lhts if left.keys_lkns.shape[2] else ()):
+                query_hts = left.turns[place](query_hts, stood_t) * self.inside.scales[place]
+                own = self._kept(here(state, row, place), query_hts, left, place)
                 for name, made in zip(NAMES, own, strict=True):
                     after[name][row, place, :, : made.shape[1]] = made
         return after
@@ -212,32 +205,21 @@ class Compact(Memory):
 
     def _kept(self, own: Kept, query_hts: Float[Tensor, "h t s"], left: Leaving, place: int) -> Kept:
         """What one block keeps, of what it had and of what leaves."""
-        (heads, _), new, keep = own.mass_kn.shape, left.keys_lkns.shape[2], self.config.keys
+        (heads, had), new = own.mass_kn.shape, left.keys_lkns.shape[2]
+        keep = min(self.config.keys, had + math.ceil(new / left.ratio))
         behind_kn = torch.arange(new, 0, -1).to(own.behind_kn).expand(heads, -1)
         came = Kept(left.keys_lkns[place], left.values_lknv[place].float(), own.mass_kn.new_ones(heads, new), behind_kn)
         own = own._replace(behind_kn=own.behind_kn + new)
         old = Kept(*(torch.cat(parts, 1) for parts in zip(own, came, strict=True)))
         old = old._replace(behind_kn=old.behind_kn.clamp_max(self.config.farthest))
-        if old.mass_kn.shape[1] <= keep:
+        if had + new <= keep:
             return old
-        turn, first = left.turns[place], left.first + new
-        every = max(1, query_hts.shape[1] // self.config.queries)
-        query_hts = query_hts[:, ::every]
-        stood = left.begins + every * torch.arange(query_hts.shape[1], device=query_hts.device)
-        query_hts = turn(query_hts, stood) * self.inside.scales[place]
         query_kjs = query_hts.unflatten(0, (heads, -1)).flatten(1, 2)
-        score_kjn = query_kjs @ placed(old, first, turn).mT + old.mass_kn.log()[:, None]
+        score_kjn = query_kjs @ old.placed(left.first + new, left.turns[place]).mT + old.mass_kn.log()[:, None]
         total_kj1 = score_kjn.logsumexp(-1, keepdim=True)
         near_kj1 = (query_kjs @ left.stays_lkms[place].float().mT).logsumexp(-1, keepdim=True)
         seen = Seen((score_kjn - total_kj1).exp(), (total_kj1 - near_kj1).sigmoid())
-        if self.config.by != "matching":
-            return PRESSES[self.config.by](old, seen, keep)
-        chosen = old.some((seen.share_kjn * seen.weight_kj1).square().sum(1).topk(keep).indices)
-        part_kjc = (query_kjs @ placed(chosen, first, turn).mT - total_kj1).exp()
-        mass_kc = masses(part_kjc, chosen.mass_kn, seen.weight_kj1)
-        target_kjv = seen.share_kjn @ old.value_knv
-        values = matched(part_kjc * mass_kc[:, None], target_kjv, chosen.value_knv, seen.weight_kj1)
-        return chosen._replace(value_knv=values, mass_kn=mass_kc)
+        return {"matching": matching, **PRESSES}[self.config.by](old, seen, keep)
 
 
 def here(state: State, row: int, place: int) -> Kept:
@@ -247,35 +229,22 @@ def here(state: State, row: int, place: int) -> Kept:
     return Kept(*(state[name][row, place, :, :count] for name in NAMES))
 
 
-def placed(kept: Kept, first: int, turn: Callable[..., Tensor]) -> Float[Tensor, "k n s"]:
-    """Keys turned to where they stand, before a window whose first key stands at `first`."""
-    keys_1ns, stands_n = kept.keys_kns.flatten(0, 1)[None], (first - kept.behind_kn).long().flatten()
-    return turn(keys_1ns, stands_n).view_as(kept.keys_kns)
-
-
-def masses(
-    part_kjc: Float[Tensor, "k j c"], mass_kc: Float[Tensor, "k c"], weight_kj1: Float[Tensor, "k j 1"]
-) -> Float[Tensor, "k c"]:
-    """B: masses with which the parts of each query add up to 1, from those that the keys had."""
-    part_kjc = part_kjc * weight_kj1
-    wanted_kc1, mass_kc1 = part_kjc.mT @ weight_kj1, mass_kc[..., None]
+def matching(old: Kept, seen: Seen, count: int) -> Kept:
+    """C, with B and V."""
+    weight_kj1, part_kjn = seen.weight_kj1, seen.weight_kj1 * seen.share_kjn
+    index_kc = part_kjn.square().sum(1).topk(count).indices.sort(-1).values
+    chosen, part_kjc = old.some(index_kc), part_kjn.take_along_dim(index_kc[:, None], 2)
+    # B, of which a key had so much before
+    wanted_kc1, times_kc1 = part_kjc.mT @ weight_kj1, torch.ones_like(chosen.mass_kn)[..., None]
     for _ in range(STEPS):
-        mass_kc1 = mass_kc1 * wanted_kc1 / (part_kjc.mT @ (part_kjc @ mass_kc1)).clamp_min(TINY)
-    return mass_kc1[..., 0].clamp(1 / MOST, MOST)
-
-
-def matched(
-    part_kjc: Float[Tensor, "k j c"],
-    target_kjv: Float[Tensor, "k j v"],
-    value_kcv: Float[Tensor, "k c v"],
-    weight_kj1: Float[Tensor, "k j 1"],
-) -> Float[Tensor, "k c v"]:
-    """V: values near those of the keys, with which each query reads its target."""
-    share_kjc = part_kjc / part_kjc.sum(-1, keepdim=True).clamp_min(TINY)
-    miss_kjv, share_kjc = (target_kjv - share_kjc @ value_kcv) * weight_kj1, share_kjc * weight_kj1
-    # by queries, of which there are few however many keys are kept: X' (X X' + r)^-1 = (X' X + r)^-1 X'
-    gram_kjj = share_kjc @ share_kjc.mT
-    ridge_k = RIDGE * gram_kjj.diagonal(dim1=-2, dim2=-1).sum(-1) / share_kjc.shape[-1]
+        times_kc1 = times_kc1 * wanted_kc1 / (part_kjc.mT @ (part_kjc @ times_kc1)).clamp_min(TINY)
+    mass_kc = (chosen.mass_kn * times_kc1[..., 0]).clamp(1 / MOST, MOST)
+    part_kjc = part_kjc * (mass_kc / chosen.mass_kn)[:, None]
+    share_kjc = weight_kj1 * part_kjc / part_kjc.sum(-1, keepdim=True).clamp_min(TINY)
+    # V by queries, of which there are few however many keys are kept: X' (X X' + r)^-1 = (X' X + r)^-1 X'
+    miss_kjv, gram_kjj = part_kjn @ old.value_knv - share_kjc @ chosen.value_knv, share_kjc @ share_kjc.mT
+    ridge_k = RIDGE * gram_kjj.diagonal(dim1=-2, dim2=-1).sum(-1) / count
     gram_kjj = gram_kjj + ridge_k.clamp_min(TINY)[:, None, None] * torch.eye(gram_kjj.shape[-1], device=gram_kjj.device)
     precise = torch.float32 if gram_kjj.device.type == "mps" else torch.float64  # which MPS does not have
-    return value_kcv + share_kjc.mT @ torch.linalg.solve(gram_kjj.to(precise), miss_kjv.to(precise)).to(miss_kjv)
+    more_kcv = share_kjc.mT @ torch.linalg.solve(gram_kjj.to(precise), miss_kjv.to(precise)).to(miss_kjv)
+    return chosen._replace(value_knv=chosen.value_knv + more_kcv, mass_kn=mass_kc)

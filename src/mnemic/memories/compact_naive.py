@@ -54,7 +54,8 @@ def _kept(memory: Compact, own: list[Key], asking: Tensor, left: Leaving, place:
     for i in range(new):
         came = left.keys_lkns[place, head, i], left.values_lknv[place, head, i].float()
         keys.append((*came, 1.0, min(new - i, config.farthest)))
-    if len(keys) <= config.keys:
+    count = min(config.keys, len(own) + math.ceil(new / left.ratio))
+    if len(keys) <= count:
         return keys
 
     def turned(x: Tensor, position: int) -> Tensor:
@@ -72,7 +73,7 @@ def _kept(memory: Compact, own: list[Key], asking: Tensor, left: Leaving, place:
             parts.append([e / y for e in part])
             weights.append(y / (y + sum(math.exp(float(q @ k)) for k in near)))
     worth = [sum((w * share[i]) ** 2 for w, share in zip(weights, shares, strict=True)) for i in range(len(keys))]
-    chosen = sorted(sorted(range(len(keys)), key=lambda i: -worth[i])[: config.keys])
+    chosen = sorted(sorted(range(len(keys)), key=lambda i: -worth[i])[:count])
 
     a = torch.tensor([[w * part[i] for i in chosen] for w, part in zip(weights, parts, strict=True)]).double()
     target, mass = torch.tensor(weights).double(), torch.tensor([keys[i][2] for i in chosen]).double()
