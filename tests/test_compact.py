@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -132,13 +133,13 @@ def case(kept: int, **settings):
     return SimpleNamespace(memory=memory, leaving=leaving, queries=queries)
 
 
-@pytest.mark.parametrize("settings", [{}, {"queries": 2}, {"farthest": 20}])
+@pytest.mark.parametrize("settings", [{}, {"queries": 2}, {"farthest": 20}, {"keys": 20}])
 def test_fast_equals_naive(settings):
     made = case(1, **settings)
     state, first = made.memory.init_state(1), 0
     keep = torch.arange(SEGMENT)[None] < SEGMENT - 1
-    for count in (5, 8, 3, 8):
-        query, left = made.queries(), [made.leaving(count, first)]
+    for count, ratio in ((5, 1.0), (8, 1.0), (3, 1.0), (8, 1.0), (8, 2.5)):
+        query, left = made.queries(), [replace(made.leaving(count, first), ratio=ratio)]
         _, expected = made.memory.naive(query, state, keep, left)
         after = made.memory.write(query, state, keep, left)
         for name, tensor in after.items():
