@@ -133,12 +133,14 @@ def case(kept: int, **settings):
     return SimpleNamespace(memory=memory, leaving=leaving, queries=queries)
 
 
-@pytest.mark.parametrize("settings", [{}, {"queries": 2}, {"farthest": 20}, {"keys": 20}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"queries": 2}, {"farthest": 20}, {"keys": 20}, {"reservoir": 6}, {"reservoir": 80}]
+)
 def test_fast_equals_naive(settings):
     made = case(1, **settings)
     state, first = made.memory.init_state(1), 0
     keep = torch.arange(SEGMENT)[None] < SEGMENT - 1
-    for count, ratio in ((5, 1.0), (8, 1.0), (3, 1.0), (8, 1.0), (8, 2.5)):
+    for count, ratio in ((5, None), (8, None), (3, None), (8, None), (8, 2.5)):
         query, left = made.queries(), [replace(made.leaving(count, first), ratio=ratio)]
         _, expected = made.memory.naive(query, state, keep, left)
         after = made.memory.write(query, state, keep, left)
@@ -231,6 +233,8 @@ def test_a_state_that_no_writes_make_is_refused(change, said):
         ({"keys": 0}, "keys is 0; use 1 or more"),
         ({"queries": 0}, "queries is 0"),
         ({"farthest": 0}, "farthest is 0"),
+        ({"reservoir": -1}, "reservoir is -1; use 0 or more tokens"),
+        ({"reservoir": 4, "by": "norm"}, "reservoir is 4, but nothing here uses it"),
         ({"by": "luck"}, "by is 'luck'"),
         ({"read_layers": []}, "read_layers is empty"),
     ],

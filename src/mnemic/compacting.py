@@ -44,11 +44,6 @@ def compact(session: Session, ratio: float, ids: Int[Tensor, "1 t"] | None) -> i
     query_btd, begins = stream.waiting[:, : stream.counts[0]], window.position[0] - window.running[0]
     if ids is not None:
         query_btd, begins = _asking(session, ids), window.position[0]
-    if not query_btd.shape[1]:
-        raise ValueError(
-            "a segment has just ended, so no token waits for whose queries keys could be made; pass a text that asks "
-            "(asking=), or read on"
-        )
     left = leaving(router, cache, window, 0, (window.valid & ~shorter.valid)[0])
     known = router.memory.known(None, [replace(left, begins=begins, ratio=ratio)])
     state = router.memory.write(query_btd, stream.state, **known)

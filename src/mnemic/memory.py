@@ -143,7 +143,7 @@ class Leaving:
     block that is served, the first of which stood at `first`, the others behind it; none where n is 0. The segment
     that ends began at `begins`. `turns[i](x, position)` puts positions in as the i-th of these blocks does. Of the keys
     that stay in the window `stays_lkms` are as they stand there, with positions. Where a session makes its window short
-    before a segment's end, `ratio` of the keys that leave are to become one.
+    before its segment ends, `ratio` of the keys that leave are to become one, else it is None.
     """
 
     keys_lkns: Float[Tensor, "l k n s"]
@@ -152,7 +152,7 @@ class Leaving:
     begins: int
     turns: Sequence[Callable[..., Tensor]]
     stays_lkms: Float[Tensor, "l k m s"]
-    ratio: float = 1.0
+    ratio: float | None = None
 
 
 @dataclass(frozen=True)

@@ -39,22 +39,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mnemic.memories import compact_reservoir as reservoir
+from mnemic.memories.compact_matching import matching
 from mnemic.memories.compact_naive import naive
 from mnemic.memories.compact_presses import PRESSES, Kept, Seen
 from mnemic.memories.layers import distinct_layers
 from mnemic.memory import Asked, Card, Further, Leaving, Memory, MemoryConfig, Site
 from mnemic.state import State, StateError, check_range
 
-# Shapes: l blocks, h heads of queries, k heads of keys, t tokens, n keys before, c after, s and v widths of a head, j
-# queries of all heads that share one of keys.
-
-STEPS = 20
-"""How often masses are improved."""
-RIDGE = 0.01
-"""How strongly values are held to those of the chosen keys, in mean squares of a key's weights."""
-MOST = 1e3
-"""A mass and its inverse are at most that: of keys that no query found."""
-TINY = 1e-20
+# Shapes: l blocks, h heads of queries, k heads of keys, t tokens, n keys before, c after, s and v widths of a head.
 
 By = Literal["matching", "recent", "heavy", "norm", "merged", "random"]
 NAMES = ("keys", "values", "mass", "behind")
@@ -65,10 +58,10 @@ class CompactConfig(MemoryConfig):
     """Settings of compact.
 
     `keys` is how many keys a head of each block keeps for all that left the window, found for the queries of so many
-    tokens of a segment (`queries`). They stand `farthest` tokens before the window at most: choose it so that window
-    and all are within the positions that the model was trained for. `by` says how they are found: "matching", or a way
-    to compare it with (`mnemic.memories.compact_presses`). `read_layers` are the blocks that keep, by default all; the
-    others see the window and its sinks.
+    tokens of a segment (`queries`), and of so many of all that came before (`reservoir`). They stand `farthest` tokens
+    before the window at most: choose it so that window and all are within the positions that the model was trained for.
+    `by` says how they are found: "matching", or a way to compare it with (`mnemic.memories.compact_presses`).
+    `read_layers` are the blocks that keep, by default all; the others see the window and its sinks.
     """
 
     kind: ClassVar[str] = "compact"
@@ -87,6 +80,7 @@ class CompactConfig(MemoryConfig):
     window: int | None = 512
     keys: int = 256
     queries: int = 64
+    reservoir: int = 0
     farthest: int = 4096
     by: By = "matching"
     read_layers: list[int] | None = None
@@ -96,18 +90,20 @@ class CompactConfig(MemoryConfig):
         for name in ("keys", "queries", "farthest"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; use 1 or more")
+        if self.reservoir < 0:
+            raise ValueError(f"reservoir is {self.reservoir}; use 0 or more tokens")
         if self.read_layers is not None and not self.read_layers:
             raise ValueError("read_layers is empty; name at least one block, or leave it out for all")
 
     def unused(self) -> dict[str, str]:
         """How many queries look, where none do."""
-        return {} if self.by in ("matching", "heavy") else {"queries": "set by='matching'"}
+        return {} if self.by in ("matching", "heavy") else dict.fromkeys(("queries", "reservoir"), "set by='matching'")
 
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
         """Few keys for a window of two segments; other ways to find them; one block keeps."""
         small = cls(segment_length=8, window=16, keys=6)
-        return [small, small.replace(by="merged"), small.replace(by="recent"), small.replace(read_layers=[0])]
+        return [small, small.replace(by="merged"), small.replace(reservoir=3), small.replace(read_layers=[0])]
 
     @classmethod
     def small(cls, segment_length: int, width: int, size: int | None = None) -> CompactConfig:
@@ -132,7 +128,7 @@ class Compact(Memory):
 
     def init_state(self, batch: int, device: torch.device | None = None) -> State:
         """Keys `[b, l, k, c, s]` without positions, in order of time, values `[b, l, k, c, v]`, masses `[b, l, k, c]`
-        and how many tokens before the window each stands, likewise; 0 where there is none yet.
+        and how many tokens before the window each stands, likewise; 0 where there is none yet. And the reservoir.
         """
         inside = self.inside
         shape = batch, inside.blocks, inside.heads, self.config.keys
@@ -141,6 +137,7 @@ class Compact(Memory):
             "values": torch.zeros(*shape, inside.value_width, device=device),
             "mass": torch.zeros(shape, device=device),
             "behind": torch.zeros(shape, dtype=torch.int32, device=device),
+            **reservoir.empty(batch, self.config.reservoir, math.prod(self._heads), device),
         }
 
     def further(self, site: Site, asked: Asked) -> Further | None:
@@ -170,14 +167,25 @@ class Compact(Memory):
         for row, left in enumerate(leaving or ()):
             query_td = hidden_btd[row] if keep_bt is None else hidden_btd[row][keep_bt[row]]
             every = max(1, len(query_td) // self.config.queries)
-            stood_t = left.begins + torch.arange(0, len(query_td), every, device=query_td.device)
-            heads = self.inside.blocks, self.inside.queries, self.inside.key_width
-            query_lhts = query_td[::every].float().unflatten(-1, heads).permute(1, 2, 0, 3)
-            for place, query_hts in enumerate(query_lhts if left.keys_lkns.shape[2] else ()):
-                query_hts = left.turns[place](query_hts, stood_t) * self.inside.scales[place]
-                own = self._kept(here(state, row, place), query_hts, left, place)
+            earlier_rd, number_r = reservoir.earlier(state, row, query_td)
+            asking_nd = torch.cat([query_td[::every].float(), earlier_rd])
+            if left.ratio is not None and not len(asking_nd):
+                raise ValueError(
+                    "a segment has just ended, so no token waits for whose queries keys could be made; pass a text "
+                    "that asks, read on, or keep a reservoir"
+                )
+            # those from before ask again, as far from their segment's beginning as they were
+            stood_n = torch.cat(
+                [torch.arange(0, len(query_td), every).to(number_r), number_r % self.config.segment_length]
+            )
+            asking_lhns = asking_nd.unflatten(-1, self._heads).permute(1, 2, 0, 3)
+            for place, asking_hns in enumerate(asking_lhns if left.keys_lkns.shape[2] else ()):
+                asking_hns = left.turns[place](asking_hns, left.begins + stood_n) * self.inside.scales[place]
+                own = self._kept(here(state, row, place), asking_hns, left, place)
                 for name, made in zip(NAMES, own, strict=True):
                     after[name][row, place, :, : made.shape[1]] = made
+            if left.ratio is None:  # else these tokens' segment goes on, and they come again
+                reservoir.draw(after, row, query_td)
         return after
 
     def naive(
@@ -202,11 +210,17 @@ class Compact(Memory):
         uneven = not bool(there[..., :count].all())
         if uneven or not torch.equal(there, state["behind"] > 0):
             raise StateError("mass and behind do not have the same keys for each head, from the first one on")
+        reservoir.check(state)
 
-    def _kept(self, own: Kept, query_hts: Float[Tensor, "h t s"], left: Leaving, place: int) -> Kept:
+    @property
+    def _heads(self) -> tuple[int, int, int]:
+        """Blocks, heads of queries, and how wide these are: the queries of one token."""
+        return self.inside.blocks, self.inside.queries, self.inside.key_width
+
+    def _kept(self, own: Kept, asking_hns: Float[Tensor, "h n s"], left: Leaving, place: int) -> Kept:
         """What one block keeps, of what it had and of what leaves."""
         (heads, had), new = own.mass_kn.shape, left.keys_lkns.shape[2]
-        keep = min(self.config.keys, had + math.ceil(new / left.ratio))
+        keep = min(self.config.keys, had + (new if left.ratio is None else math.ceil(new / left.ratio)))
         behind_kn = torch.arange(new, 0, -1).to(own.behind_kn).expand(heads, -1)
         came = Kept(left.keys_lkns[place], left.values_lknv[place].float(), own.mass_kn.new_ones(heads, new), behind_kn)
         own = own._replace(behind_kn=own.behind_kn + new)
@@ -214,7 +228,7 @@ class Compact(Memory):
         old = old._replace(behind_kn=old.behind_kn.clamp_max(self.config.farthest))
         if had + new <= keep:
             return old
-        query_kjs = query_hts.unflatten(0, (heads, -1)).flatten(1, 2)
+        query_kjs = asking_hns.unflatten(0, (heads, -1)).flatten(1, 2)
         score_kjn = query_kjs @ old.placed(left.first + new, left.turns[place]).mT + old.mass_kn.log()[:, None]
         total_kj1 = score_kjn.logsumexp(-1, keepdim=True)
         near_kj1 = (query_kjs @ left.stays_lkms[place].float().mT).logsumexp(-1, keepdim=True)
@@ -227,24 +241,3 @@ def here(state: State, row: int, place: int) -> Kept:
     mass_kc = state["mass"][row, place]
     count = int((mass_kc[0] > 0).sum())
     return Kept(*(state[name][row, place, :, :count] for name in NAMES))
-
-
-def matching(old: Kept, seen: Seen, count: int) -> Kept:
-    """C, with B and V."""
-    weight_kj1, part_kjn = seen.weight_kj1, seen.weight_kj1 * seen.share_kjn
-    index_kc = part_kjn.square().sum(1).topk(count).indices.sort(-1).values
-    chosen, part_kjc = old.some(index_kc), part_kjn.take_along_dim(index_kc[:, None], 2)
-    # B, of which a key had so much before
-    wanted_kc1, times_kc1 = part_kjc.mT @ weight_kj1, torch.ones_like(chosen.mass_kn)[..., None]
-    for _ in range(STEPS):
-        times_kc1 = times_kc1 * wanted_kc1 / (part_kjc.mT @ (part_kjc @ times_kc1)).clamp_min(TINY)
-    mass_kc = (chosen.mass_kn * times_kc1[..., 0]).clamp(1 / MOST, MOST)
-    part_kjc = part_kjc * (mass_kc / chosen.mass_kn)[:, None]
-    share_kjc = weight_kj1 * part_kjc / part_kjc.sum(-1, keepdim=True).clamp_min(TINY)
-    # V by queries, of which there are few however many keys are kept: X' (X X' + r)^-1 = (X' X + r)^-1 X'
-    miss_kjv, gram_kjj = part_kjn @ old.value_knv - share_kjc @ chosen.value_knv, share_kjc @ share_kjc.mT
-    ridge_k = RIDGE * gram_kjj.diagonal(dim1=-2, dim2=-1).sum(-1) / count
-    gram_kjj = gram_kjj + ridge_k.clamp_min(TINY)[:, None, None] * torch.eye(gram_kjj.shape[-1], device=gram_kjj.device)
-    precise = torch.float32 if gram_kjj.device.type == "mps" else torch.float64  # which MPS does not have
-    more_kcv = share_kjc.mT @ torch.linalg.solve(gram_kjj.to(precise), miss_kjv.to(precise)).to(miss_kjv)
-    return chosen._replace(value_knv=chosen.value_knv + more_kcv, mass_kn=mass_kc)

@@ -29,16 +29,36 @@ def naive(
     after = {name: tensor.clone() for name, tensor in state.items()}
     for row, left in enumerate(leaving or ()):
         words = [word for t, word in enumerate(hidden_btd[row]) if keep_bt is None or keep_bt[row, t]]
-        queries = torch.stack(words).view(len(words), memory.inside.blocks, memory.inside.queries, -1)
+        every, length = max(1, len(words) // memory.config.queries), memory.config.segment_length
+        asking = [(t, words[t]) for t in range(0, len(words), every)]
+        earlier = _reservoir(state, row)
+        asking += [((number - 1) % length, query) for number, query in earlier]
+        queries = torch.stack([word for _, word in asking])
+        queries = queries.view(len(asking), memory.inside.blocks, memory.inside.queries, -1)
         group = memory.inside.queries // max(1, memory.inside.heads)
         for place in range(memory.inside.blocks if left.keys_lkns.shape[2] else 0):
             for head in range(memory.inside.heads):
-                asking = queries[:, place, head * group : (head + 1) * group]
-                kept = _kept(memory, _before(state, row, place, head), asking, left, place, head)
+                its = queries[:, place, head * group : (head + 1) * group]
+                stood = [left.begins + t for t, _ in asking]
+                kept = _kept(memory, _before(state, row, place, head), its, stood, left, place, head)
                 for i, made in enumerate(kept):
                     for name, value in zip(("keys", "values", "mass", "behind"), made, strict=True):
                         after[name][row, place, head, i] = value
+        if memory.config.reservoir and left.ratio is None:
+            read = int(state["read"][row])
+            came = [*earlier, *((read + t + 1, word) for t, word in enumerate(words))]
+            best = sorted(came, key=lambda one: -((one[0] * 0x9E3779B97F4A7C15 + 2**63) % 2**64))
+            after["read"][row] = read + len(words)
+            for i, (number, query) in enumerate(best[: memory.config.reservoir]):
+                after["when"][row, i], after["asked"][row, i] = number, query
     return after
+
+
+def _reservoir(state: State, row: int) -> list[tuple[int, Tensor]]:
+    if "when" not in state:
+        return []
+    its = zip(state["when"][row].tolist(), state["asked"][row], strict=True)
+    return [(number, query) for number, query in its if number]
 
 
 def _before(state: State, row: int, place: int, head: int) -> list[Key]:
@@ -46,15 +66,17 @@ def _before(state: State, row: int, place: int, head: int) -> list[Key]:
     return [(key, value, float(m), int(b)) for key, value, m, b in zip(*its, strict=True) if m > 0]
 
 
-def _kept(memory: Compact, own: list[Key], asking: Tensor, left: Leaving, place: int, head: int) -> list[Key]:
-    from mnemic.memories.compact import MOST, RIDGE, STEPS
+def _kept(
+    memory: Compact, own: list[Key], asking: Tensor, stood: list[int], left: Leaving, place: int, head: int
+) -> list[Key]:
+    from mnemic.memories.compact_matching import MOST, RIDGE, STEPS
 
     config, turn, new = memory.config, left.turns[place], left.keys_lkns.shape[2]
     keys = [(key, value, m, min(behind + new, config.farthest)) for key, value, m, behind in own]
     for i in range(new):
         came = left.keys_lkns[place, head, i], left.values_lknv[place, head, i].float()
         keys.append((*came, 1.0, min(new - i, config.farthest)))
-    count = min(config.keys, len(own) + math.ceil(new / left.ratio))
+    count = min(config.keys, len(own) + (new if left.ratio is None else math.ceil(new / left.ratio)))
     if len(keys) <= count:
         return keys
 
@@ -64,9 +86,9 @@ def _kept(memory: Compact, own: list[Key], asking: Tensor, left: Leaving, place:
     far = [turned(key, left.first + new - behind) for key, _, _, behind in keys]
     near = left.stays_lkms[place, head].double()
     shares, parts, weights = [], [], []
-    for t in range(0, len(asking), max(1, len(asking) // config.queries)):
-        for query in asking[t]:
-            q = turned(query, left.begins + t) * memory.inside.scales[place]
+    for queries, position in zip(asking, stood, strict=True):
+        for query in queries:
+            q = turned(query, position) * memory.inside.scales[place]
             part = [math.exp(float(q @ k)) for k in far]
             y = sum(m * e for (_, _, m, _), e in zip(keys, part, strict=True))
             shares.append([m * e / y for (_, _, m, _), e in zip(keys, part, strict=True)])
