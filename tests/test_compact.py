@@ -205,6 +205,24 @@ def test_what_each_press_keeps():
         assert bool((kept.behind_kn.diff() <= 0).all()), name
 
 
+def test_a_reservoir_is_spread_evenly_over_all_that_came():
+    made, size = case(1, reservoir=6), 6
+    state, came = made.memory.init_state(1), []
+    for _ in range(25):
+        came.append(made.queries())
+        state = made.memory.write(came[-1], state, None, [made.leaving(0, 0)])
+        # a window made short in between draws nothing: its tokens come again
+        short = made.memory.write(came[-1], state, None, [replace(made.leaving(0, 0), ratio=2.0)])
+        assert torch.equal(short["when"], state["when"])
+        made.memory.check_state(state, 1)
+    when, count = state["when"][0], 25 * SEGMENT
+    fraction = torch.frac(torch.arange(1, count + 1).double() * (5**0.5 - 1) / 2 + 0.5)
+    assert when.tolist() == (fraction.topk(size).indices + 1).tolist()
+    assert torch.equal(state["asked"], torch.cat(came, 1)[:, when - 1])
+    ends = torch.cat([when.sort().values, torch.tensor([count])])
+    assert int(ends.diff(prepend=torch.tensor([0])).max()) < 2.7 * count / size
+
+
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 
@@ -215,11 +233,13 @@ def test_what_each_press_keeps():
         (lambda state: state["behind"].fill_(5000), "can be 0 to 4096"),
         (lambda state: state["mass"][0, 0, 0, 2].fill_(0), "the same keys for each head"),
         (lambda state: state["behind"][0, 1, 1].fill_(0), "the same keys for each head"),
+        (lambda state: state["when"][0, 1].fill_(1000), f"when goes from .* to 1000, and can be 0 to {SEGMENT}"),
+        (lambda state: state["when"][0, 1].fill_(0), "an empty place before others"),
     ],
-    ids=["negative", "far", "hole", "lost"],
+    ids=["negative", "far", "hole", "lost", "unread", "between"],
 )
 def test_a_state_that_no_writes_make_is_refused(change, said):
-    made = case(8)
+    made = case(8, reservoir=4)
     state = made.memory.write(made.queries(), made.memory.init_state(1), None, [made.leaving(8, 0)])
     made.memory.check_state(state, 1)
     change(state)

@@ -103,7 +103,8 @@ class CompactConfig(MemoryConfig):
     def tiny(cls) -> list[MemoryConfig]:
         """Few keys for a window of two segments; other ways to find them; one block keeps."""
         small = cls(segment_length=8, window=16, keys=6)
-        return [small, small.replace(by="merged"), small.replace(reservoir=3), small.replace(read_layers=[0])]
+        more = small.replace(by="merged"), small.replace(by="recent"), small.replace(read_layers=[0])
+        return [small, *more, small.replace(reservoir=3)]
 
     @classmethod
     def small(cls, segment_length: int, width: int, size: int | None = None) -> CompactConfig:
