@@ -12,7 +12,7 @@ import mnemic
 from families import DECODERS, make
 from helpers import SEGMENT, assert_near, assert_same_stream, feed, random_cuts, refusal, stream, tokens
 from mnemic.host.sites import check
-from mnemic.memories.compact import CompactConfig, here
+from mnemic.memories.compact import MATCHED, CompactConfig, here
 from mnemic.memories.compact_presses import PRESSES, Kept, Seen
 from mnemic.memory import Inside, Leaving, Site
 from mnemic.state import StateError, nbytes
@@ -50,7 +50,7 @@ def test_as_long_as_all_fits_it_is_the_base_with_everything_in_its_window(name, 
     assert (cut_off - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("by", ["matching", *PRESSES])
+@pytest.mark.parametrize("by", [*MATCHED, *PRESSES])
 @torch.no_grad()
 def test_cuts_rows_and_padding_change_nothing(by):
     model, ids = compacting(by=by), tokens(3, 7 * SEGMENT)
@@ -134,7 +134,17 @@ def case(kept: int, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"queries": 2}, {"farthest": 20}, {"keys": 20}, {"reservoir": 6}, {"reservoir": 80}]
+    "settings",
+    [
+        {},
+        {"queries": 2},
+        {"farthest": 20},
+        {"keys": 20},
+        {"reservoir": 6},
+        {"reservoir": 80},
+        {"by": "pursuit"},
+        {"by": "pursuit", "queries": 2},
+    ],
 )
 def test_fast_equals_naive(settings):
     made = case(1, **settings)
@@ -176,14 +186,15 @@ def error(made, state, left, query) -> tuple[float, float]:
 @pytest.mark.parametrize("kept", [40, 60])
 def test_matching_keeps_mass_and_output_better_than_all_others(kept):
     found = {}
-    for by in ("matching", *PRESSES):
+    for by in (*MATCHED, *PRESSES):
         made = case(kept, by=by)
         query, left = made.queries(), made.leaving(kept, 0)
         state = made.memory.write(query, made.memory.init_state(1), None, [left])
         found[by] = error(made, state, left, query)
-    mass, output = found.pop("matching")
-    assert mass < min(its for its, _ in found.values())
-    assert output < min(its for _, its in found.values())
+    for by in MATCHED:
+        mass, output = found.pop(by)
+        assert mass < min(found[other][0] for other in PRESSES)
+        assert output < min(found[other][1] for other in PRESSES)
 
 
 def test_what_each_press_keeps():

@@ -112,6 +112,17 @@ def test_a_text_that_asks_is_not_taken_in(monkeypatch):
 
 
 @torch.no_grad()
+def test_a_reservoir_asks_where_nothing_waits():
+    made = session(reservoir=6)
+    made.flush()
+    before = made.stream.state
+    assert made.compact(4) == READ - NEWEST
+    assert int((made.stream.state["mass"][0, 0, 0] > 0).sum()) == math.ceil((READ - NEWEST) / 4)
+    for name in ("asked", "when", "read"):
+        assert torch.equal(made.stream.state[name], before[name])
+
+
+@torch.no_grad()
 def test_any_cut_of_what_follows_is_the_same_and_files_go_on(tmp_path):
     made, ids = session(), tokens(1, 13 * SEGMENT, 6)
     made.compact(4)

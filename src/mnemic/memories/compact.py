@@ -40,7 +40,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mnemic.memories import compact_reservoir as reservoir
-from mnemic.memories.compact_matching import matching
+from mnemic.memories.compact_matching import matching, pursuit
 from mnemic.memories.compact_naive import naive
 from mnemic.memories.compact_presses import PRESSES, Kept, Seen
 from mnemic.memories.layers import distinct_layers
@@ -49,7 +49,8 @@ from mnemic.state import State, StateError, check_range
 
 # Shapes: l blocks, h heads of queries, k heads of keys, t tokens, n keys before, c after, s and v widths of a head.
 
-By = Literal["matching", "recent", "heavy", "norm", "merged", "random"]
+By = Literal["matching", "pursuit", "recent", "heavy", "norm", "merged", "random"]
+MATCHED = {"matching": matching, "pursuit": pursuit}
 NAMES = ("keys", "values", "mass", "behind")
 
 
@@ -60,7 +61,8 @@ class CompactConfig(MemoryConfig):
     `keys` is how many keys a head of each block keeps for all that left the window, found for the queries of so many
     tokens of a segment (`queries`), and of so many of all that came before (`reservoir`). They stand `farthest` tokens
     before the window at most: choose it so that window and all are within the positions that the model was trained for.
-    `by` says how they are found: "matching", or a way to compare it with (`mnemic.memories.compact_presses`).
+    `by` says how they are found: "matching"; "pursuit", which chooses them with more care and takes as long as reading
+    the segment again; or a way to compare these with (`mnemic.memories.compact_presses`).
     `read_layers` are the blocks that keep, by default all; the others see the window and its sinks.
     """
 
@@ -97,14 +99,15 @@ class CompactConfig(MemoryConfig):
 
     def unused(self) -> dict[str, str]:
         """How many queries look, where none do."""
-        return {} if self.by in ("matching", "heavy") else dict.fromkeys(("queries", "reservoir"), "set by='matching'")
+        looks = self.by in (*MATCHED, "heavy")
+        return {} if looks else dict.fromkeys(("queries", "reservoir"), "set by='matching'")
 
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
         """Few keys for a window of two segments; other ways to find them; one block keeps."""
         small = cls(segment_length=8, window=16, keys=6)
         more = small.replace(by="merged"), small.replace(by="recent"), small.replace(read_layers=[0])
-        return [small, *more, small.replace(reservoir=3)]
+        return [small, *more, small.replace(reservoir=3, by="pursuit")]
 
     @classmethod
     def small(cls, segment_length: int, width: int, size: int | None = None) -> CompactConfig:
@@ -234,7 +237,7 @@ class Compact(Memory):
         total_kj1 = score_kjn.logsumexp(-1, keepdim=True)
         near_kj1 = (query_kjs @ left.stays_lkms[place].float().mT).logsumexp(-1, keepdim=True)
         seen = Seen((score_kjn - total_kj1).exp(), (total_kj1 - near_kj1).sigmoid())
-        return {"matching": matching, **PRESSES}[self.config.by](old, seen, keep)
+        return (MATCHED | PRESSES)[self.config.by](old, seen, keep)
 
 
 def here(state: State, row: int, place: int) -> Kept:

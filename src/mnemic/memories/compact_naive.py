@@ -94,8 +94,11 @@ def _kept(
             shares.append([m * e / y for (_, _, m, _), e in zip(keys, part, strict=True)])
             parts.append([e / y for e in part])
             weights.append(y / (y + sum(math.exp(float(q @ k)) for k in near)))
-    worth = [sum((w * share[i]) ** 2 for w, share in zip(weights, shares, strict=True)) for i in range(len(keys))]
-    chosen = sorted(sorted(range(len(keys)), key=lambda i: -worth[i])[:count])
+    values = torch.stack([value.double() for _, value, _, _ in keys])
+    seen = [[w * each for each in share] for w, share in zip(weights, shares, strict=True)]
+    worth = [sum(row[i] ** 2 for row in seen) for i in range(len(keys))]
+    first = _pursued(torch.tensor(seen).double(), values, count) if config.by == "pursuit" else []
+    chosen = sorted(sorted(range(len(keys)), key=lambda i: (i not in first, -worth[i]))[:count])
 
     a = torch.tensor([[w * part[i] for i in chosen] for w, part in zip(weights, parts, strict=True)]).double()
     target, mass = torch.tensor(weights).double(), torch.tensor([keys[i][2] for i in chosen]).double()
@@ -105,10 +108,26 @@ def _kept(
 
     rows = a * mass
     x = rows / rows.sum(1, keepdim=True)
-    values = torch.stack([value.double() for _, value, _, _ in keys])
     miss = torch.tensor(shares).double() @ values - x @ values[chosen]
     w = torch.tensor(weights).double()[:, None]
     gram = (w * x).T @ (w * x)
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(chosen)).double()
     found = values[chosen] + torch.linalg.solve(gram + ridge, (w * x).T @ (w * miss))
     return [(keys[i][0], found[c].float(), float(mass[c]), keys[i][3]) for c, i in enumerate(chosen)]
+
+
+def _pursued(seen: Tensor, values: Tensor, count: int) -> list[int]:
+    """The keys that orthogonal matching pursuit chooses for what the queries read, until nothing is left."""
+    from mnemic.memories.compact_matching import SAME
+
+    chosen: list[int] = []
+    left, target, whole = seen.clone(), seen @ values, seen.square().sum(0)
+    while len(chosen) < min(count, len(seen) - 1):
+        rest = left.square().sum(0)
+        able = [i for i in range(len(values)) if i not in chosen and rest[i] > SAME * whole[i]]
+        if not able:
+            break
+        chosen.append(max(able, key=lambda i: float((left[:, i] @ target).square().sum() / rest[i])))
+        along = left[:, chosen[-1]] / rest[chosen[-1]].sqrt()
+        left, target = left - along[:, None] * (along @ left), target - along[:, None] * (along @ target)
+    return chosen
