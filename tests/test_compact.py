@@ -156,7 +156,7 @@ def test_fast_equals_naive(settings):
         after = made.memory.write(query, state, keep, left)
         for name, tensor in after.items():
             assert_near(tensor, expected[name], 1e-4)
-        made.memory.check_state(after, 1)
+        made.memory.check_state(after, 5)
         state, first = after, first + count
     assert not torch.equal(after["mass"], torch.ones_like(after["mass"]))
 
@@ -219,13 +219,13 @@ def test_what_each_press_keeps():
 def test_a_reservoir_is_spread_evenly_over_all_that_came():
     made, size = case(1, reservoir=6), 6
     state, came = made.memory.init_state(1), []
-    for _ in range(25):
+    for number in range(25):
         came.append(made.queries())
         state = made.memory.write(came[-1], state, None, [made.leaving(0, 0)])
         # a window made short in between draws nothing: its tokens come again
         short = made.memory.write(came[-1], state, None, [replace(made.leaving(0, 0), ratio=2.0)])
         assert torch.equal(short["when"], state["when"])
-        made.memory.check_state(state, 1)
+        made.memory.check_state(state, number + 1)
     when, count = state["when"][0], 25 * SEGMENT
     fraction = torch.frac(torch.arange(1, count + 1).double() * (5**0.5 - 1) / 2 + 0.5)
     assert when.tolist() == (fraction.topk(size).indices + 1).tolist()
@@ -246,8 +246,9 @@ def test_a_reservoir_is_spread_evenly_over_all_that_came():
         (lambda state: state["behind"][0, 1, 1].fill_(0), "the same keys for each head"),
         (lambda state: state["when"][0, 1].fill_(1000), f"when goes from .* to 1000, and can be 0 to {SEGMENT}"),
         (lambda state: state["when"][0, 1].fill_(0), "an empty place before others"),
+        (lambda state: state["read"].fill_(1000), f"read goes from 1000 to 1000, and can be 0 to {SEGMENT}"),
     ],
-    ids=["negative", "far", "hole", "lost", "unread", "between"],
+    ids=["negative", "far", "hole", "lost", "unread", "between", "many"],
 )
 def test_a_state_that_no_writes_make_is_refused(change, said):
     made = case(8, reservoir=4)

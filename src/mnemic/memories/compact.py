@@ -10,7 +10,7 @@ the rotation by positions, and z_j the sum of exp(s R q_j . R k) over the keys k
 
     e_ji  = exp(s R q_j . R k_i)        y_j = sum_i m_i e_ji        p_ji = m_i e_ji / y_j
     w_j   = y_j / (y_j + z_j)           how much query j has to do with what is far
-    C     = the `keys` keys of the greatest sum_j (w_j p_ji)^2, in order of time
+    C     = the `keys` keys of the greatest sum_j (w_j p_ji)^2, in order of time; or by `pursuit`
     B     = argmin_{B >= 0} sum_j w_j^2 (sum_{i in C} B_i e_ji / y_j - 1)^2             mass
     x_ji  = B_i e_ji / sum_{i in C} B_i e_ji
     V     = argmin_V sum_j w_j^2 |sum_{i in C} x_ji V_i - sum_i p_ji v_i|^2 + r |V - v_C|^2   output
@@ -20,12 +20,13 @@ by the normal equations. In the softmax of later tokens key i has the bias log B
 `farthest` tokens before the window at most. As long as all that left fits into `keys` keys nothing is lost.
 
 Where we depart. The paper compacts a context once, with queries made for this ("repeat the context", questions), and
-weighs all alike. Here queries are those that came: `queries` tokens of the segment that ends, evenly chosen. Caps on
-products (Gemma 2) are left out of the matching.
+weighs all alike. Here queries are those that came: `queries` tokens of the segment that ends, evenly chosen, and a
+reservoir of earlier ones. Caps on products (Gemma 2) are left out of the matching.
 
 What is trained: nothing. What is forgotten: what later segments did not look for.
 State: `8 x width + 8` bytes a key, of `blocks x heads of keys x keys`: key, value and mass in float32, and where it
-stands. The queries of a segment that has not ended wait: `blocks x heads of queries x width` numbers a token.
+stands. The queries of a segment that has not ended wait: `blocks x heads of queries x width` numbers a token, as many
+as a token of the reservoir has.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class CompactConfig(MemoryConfig):
     `keys` is how many keys a head of each block keeps for all that left the window, found for the queries of so many
     tokens of a segment (`queries`), and of so many of all that came before (`reservoir`). They stand `farthest` tokens
     before the window at most: choose it so that window and all are within the positions that the model was trained for.
-    `by` says how they are found: "matching"; "pursuit", which chooses them with more care and takes as long as reading
-    the segment again; or a way to compare these with (`mnemic.memories.compact_presses`).
+    `by` says how they are found: "matching"; "pursuit", which chooses with more care and is slow; or a
+    way to compare these with (`mnemic.memories.compact_presses`).
     `read_layers` are the blocks that keep, by default all; the others see the window and its sinks.
     """
 
@@ -179,9 +180,8 @@ class Compact(Memory):
                     "that asks, read on, or keep a reservoir"
                 )
             # those from before ask again, as far from their segment's beginning as they were
-            stood_n = torch.cat(
-                [torch.arange(0, len(query_td), every).to(number_r), number_r % self.config.segment_length]
-            )
+            stood_n = torch.arange(0, len(query_td), every).to(number_r)
+            stood_n = torch.cat([stood_n, number_r % self.config.segment_length])
             asking_lhns = asking_nd.unflatten(-1, self._heads).permute(1, 2, 0, 3)
             for place, asking_hns in enumerate(asking_lhns if left.keys_lkns.shape[2] else ()):
                 asking_hns = left.turns[place](asking_hns, left.begins + stood_n) * self.inside.scales[place]
@@ -214,7 +214,7 @@ class Compact(Memory):
         uneven = not bool(there[..., :count].all())
         if uneven or not torch.equal(there, state["behind"] > 0):
             raise StateError("mass and behind do not have the same keys for each head, from the first one on")
-        reservoir.check(state)
+        reservoir.check(state, written * self.config.segment_length)
 
     @property
     def _heads(self) -> tuple[int, int, int]:

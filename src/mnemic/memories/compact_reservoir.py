@@ -48,11 +48,11 @@ def draw(state: State, row: int, query_td: Float[Tensor, "t d"]) -> None:
     state["when"][row], state["read"][row] = when_n[best_r], came_t[-1]
 
 
-def check(state: State) -> None:
-    """Raises `StateError` for tokens that were not read, and for places that are empty before others."""
+def check(state: State, most: int) -> None:
+    """Raises `StateError` for more than `most` tokens, others than were read, and empty places before others."""
     if "when" not in state:
         return
-    check_range("read", state["read"], 0, 2**62)
+    check_range("read", state["read"], 0, most)
     check_range("when", state["when"], 0, int(state["read"].max()))
     there = state["when"] > 0
     if bool((there[:, 1:] > there[:, :-1]).any()):
