@@ -62,9 +62,9 @@ class CompactConfig(MemoryConfig):
     `keys` is how many keys a head of each block keeps for all that left the window, found for the queries of so many
     tokens of a segment (`queries`), and of so many of all that came before (`reservoir`). They stand `farthest` tokens
     before the window at most: choose it so that window and all are within the positions that the model was trained for.
-    `by` says how they are found: "matching"; "pursuit", which chooses with more care and is slow; or a
-    way to compare these with (`mnemic.memories.compact_presses`).
-    `read_layers` are the blocks that keep, by default all; the others see the window and its sinks.
+    `by` says how they are found: "matching"; "pursuit", which chooses with more care and is slow; or a way to compare
+    these with (`mnemic.memories.compact_presses`). `read_layers` are the blocks that keep, by default all; the others
+    see the window and its sinks.
     """
 
     kind: ClassVar[str] = "compact"
