@@ -40,7 +40,7 @@ from mnemic.bench.retrieving import bm25
 from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, Table, console
 from mnemic.host.arguments import with_cache
-from mnemic.memories.compact import By, CompactConfig
+from mnemic.memories.compact import MATCHED, By, CompactConfig
 from mnemic.memories.compact_presses import PRESSES, SINKS
 from mnemic.state import nbytes
 from mnemic.tasks.documents import novels
@@ -60,9 +60,9 @@ def conditions(
     left = length - (config.window or config.segment_length)
     keys = left // ratios[0]
     found = {f"matching, {ratio} x": config.replace(keys=left // ratio) for ratio in ratios}
-    # the others have no masses
+    # the others have no masses, but for pursuit
     more = keys * (2 * width + 1) // (2 * width)
-    found |= {f"{by}, {ratios[0]} x": config.replace(keys=more, by=by) for by in ways}
+    found |= {f"{by}, {ratios[0]} x": config.replace(keys=keys if by in MATCHED else more, by=by) for by in ways}
     return found | {SINKS_AND_WINDOW: config.replace(keys=SINKS, by="recent")}
 
 
@@ -275,8 +275,9 @@ def main(
     folder = folder_of(model)
     host: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     host.requires_grad_(False)
-    if unknown := sorted(set(others := ways.split(",")) - PRESSES.keys()):
-        raise typer.BadParameter(f"unknown {', '.join(unknown)}; known: {', '.join(PRESSES)}")
+    known = ["pursuit", *PRESSES]
+    if unknown := sorted(set(others := ways.split(",")) - set(known)):
+        raise typer.BadParameter(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
     counts, name = [int(ratio) for ratio in ratios.split(",")], Path(model).name
     arguments = (
         held,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import mnemic
 from families import DECODERS, make
 from helpers import SEGMENT, assert_near, assert_same_stream, feed, random_cuts, refusal, stream, tokens
 from mnemic.host.sites import check
-from mnemic.memories.compact import CompactConfig, here
+from mnemic.memories.compact import MATCHED, CompactConfig, here
 from mnemic.memories.compact_presses import PRESSES, Kept, Seen
 from mnemic.memory import Inside, Leaving, Site
 from mnemic.state import StateError, nbytes
@@ -49,7 +50,7 @@ def test_as_long_as_all_fits_it_is_the_base_with_everything_in_its_window(name, 
     assert (cut_off - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("by", ["matching", *PRESSES])
+@pytest.mark.parametrize("by", [*MATCHED, *PRESSES])
 @torch.no_grad()
 def test_cuts_rows_and_padding_change_nothing(by):
     model, ids = compacting(by=by), tokens(3, 7 * SEGMENT)
@@ -132,18 +133,30 @@ def case(kept: int, **settings):
     return SimpleNamespace(memory=memory, leaving=leaving, queries=queries)
 
 
-@pytest.mark.parametrize("settings", [{}, {"queries": 2}, {"farthest": 20}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"queries": 2},
+        {"farthest": 20},
+        {"keys": 20},
+        {"reservoir": 6},
+        {"reservoir": 80},
+        {"by": "pursuit"},
+        {"by": "pursuit", "queries": 2},
+    ],
+)
 def test_fast_equals_naive(settings):
     made = case(1, **settings)
     state, first = made.memory.init_state(1), 0
     keep = torch.arange(SEGMENT)[None] < SEGMENT - 1
-    for count in (5, 8, 3, 8):
-        query, left = made.queries(), [made.leaving(count, first)]
+    for count, ratio in ((5, None), (8, None), (3, None), (8, None), (8, 2.5)):
+        query, left = made.queries(), [replace(made.leaving(count, first), ratio=ratio)]
         _, expected = made.memory.naive(query, state, keep, left)
         after = made.memory.write(query, state, keep, left)
         for name, tensor in after.items():
             assert_near(tensor, expected[name], 1e-4)
-        made.memory.check_state(after, 1)
+        made.memory.check_state(after, 5)
         state, first = after, first + count
     assert not torch.equal(after["mass"], torch.ones_like(after["mass"]))
 
@@ -173,14 +186,15 @@ def error(made, state, left, query) -> tuple[float, float]:
 @pytest.mark.parametrize("kept", [40, 60])
 def test_matching_keeps_mass_and_output_better_than_all_others(kept):
     found = {}
-    for by in ("matching", *PRESSES):
+    for by in (*MATCHED, *PRESSES):
         made = case(kept, by=by)
         query, left = made.queries(), made.leaving(kept, 0)
         state = made.memory.write(query, made.memory.init_state(1), None, [left])
         found[by] = error(made, state, left, query)
-    mass, output = found.pop("matching")
-    assert mass < min(its for its, _ in found.values())
-    assert output < min(its for _, its in found.values())
+    for by in MATCHED:
+        mass, output = found.pop(by)
+        assert mass < min(found[other][0] for other in PRESSES)
+        assert output < min(found[other][1] for other in PRESSES)
 
 
 def test_what_each_press_keeps():
@@ -202,6 +216,24 @@ def test_what_each_press_keeps():
         assert bool((kept.behind_kn.diff() <= 0).all()), name
 
 
+def test_a_reservoir_is_spread_evenly_over_all_that_came():
+    made, size = case(1, reservoir=6), 6
+    state, came = made.memory.init_state(1), []
+    for number in range(25):
+        came.append(made.queries())
+        state = made.memory.write(came[-1], state, None, [made.leaving(0, 0)])
+        # a window made short in between draws nothing: its tokens come again
+        short = made.memory.write(came[-1], state, None, [replace(made.leaving(0, 0), ratio=2.0)])
+        assert torch.equal(short["when"], state["when"])
+        made.memory.check_state(state, number + 1)
+    when, count = state["when"][0], 25 * SEGMENT
+    fraction = torch.frac(torch.arange(1, count + 1).double() * (5**0.5 - 1) / 2 + 0.5)
+    assert when.tolist() == (fraction.topk(size).indices + 1).tolist()
+    assert torch.equal(state["asked"], torch.cat(came, 1)[:, when - 1])
+    ends = torch.cat([when.sort().values, torch.tensor([count])])
+    assert int(ends.diff(prepend=torch.tensor([0])).max()) < 2.7 * count / size
+
+
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 
@@ -212,11 +244,14 @@ def test_what_each_press_keeps():
         (lambda state: state["behind"].fill_(5000), "can be 0 to 4096"),
         (lambda state: state["mass"][0, 0, 0, 2].fill_(0), "the same keys for each head"),
         (lambda state: state["behind"][0, 1, 1].fill_(0), "the same keys for each head"),
+        (lambda state: state["when"][0, 1].fill_(1000), f"when goes from .* to 1000, and can be 0 to {SEGMENT}"),
+        (lambda state: state["when"][0, 1].fill_(0), "an empty place before others"),
+        (lambda state: state["read"].fill_(1000), f"read goes from 1000 to 1000, and can be 0 to {SEGMENT}"),
     ],
-    ids=["negative", "far", "hole", "lost"],
+    ids=["negative", "far", "hole", "lost", "unread", "between", "many"],
 )
 def test_a_state_that_no_writes_make_is_refused(change, said):
-    made = case(8)
+    made = case(8, reservoir=4)
     state = made.memory.write(made.queries(), made.memory.init_state(1), None, [made.leaving(8, 0)])
     made.memory.check_state(state, 1)
     change(state)
@@ -230,6 +265,8 @@ def test_a_state_that_no_writes_make_is_refused(change, said):
         ({"keys": 0}, "keys is 0; use 1 or more"),
         ({"queries": 0}, "queries is 0"),
         ({"farthest": 0}, "farthest is 0"),
+        ({"reservoir": -1}, "reservoir is -1; use 0 or more tokens"),
+        ({"reservoir": 4, "by": "norm"}, "reservoir is 4, but nothing here uses it"),
         ({"by": "luck"}, "by is 'luck'"),
         ({"read_layers": []}, "read_layers is empty"),
     ],

@@ -142,7 +142,8 @@ class Leaving:
     """What leaves the window of one row as it ends a segment: keys without their positions, float32, and values of each
     block that is served, the first of which stood at `first`, the others behind it; none where n is 0. The segment
     that ends began at `begins`. `turns[i](x, position)` puts positions in as the i-th of these blocks does. Of the keys
-    that stay in the window `stays_lkms` are as they stand there, with positions.
+    that stay in the window `stays_lkms` are as they stand there, with positions. Where a session makes its window short
+    before its segment ends, `ratio` of the keys that leave are to become one, else it is None.
     """
 
     keys_lkns: Float[Tensor, "l k n s"]
@@ -151,6 +152,7 @@ class Leaving:
     begins: int
     turns: Sequence[Callable[..., Tensor]]
     stays_lkms: Float[Tensor, "l k m s"]
+    ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -328,9 +330,11 @@ class Memory(nn.Module, ABC):
         "nothing there".
         """
 
-    @abstractmethod
     def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """The hidden states at `site` with what the memory adds; same shape and dtype."""
+        """The hidden states at `site` with what the memory adds; same shape and dtype. As they came by default, for
+        memories that read at "attention" and "logits" sites alone.
+        """
+        return hidden_btd
 
     def read_and_trace(
         self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mnemic import folders, keeping
+from mnemic import compacting, folders, keeping
 from mnemic.attachment import (
     check_same,
     default_window,
@@ -357,6 +357,31 @@ class Session:
                 self._router.flush(examine(self.model).trunk, self._cache, (0,))
             else:
                 self._layer.stream = self.stream.commit(self._router.memory, [0])
+
+    def compact(self, ratio: float, asking: Text | None = None) -> int:
+        """Makes `ratio` of the window's keys into one, now: those of each block and head of keys become so many fewer
+        keys with a bias and a new value each, as the memory makes them of what leaves the window. What follows attends
+        to these. Returns how many tokens' keys they were made of. For the memory `compact`.
+
+            session.read(book)
+            session.compact(8, "Who was the captain?")
+
+        The sinks and the newest tokens (`mnemic.compacting.NEWEST`) stay as they are. No segment ends, and nothing else
+        changes: a fork from before goes on with all its keys.
+
+        Keys are made for queries: those of the tokens that wait for their segment to fill, or of `asking`, a text as
+        what will follow, which is read for this and not taken in. It has fewer tokens than a segment.
+
+        The memory has room for so many keys as its config says (`keys`): where there are more, fewer are kept of these
+        and of those from before. Blocks that keep none (sliding ones, others than `read_layers`) see no more of the
+        window than what stays.
+
+        Raises:
+            ValueError: another kind of memory, or one that is or was off; a ratio that is not above 1; a window of few
+                tokens, all of which stay; no token that waits and no text; a text that is too long.
+        """
+        with self._call(), torch.no_grad():
+            return compacting.compact(self, ratio, None if asking is None else self._some(asking))
 
     def forget(self, first: int, last: int) -> int:
         """Forgets the tokens at positions `first` to `last` of the stream, as `history` numbers them; returns how many

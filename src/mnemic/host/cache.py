@@ -240,14 +240,16 @@ class Window:
                     context[row] = min(context[row], self.sinks)
             if context[row] <= self.sinks:
                 position[row] = context[row]
-        drop = torch.tensor(
-            [old - new for old, new in zip(self.context, context, strict=True)], device=self.valid.device
-        )
+        return replace(self.shortened(context), running=tuple(running), position=tuple(position))
+
+    def shortened(self, context: Sequence[int]) -> Window:
+        """The window with so many keys of each row, no more than it has: the oldest behind the sinks are gone."""
+        drop = torch.tensor(self.context, device=self.valid.device) - torch.tensor(context, device=self.valid.device)
         valid = self.valid
         if any(drop.tolist()):
             rank = valid.long().cumsum(1)
             valid = valid & ((rank <= self.sinks) | (rank > self.sinks + drop[:, None]))
-        return replace(self, valid=valid, context=tuple(context), running=tuple(running), position=tuple(position))
+        return replace(self, valid=valid, context=tuple(context))
 
     def select(self, rows: Sequence[int]) -> Window:
         """Rows by index, repeats allowed."""

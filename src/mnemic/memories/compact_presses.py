@@ -33,8 +33,13 @@ class Kept(NamedTuple):
     def some(self, index_kc: Int[Tensor, "k c"]) -> Kept:
         """Of each head some, in order of time."""
         index_kc = index_kc.sort(-1).values
-        keys, values = (x.gather(1, index_kc[..., None].expand(-1, -1, x.shape[-1])) for x in self[:2])
+        keys, values = (x.take_along_dim(index_kc[..., None], 1) for x in self[:2])
         return Kept(keys, values, *(x.gather(1, index_kc) for x in self[2:]))
+
+    def placed(self, first: int, turn: Callable[..., Tensor]) -> Float[Tensor, "k n s"]:
+        """Keys turned to where they stand, before a window whose first key stands at `first`."""
+        keys_1ns, stands_n = self.keys_kns.flatten(0, 1)[None], (first - self.behind_kn).long().flatten()
+        return turn(keys_1ns, stands_n).view_as(self.keys_kns)
 
 
 class Seen(NamedTuple):

@@ -128,10 +128,6 @@ class KNNLM(Memory):
         check_range("tokens", state["tokens"][:, : int(state["count"].max())], 1, 2**62)
         check_range("waits", state["waits"], 0, 1)
 
-    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """Hidden states stay as they are."""
-        return hidden_btd
-
     def mix(
         self, site: Site, logits_btv: Float[Tensor, "b t v"], hidden_btd: Float[Tensor, "b t d"], state: State
     ) -> Float[Tensor, "b t v"]:

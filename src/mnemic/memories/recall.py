@@ -154,10 +154,6 @@ class Recall(Memory):
         """Nothing: what is kept is in the bank."""
         return {}
 
-    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """As they came."""
-        return hidden_btd
-
     def write(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:

@@ -253,12 +253,12 @@ def take_leaving(router: Router, cache: MemoryCache, rows: Sequence[int], moves:
         return
     gone = window.valid & ~window.close_segment(rows, moves).valid
     if router.memory.writes_inside:
-        leaving = {row: _leaving(router, cache, window, row, gone[row]) for row in rows}
-        cache.memory.stream = stream.commit(router.memory, rows, leaving=leaving)
+        left = {row: leaving(router, cache, window, row, gone[row]) for row in rows}
+        cache.memory.stream = stream.commit(router.memory, rows, leaving=left)
         return
     banks = list(stream.banks)
     for row in gone.any(1).nonzero().flatten().tolist():
-        left = _leaving(router, cache, window, row, gone[row])
+        left = leaving(router, cache, window, row, gone[row])
         bank = banks[row] or Bank(stored=router.memory.stored)
         begins = stream.seen[row] - window.position[row] + left.first
         stood = torch.arange(begins, begins + left.keys_lkns.shape[2])
@@ -266,7 +266,7 @@ def take_leaving(router: Router, cache: MemoryCache, rows: Sequence[int], moves:
     cache.memory.stream = stream.with_banks(banks)
 
 
-def _leaving(router: Router, cache: MemoryCache, window: Window, row: int, gone: Bool[Tensor, " kept"]) -> Leaving:
+def leaving(router: Router, cache: MemoryCache, window: Window, row: int, gone: Bool[Tensor, " kept"]) -> Leaving:
     """What leaves the window of one row: its keys behind its sinks, which stay, stand one behind another."""
     columns, staying = gone.nonzero().flatten(), (window.valid[row] & ~gone).nonzero().flatten()
     rank = window.valid[row].long().cumsum(0)[columns] - 1
