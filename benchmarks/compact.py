@@ -3,9 +3,9 @@
 Documents in which five things are told (`five-depths` of needles.py) are read 256 tokens at a time with a window of
 512. The tokens behind two windows count for perplexity; then each of the five things is asked for, on forks of the
 session. A ratio of 16 keeps one key for 16 tokens that have left the window. Beside matching stand other ways to keep
-keys, at the first ratio and with as many bytes (they have no masses, so some keys more); four sinks and the window;
-the whole document in the base's window; the memory of a document that was told something else; and BM25, with as many
-tokens of text as there are keys.
+keys, at the first ratio and with as many bytes (they have no masses, so some keys more; a reservoir of earlier queries
+takes the place of some); four sinks and the window; the whole document in the base's window; the memory of a document
+that was told something else; and BM25, with as many tokens of text as there are keys.
 
     python benchmarks/compact.py --data novels.tar.xz --documents 2 --out results
 
@@ -48,14 +48,17 @@ from needle_documents import KINDS, Document, Place, document
 from needles import CHUNK, EVERYTHING, OTHER, Kept, retrieved
 
 KIND, BLOCK = "five-depths", 256
+RESERVOIR = 32
+"""Tokens whose queries are kept in place of some keys."""
 SINKS_AND_WINDOW, RETRIEVED = "sinks + window", "BM25"
 
 
 def conditions(
-    config: CompactConfig, length: int, ratios: Sequence[int], ways: Sequence[By], width: int
+    config: CompactConfig, length: int, ratios: Sequence[int], ways: Sequence[By], width: int, group: int = 1
 ) -> dict[str, CompactConfig]:
     """With which config a document of `length` tokens is read, under each condition that has one: matching at each
-    ratio, of which the first is the score, and other ways at that. Heads are `width` wide.
+    ratio, of which the first is the score, and other ways at that, and matching with a reservoir. Heads are `width`
+    wide, and `group` of queries share one of keys.
     """
     left = length - (config.window or config.segment_length)
     keys = left // ratios[0]
@@ -63,6 +66,10 @@ def conditions(
     # the others have no masses, but for pursuit
     more = keys * (2 * width + 1) // (2 * width)
     found |= {f"{by}, {ratios[0]} x": config.replace(keys=keys if by in MATCHED else more, by=by) for by in ways}
+    fewer = keys - math.ceil(RESERVOIR * group * 4 * width / (8 * width + 8))
+    if fewer > 0:
+        with_reservoir = config.replace(keys=fewer, reservoir=RESERVOIR)
+        found[f"matching, with a reservoir of {RESERVOIR}, {ratios[0]} x"] = with_reservoir
     return found | {SINKS_AND_WINDOW: config.replace(keys=SINKS, by="recent")}
 
 
@@ -158,7 +165,8 @@ def run(
     """All documents under all conditions; what `folder` has is not read again."""
     window, settings = config.window or config.segment_length, model.config
     width = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    configs = conditions(config, length, ratios, ways, width)
+    group = settings.num_attention_heads // settings.num_key_value_heads
+    configs = conditions(config, length, ratios, ways, width, group)
     about = {"kind": "compact", "model": name, "seed": seed, "text": called(texts), "window": window, "length": length}
     kept, size, found = Kept(folder, about), 0, {}
     show.phase(f"{length:,} tokens", length * documents * (len(configs) + 1))

@@ -23,6 +23,7 @@ def test_a_run_writes_a_record_that_checks_and_goes_on(tmp_path, monkeypatch):
     module, tokenizer = script("compact"), characters()
     tokenizer.backend_tokenizer.decoder = decoders.Fuse()
     monkeypatch.setattr(module, "BLOCK", BLOCK)
+    monkeypatch.setattr(module, "RESERVOIR", 8)
     torch.manual_seed(0)
     model = make("llama", max_position_embeddings=2048).eval()
     config = CompactConfig(segment_length=BLOCK, window=WINDOW)
@@ -33,9 +34,10 @@ def test_a_run_writes_a_record_that_checks_and_goes_on(tmp_path, monkeypatch):
 
     record = run()
     told, asked = record.scores
-    others = {"matching, 8 x", "recent, 16 x", module.SINKS_AND_WINDOW, module.EVERYTHING}
+    reservoir = "matching, with a reservoir of 8, 16 x"
+    others = {"matching, 8 x", "recent, 16 x", reservoir, module.SINKS_AND_WINDOW, module.EVERYTHING}
     assert set(told.controls) == others
-    found = {f"{module.OTHER}, matching, {ratio} x" for ratio in (16, 8)}
+    found = {f"{module.OTHER}, {name}" for name in ("matching, 16 x", "matching, 8 x", reservoir)}
     assert set(asked.controls) == others | {module.RETRIEVED} | found
     assert told.examples == LENGTH - 2 * WINDOW
     assert asked.examples == 5
@@ -44,6 +46,7 @@ def test_a_run_writes_a_record_that_checks_and_goes_on(tmp_path, monkeypatch):
     assert keys["matching, 16 x"] == (LENGTH - WINDOW) // 16
     assert keys["recent, 16 x"] == keys["matching, 16 x"] * 33 // 32
     size = record.measures["bytes"]
+    assert 0.9 * size["matching, 16 x"] < size[reservoir] <= size["matching, 16 x"] + 8 * 9  # which tokens they are
     assert size["matching, 8 x"] == 2 * size["matching, 16 x"] < size[module.EVERYTHING]
     path = record.save(tmp_path / "records")
     assert problems(path) == []
