@@ -23,7 +23,7 @@ def copying(found: Sequence[Record]) -> str:
         steps = max(steps, record.config["steps"])
         rows.append(
             [
-                f"`{record.mechanism}`",
+                f"`{record.mechanism}`" + ", bfloat16" * bool(record.config.get("bf16")),
                 *(f"{curve[step]:.2f}" if step in curve else "" for step in STEPS),
                 f"{score.score:.2f}",
                 f"{100 * score.details['memory, right']:.1f} %",
