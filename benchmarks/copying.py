@@ -131,7 +131,7 @@ def main(
         score = record.scores[0]
         table.add_row(f"{score.score:.3f}", *(f"{value:.3f}" for value in score.controls.values()))
         console.print(table)
-        console.print(record.save(out, f"copying-{name}-seed{seed}.json"))
+        console.print(record.save(out, f"copying-{name}{'-bf16' * bf16}-seed{seed}.json"))
 
 
 def run(

@@ -603,6 +603,7 @@ def main(
         )
         console.print(table(found))
         of = ("" if model == "smollm2" else f"-{Path(model).name}") + ("-blocks" if blocks else "")
+        of += (f"-{stored}" if stored != "base" else "") + "-spilled" * (spill is not None) + "-bf16" * bf16
         console.print(found.save(out, f"needles-{kind}{of}{f'-seed{seed}' if seed else ''}.json"))
 
 

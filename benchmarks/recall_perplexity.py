@@ -254,7 +254,7 @@ def main(
         f"--documents {documents} --settings {settings} --seed {seed}{' --bf16' * bf16}"
     )
     console.print(table(record))
-    of = "" if model == "smollm2" else f"-{called_by}"
+    of = ("" if model == "smollm2" else f"-{called_by}") + "-bf16" * bf16
     console.print(record.save(out, f"recall-perplexity{of}{f'-seed{seed}' if seed else ''}.json"))
 
 

@@ -362,3 +362,21 @@ def test_a_transaction_that_was_in_another_s_way_is_tried_again(store, model, mo
     assert store.put("alice", session) == 2, "and no conflict with itself"
     monkeypatch.setattr(tables, "hold", hold)
     assert store.delete("alice").version == 2
+
+
+@pytest.mark.parametrize("stored", ["base", "int8"])
+@torch.no_grad()
+def test_a_bank_of_zeros_that_take_no_room_is_kept(stored, file_store, tmp_path):
+    model = recalling(stored=stored)
+    session = reading(model)
+    session._layer.stream = session.stream.with_banks((bank(session).zeroed(),))
+    expected = said(session)
+    session.save(tmp_path / "one.memory")
+    session.save(f"{tmp_path}/folder/")
+    file_store.put("alice", session)
+    loaded = [mnemic.Session.load(path, model) for path in (tmp_path / "one.memory", f"{tmp_path}/folder/")]
+    for each in (*loaded, file_store.get("alice", model)):
+        assert torch.equal(said(each), expected)
+        assert not bank(each).tensors()["keys"].any()
+    read_on(session)
+    assert bank(session).length > bank(loaded[0]).length

@@ -122,6 +122,16 @@ def test_a_reservoir_asks_where_nothing_waits():
         assert torch.equal(made.stream.state[name], before[name])
 
 
+@pytest.mark.parametrize("by", ["recent", "norm", "merged", "random"])
+@torch.no_grad()
+def test_what_asks_nothing_needs_no_queries(by):
+    made = session(by=by)
+    made.flush()
+    assert made.compact(4) == READ - NEWEST
+    assert int((made.stream.state["mass"][0, 0, 0] > 0).sum()) == math.ceil((READ - NEWEST) / 4)
+    assert bool(logits(made, tokens(1, SEGMENT, 3)).isfinite().all())
+
+
 @torch.no_grad()
 def test_any_cut_of_what_follows_is_the_same_and_files_go_on(tmp_path):
     made, ids = session(), tokens(1, 13 * SEGMENT, 6)

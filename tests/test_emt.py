@@ -214,6 +214,25 @@ def test_tokens_with_one_address_go_to_slots_of_their_own(slots):
     assert own.any(0).sum() >= 10 if slots == 64 else not own.any()
 
 
+def test_a_second_telling_gets_slots_of_its_own_where_usage_counts():
+    """What has the same address goes where nothing was written yet, and what was told stays."""
+    with pytest.raises(ValueError, match=r"usage_weight is -1.0; use 0 or more"):
+        mnemic.EMTConfig(write="allocation", usage_weight=-1.0)
+    found = []
+    for weight in (0.0, 4.0):
+        memory, entered, hidden = allocated(sharpness=16.0, usage_weight=weight)
+        joined, places = torch.cat([entered, hidden], -1), []
+        state = memory.init_state(1)
+        for _ in range(2):
+            with torch.no_grad():
+                state, told = memory.write_and_tell(joined, state)
+            places.append((told.share[0] > 0.3).nonzero().flatten().tolist())
+        found.append(len({*places[0]} & {*places[1]}) / len(places[0]))
+        assert ("usage" in state) is (weight > 0)
+    assert found[0] > 0.8
+    assert found[1] == 0
+
+
 def test_what_is_written_costs_in_training():
     """The auxiliary loss is the mean of beta over real tokens, and closes the gate where nothing asks."""
     memory, entered, hidden = allocated(write_cost=0.5)

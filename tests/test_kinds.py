@@ -11,6 +11,7 @@ import mnemic
 from families import make
 from helpers import CONFIGS, SEGMENT, host, tokens
 from mnemic.bench.drift import TextRun
+from mnemic.bench.lessons import SETTINGS_FILE, LessonRun
 from mnemic.bench.results import Record, Score, digest, problems
 from mnemic.state import from_bytes, to_bytes
 
@@ -105,6 +106,18 @@ def test_a_run_s_settings_may_lack_what_came_later(tmp_path):
     path.write_text(json.dumps({**known, "steps": 7}))
     with pytest.raises(ValueError, match="was begun with steps 7, not 1000"):
         run._check(path, described)
+
+
+def test_lessons_may_lack_what_came_later_too(tmp_path):
+    run = LessonRun("model", EMT, [])
+    known = json.loads(json.dumps(run.described()))
+    del known["memory"]["usage_weight"], known["bf16"]
+    path = tmp_path / SETTINGS_FILE
+    path.write_text(json.dumps(known))
+    run._check(tmp_path)
+    path.write_text(json.dumps({**known, "pool": 7}))
+    with pytest.raises(ValueError, match="was begun with pool 7, not 2048"):
+        run._check(tmp_path)
 
 
 def test_detaching_lets_resized_embeddings_train():

@@ -15,7 +15,9 @@ from families import DEPTH, WIDTH, make
 from helpers import CONFIGS, FIRST_FORMS, SEGMENT, assert_near, feed, shake, stream, tokens
 from mnemic import Site
 from mnemic.host.cache import DynamicCache
+from mnemic.host.sites import check
 from mnemic.memories.emt import EMT, EMTConfig
+from mnemic.memories.recall import RecallConfig
 
 
 def test_sites_are_ordered_as_a_forward_pass_meets_them():
@@ -84,6 +86,14 @@ def test_a_site_that_is_not_served_is_refused(monkeypatch, at, message):
     with pytest.raises(ValueError, match=message):
         elsewhere(monkeypatch, "llama", **at)
     assert not any(module._forward_hooks for module in plain.modules())
+
+
+def test_a_memory_that_reads_hidden_states_says_how():
+    memory = RecallConfig(segment_length=SEGMENT, window=SEGMENT).build(64, 2)
+    check(memory, 2)
+    memory.reads = (Site(0), *memory.reads)
+    with pytest.raises(ValueError, match=r"Recall reads output of block 0 and has no way to; write its read\(\)"):
+        check(memory, 2)
 
 
 @torch.no_grad()

@@ -331,8 +331,8 @@ class Memory(nn.Module, ABC):
         """
 
     def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """The hidden states at `site` with what the memory adds; same shape and dtype. As they came by default, for
-        memories that read at "attention" and "logits" sites alone.
+        """The hidden states at `site` with what the memory adds; same shape and dtype. To be written by whoever has
+        `hidden_reads`; else they are as they came.
         """
         return hidden_btd
 

@@ -373,7 +373,7 @@ def check_digest(name: str, tensor: Tensor, digest: str, source: object) -> None
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The values of a tensor in memory; of one that is contiguous without a copy."""
-    return tensor.flatten().view(torch.uint8).numpy().data
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def header_of(data: bytes | mmap, source: object) -> tuple[dict[str, str], dict[str, Any], int]:

@@ -138,7 +138,8 @@ class SessionStore:
 
         Chunks of what left the window stay in the store. They are read when they are used, and all of them are checked
         then: what uses one that was cut or changed raises `StateError`, which names it, as does what uses one that was
-        deleted meanwhile, with the session or with that version of it. What was read once stays with the session.
+        deleted meanwhile, with the session or with that version of it; where the database cannot be reached any more it
+        raises `StoreError`. What was read once stays with the session.
 
         Raises:
             NotStored: there is none.

@@ -15,7 +15,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +337,9 @@ class LessonRun:
         if not path.is_file():
             return
         known, wanted = json.loads(path.read_text()), json.loads(json.dumps(self.described()))
+        # what an earlier release did not name had its default
+        known = {each.name: each.default for each in fields(self) if each.default is not MISSING} | known
+        known["memory"] = MemoryConfig.from_file(known["memory"]).to_dict()
         for name, value in wanted.items():
             if known.get(name) != value:
                 raise ValueError(

@@ -100,8 +100,12 @@ class CompactConfig(MemoryConfig):
 
     def unused(self) -> dict[str, str]:
         """How many queries look, where none do."""
-        looks = self.by in (*MATCHED, "heavy")
-        return {} if looks else dict.fromkeys(("queries", "reservoir"), "set by='matching'")
+        return {} if self.asks else dict.fromkeys(("queries", "reservoir"), "set by='matching'")
+
+    @property
+    def asks(self) -> bool:
+        """Whether it matters what queries see."""
+        return self.by in (*MATCHED, "heavy")
 
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
@@ -174,7 +178,7 @@ class Compact(Memory):
             every = max(1, len(query_td) // self.config.queries)
             earlier_rd, number_r = reservoir.earlier(state, row, query_td)
             asking_nd = torch.cat([query_td[::every].float(), earlier_rd])
-            if left.ratio is not None and not len(asking_nd):
+            if left.ratio is not None and not len(asking_nd) and self.config.asks:
                 raise ValueError(
                     "a segment has just ended, so no token waits for whose queries keys could be made; pass a text "
                     "that asks, read on, or keep a reservoir"

@@ -180,10 +180,6 @@ class Compressive(Memory):
         """cm, a constant unless the task's loss trains the compression."""
         return state["compressed"] if self.config.learns_from_task else state["compressed"].detach()
 
-    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """Nothing is read after a block: the base attends to the memory itself."""
-        return hidden_btd
-
     def write(
         self, hidden_btd: Float[Tensor, "b t D"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:

@@ -116,10 +116,6 @@ class MemoryPrompt(Memory):
         """The segments that it counts."""
         check_range("count", state["count"], 0, written)
 
-    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """Nothing is read after a block: the base attends to the prompts itself."""
-        return hidden_btd
-
     def write(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:

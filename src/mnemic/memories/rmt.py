@@ -90,10 +90,6 @@ class RMT(Memory):
         """The write tokens, which begin as the read tokens do."""
         return MemoryTokens(state["tokens"].to(self.parameter_dtype()))
 
-    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """Nothing is read after a block: the base attends to the tokens itself."""
-        return hidden_btd
-
     def write(
         self, hidden_btd: Float[Tensor, "b n d"], state: State, keep_bt: Bool[Tensor, "b n"] | None = None
     ) -> State:

@@ -106,10 +106,6 @@ class TransformerXL(Memory):
             {block: layers[:, :, block] for block in range(self.depth)},
         )
 
-    def read(self, site: Site, hidden_btd: Float[Tensor, "b t d"], state: State) -> Float[Tensor, "b t d"]:
-        """Nothing is read after a block: the base attends to the memory itself."""
-        return hidden_btd
-
     def write(
         self, hidden_btd: Float[Tensor, "b t d"], state: State, keep_bt: Bool[Tensor, "b t"] | None = None
     ) -> State:

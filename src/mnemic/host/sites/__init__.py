@@ -37,6 +37,8 @@ def check(memory: Memory, depth: int) -> None:
             f"{type(memory).__name__} writes inside attention, when keys leave the window, and has other sites; name "
             '"attention" sites alone'
         )
+    if memory.hidden_reads and type(memory).read is Memory.read:
+        raise ValueError(f"{type(memory).__name__} reads {memory.hidden_reads[0]} and has no way to; write its read()")
     for doing, sites in (("reads", memory.reads), ("writes", memory.writes)):
         for before, site in zip((*sites[:1], *sites), sites, strict=False):
             said = f"{type(memory).__name__} {doing} {site}"
