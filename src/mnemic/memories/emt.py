@@ -157,7 +157,7 @@ class EMTConfig(MemoryConfig):
     def unused(self) -> dict[str, str]:
         """The settings of the other ways to write."""
         rate = {"update_rate": "set write='token'"}
-        cost = dict.fromkeys(("write_cost", "usage_weight"), "set write='allocation'")
+        cost: dict[str, str] = dict.fromkeys(("write_cost", "usage_weight"), "set write='allocation'")
         if self.write == "segment":
             return rate | cost
         if self.write == "allocation":
