@@ -70,6 +70,14 @@ def needles(found: Sequence[Record]) -> str:
     return f"{markdown(header, rows)}\n\n{note}{', '.join(dict.fromkeys(commands))}."
 
 
+def _apart(record: Record, others: Sequence[Record]) -> list[str]:
+    """The memory's settings in which records of one mechanism differ, where this one's says them."""
+    own, settings = record.config["memory"], [other.config["memory"] for other in others]
+    names = [name for name in own if any(each.get(name, own[name]) != own[name] for each in settings)]
+    names += [name for name in own if any(name not in each for each in settings)]
+    return [f"{name} {own[name]:g}" for name in names if own[name]]
+
+
 def _unusual(config: dict[str, Any]) -> list[str]:
     """What decided a needle's answers beside the defaults."""
     found = [f"{len(few)} blocks"] if (few := config.get("blocks")) else []
@@ -222,11 +230,12 @@ def told(found: Sequence[Record]) -> str:
     names = list(dict.fromkeys(name for record in found for name in record.scores[0].controls))
     floors = found[0].scores[0].floors
     for record in sorted(found, key=lambda record: -record.scores[0].score):
+        others = [other for other in found if other.mechanism == record.mechanism]
         for score in record.scores:
             shown = [score.score, *(score.controls.get(name) for name in names), *score.floors.values()]
             rows.append(
                 [
-                    f"`{record.mechanism}`",
+                    ", ".join([f"`{record.mechanism}`", *_apart(record, others)]),
                     f"{score.details['facts']:.0f}",
                     f"{'1 to ' if score.length < 64 else ''}{score.length}",
                     "new" if score.details["held-out relations"] else "known",
