@@ -81,7 +81,8 @@ def _apart(record: Record, others: Sequence[Record]) -> list[str]:
 def _unusual(config: dict[str, Any]) -> list[str]:
     """What decided a needle's answers beside the defaults."""
     found = [f"{len(few)} blocks"] if (few := config.get("blocks")) else []
-    found += [config[name] for name in ("stored", "dtype") if name in config]
+    found += [config[name].removeprefix("torch.") for name in ("stored", "dtype") if name in config]
+    found += ["candidates"] if config["memory"].get("search") == "candidates" else []
     return found + (["in files"] if "ram" in config else [])
 
 
