@@ -71,6 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "128": {"budget": 128},
     "64": {"budget": 64},
     "candidates": {"search": "candidates"},
+    "fewer-candidates": {"search": "candidates", "wider": 2},
     "refresh-4": {"refresh": 4},
     "refresh-16": {"refresh": 16},
     "candidates-refresh-16": {"search": "candidates", "refresh": 16},

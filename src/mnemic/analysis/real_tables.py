@@ -82,7 +82,8 @@ def _unusual(config: dict[str, Any]) -> list[str]:
     """What decided a needle's answers beside the defaults."""
     found = [f"{len(few)} blocks"] if (few := config.get("blocks")) else []
     found += [config[name].removeprefix("torch.") for name in ("stored", "dtype") if name in config]
-    found += ["candidates"] if config["memory"].get("search") == "candidates" else []
+    if config["memory"].get("search") == "candidates":
+        found.append("candidates" if config["memory"]["wider"] == 4 else "fewer candidates")
     return found + (["in files"] if "ram" in config else [])
 
 
