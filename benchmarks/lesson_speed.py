@@ -81,7 +81,7 @@ def main(
     median = {name: statistics.median(found) for name, found in seconds.items()}
     commits = {
         name: subprocess.run(["git", "-C", root, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        for name, (root, _) in sides.items()
+        for name, (root, *_) in sides.items()
     }
     measures: dict[str, Any] = {
         "seconds a step": median,
