@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from mnemic import connections
 from mnemic.bench.store import counts_of, tally
+from mnemic.forking import Lock
 from mnemic.store import SessionStore
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="this system does not fork")
@@ -49,6 +51,33 @@ def opened(store: SessionStore) -> int:
     """Connections that are open in this process."""
     pool = store._connections.engine.pool
     return pool.checkedin() + pool.checkedout()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_lock_that_another_thread_held_is_free_in_a_child():
+    """Whoever held it is not there, so nobody else would release it."""
+    lock, held, go = Lock(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            go.wait(60)
+
+    def work(wait):
+        signal.alarm(60)
+        with lock:
+            return "done"
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert held.wait(60)
+        with child(work):
+            pass
+    finally:
+        go.set()
+        thread.join()
+    with lock:
+        pass
 
 
 def test_what_a_child_writes_stays_when_its_parent_closes(url):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mnemic.forking import Lock
 from mnemic.packing import Stored, pack, parts, products, unpack
 from mnemic.spilling import Spill
 from mnemic.state import State, nbytes
@@ -47,7 +47,7 @@ class Chunk:
         self.tensors, self.check, self.sealed, self.in_file = tensors, check, sealed, in_file
         self.room = length(tensors)
         self.used = self.room if sealed else 0
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.made: dict[Any, list[Any]] = {}
 
     @staticmethod

@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
-import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from mnemic import bank
 from mnemic.bank import Bank, Chunk
+from mnemic.forking import Lock
 from mnemic.mapping import Mapped, checksums, laid, lying
 from mnemic.packing import parts
 from mnemic.state import State, StateError, nbytes
@@ -129,7 +129,7 @@ class Unread:
 
     def __init__(self, units: Sequence[Unit], like: State, fetch: Fetch, source: object) -> None:
         self.units, self.source, self._fetch = units, source, fetch
-        self._size, self._there, self._lock = bank.length(like), False, threading.Lock()
+        self._size, self._there, self._lock = bank.length(like), False, Lock()
         self._checked: set[str] = set()
         with torch.inference_mode(False):  # whoever comes later may use it outside
             self.tensors = {

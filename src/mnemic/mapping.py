@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnemic.forking import Lock
 from mnemic.state import (
     APART,
     DTYPES,
@@ -44,7 +44,7 @@ class Mapped:
     def __init__(self, data: mmap, source: object, digests: Mapping[str, Sequence[str]]) -> None:
         self.data, self.source, self.digests = data, source, digests
         self.checked: set[str] = set()
-        self.lock = threading.Lock()
+        self.lock = Lock()
 
     def check(self, name: str, tensor: Tensor, numbers: Callable[[State], None] | None = None) -> None:
         """Raises `StateError` where the file was cut, or (the first time) a tensor has not the checksum that it had, or
