@@ -124,7 +124,7 @@ def main(
     for name in memories or known:
         config = MemoryConfig.from_dict({"segment_length": LENGTH, **known[name]})
         with Show(name) as show:
-            record = run(name, config, folder, learnt, held, steps, learning_rate, seed, bf16, show)
+            record = run(name, config, folder, learnt, held, steps, learning_rate, seed, show, bf16)
         table = Table(title=f"{name}: nats a token of {TEST_ROWS} copies, {steps} steps", title_justify="left")
         for condition in ("own memory", *CONDITIONS[1:]):
             table.add_column(condition, justify="right")
@@ -143,8 +143,8 @@ def run(
     steps: int,
     learning_rate: float,
     seed: int,
-    bf16: bool,
     show: Show,
+    bf16: bool = False,
 ) -> Record:
     """One memory from its first weights on."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if bf16 else torch.float32)
