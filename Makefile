@@ -40,7 +40,7 @@ report: $(VENV)/.test
 	$(BIN)/mnemic report --check
 
 pages: $(VENV)/.test
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not quiet, or no warning would count
 
 units: $(VENV)/.test
 	$(BIN)/pytest -n 2 --dist worksteal -m "not long"
