@@ -95,7 +95,10 @@ def main(
         "lesson-speed", "fast-weights", "smollm2, frozen", 0, {"memory": MEMORY, "rows": ROWS, "segments": segments}
     )
     record.measures = measures
-    record.command = f"python benchmarks/lesson_speed.py --against ../before --segments {segments} --data novels.tar.xz"
+    record.command = (
+        f"python benchmarks/lesson_speed.py --against ../before --segments {segments} --turns {turns} --steps {steps} "
+        f"--warm {warm} --data novels.tar.xz"
+    )
     print(record.save(out, f"lesson-speed-{segments}.json"))
 
 
