@@ -37,7 +37,7 @@ types: $(VENV)/.test
 	$(BIN)/pyright
 
 report: $(VENV)/.test
-	$(BIN)/mnemic report --check
+	$(BIN)/python benchmarks/report.py --check
 
 pages: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # not quiet, or no warning would count

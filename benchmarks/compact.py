@@ -32,10 +32,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import mnemic
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.drift import called, hold_out
 from mnemic.bench.experiments import Reporter
-from mnemic.bench.language import difference
-from mnemic.bench.results import Record, Score
+from mnemic.bench.results import Record, Score, records
 from mnemic.bench.retrieving import bm25
 from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, Table, console
@@ -46,6 +46,7 @@ from mnemic.state import nbytes
 from mnemic.tasks.documents import novels
 from needle_documents import KINDS, Document, Place, document
 from needles import CHUNK, EVERYTHING, OTHER, Kept, retrieved
+from paired import difference
 
 KIND, BLOCK = "five-depths", 256
 RESERVOIR = 32
@@ -307,6 +308,40 @@ def main(
     console.print(table(record))
     of = "" if model == "smollm2" else f"-{name}"
     console.print(record.save(out, f"compact{of}{f'-seed{seed}' if seed else ''}.json"))
+
+
+def page(found: Sequence[Record]) -> str:
+    """Perplexity and what was found again with few keys in place of all that left the window, beside other ways."""
+    if not found:
+        return missing("compact")
+    record, (told, asked) = found[0], found[0].scores
+    own = next(iter(record.config["settings"]))
+    above, rows = record.measures[f"nats above {own}"], []
+    for name in (own, *asked.controls):
+        perplexity, size = told.details.get(f"perplexity, {name}"), record.measures["bytes"].get(name)
+        outcome = asked.outcomes["memory" if name == own else name]
+        rows.append(
+            [
+                f"**{name}**" if name == own else name,
+                "" if perplexity is None else f"{perplexity:.2f}",
+                "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**above[name]) if name in above else "",
+                f"{outcome.count('1')} of {len(outcome)}",
+                "" if not size else f"{size / 2**20:.1f}",
+            ]
+        )
+    config = record.config
+    count = f"{config['documents']} document{'s' if config['documents'] > 1 else ''}"
+    note = f"{count} of {config['length']:,} tokens of novels in which five things are told, "
+    note += f"{record.host}, window {config['window']}; perplexity of {told.examples:,} tokens behind the first "
+    note += f"{2 * config['window']:,}; in brackets 95 % of a bootstrap of blocks of {config['block']} tokens. MiB are "
+    note += f"those of the memory, and for everything in the window of its keys. Made by `{record.command}`."
+    header = ["what is kept", "perplexity", f"nats a token above {own}", "found again", "MiB"]
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"compact": page(records(results, "compact"))}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +23,10 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mnemic
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.drift import hold_out
 from mnemic.bench.lessons import CALIBRATED
-from mnemic.bench.results import Record, Score
+from mnemic.bench.results import Record, Score, records
 from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, Table, console
 from mnemic.controls import CONDITIONS, measure, parts
@@ -221,6 +223,45 @@ def run(
     rate = "" if learning_rate == RATE else f" --learning-rate {learning_rate:g}"
     record.command = f"python benchmarks/copying.py {name} --steps {steps}{rate}{' --bf16' * bf16} --seed {seed}"
     return record
+
+
+STEPS = (20, 40, 60, 80, 100, 150, 200)
+"""At which steps the curve of copying is shown."""
+
+
+def table(found: Sequence[Record]) -> str:
+    """Nats by step, at the end on copies of text that was held out, and the controls; the best first."""
+    if not found:
+        return missing("copying")
+    rows, steps = [], 0
+    for record in sorted(found, key=lambda record: record.scores[0].score):
+        score, curve = record.scores[0], dict(record.measures["nats by step"])
+        steps = max(steps, record.config["steps"])
+        rows.append(
+            [
+                f"`{record.mechanism}`" + ", bfloat16" * bool(record.config.get("bf16")),
+                *(f"{curve[step]:.2f}" if step in curve else "" for step in STEPS),
+                f"{score.score:.2f}",
+                f"{100 * score.details['memory, right']:.1f} %",
+                *(f"{score.controls[name]:.2f}" for name in ("other stream", "fresh", "no memory")),
+                f"{record.state_bytes:,}",
+                f"{record.measures['parameters'] / 1e6:.1f} M",
+                f"{record.config['learning_rate']:g}",
+                f"{record.seconds['training'] / 60:.0f}",
+            ]
+        )
+    header = ["memory", *(f"step {step}" for step in STEPS), "held out", "right"]
+    header += ["other stream", "fresh", "no memory", "bytes", "parameters", "rate", "minutes"]
+    config = found[0].config
+    note = f"Nats a token of the copy, {found[0].host}, segments of {config['segment_length']}, {config['rows']} rows "
+    note += "a step: in training as the mean of ten steps, then on text that was held out. Made by "
+    note += "`python benchmarks/copying.py NAME --data novels.tar.xz --out results`."
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"copying": table(records(results, "copying"))}
 
 
 if __name__ == "__main__":

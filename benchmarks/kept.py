@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,9 +26,10 @@ import torch
 import typer
 
 import mnemic
-from mnemic import tables
+from mnemic import tables as kept_in
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.bank import Bank
-from mnemic.bench.results import Record
+from mnemic.bench.results import Record, records
 from mnemic.memories.recall import RecallConfig
 from real_model import ids_of, opened, timed
 
@@ -142,11 +143,11 @@ def filled(first: mnemic.Session, length: int, read: int) -> mnemic.Session:
 def _pieces(way: str, store: mnemic.SessionStore, place: Path) -> set[tuple[Any, int]]:
     """What is kept, piece by piece: what tells one that was written anew, and its bytes."""
     if way == "store":
-        sizes = sql.func.length(tables.sessions.c.data)
+        sizes = sql.func.length(kept_in.sessions.c.data)
         with store.transaction() as connection:
-            rows = connection.execute(sql.select(tables.sessions.c.version, sizes)).all()
-            rows += connection.execute(sql.select(tables.chunks.c.digest, tables.chunks.c.nbytes)).all()
-        return {(each, size) for each, size in rows}
+            sessions = connection.execute(sql.select(kept_in.sessions.c.version, sizes)).all()
+            chunks = connection.execute(sql.select(kept_in.chunks.c.digest, kept_in.chunks.c.nbytes)).all()
+        return {(each, size) for each, size in (*sessions, *chunks)}
     files = (place / "me").glob("*") if way == "folder" else place.glob("me.memory")
     found = [(path.name, path.stat()) for path in files]
     return {((name, stat.st_ino, stat.st_mtime_ns), stat.st_size) for name, stat in found if name != ".lock"}
@@ -159,6 +160,36 @@ def _drop(place: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def table(found: Sequence[Record]) -> str:
+    """What a session that carries much costs to keep, the first time and after a turn, and to go on from."""
+    if not found:
+        return missing("sessions that carry much")
+    m, config, rows = found[0].measures, found[0].config, []
+
+    def seconds(times: dict[str, float], form: str = ".2f") -> str:
+        return f"{times['processor']:{form}} ({times['clock']:{form}})"
+
+    for way, its in m["ways"].items():
+        cells = [cell for when in ("first", "turn") for cell in (seconds(its[when]), f"{its[when]['bytes']:,.0f}")]
+        cells += [seconds(its[name]) for name in ("restore", "first token", "next token")]
+        rows.append([way, *cells, seconds(its["reading / restoring"], ",.0f")])
+    header = ["kept in a", "first, s", "bytes", "after a turn, s", "bytes", "restore, s", "first token, s"]
+    note = f"{config['length']:,} tokens that left the window, {m['bytes of what left the window']:,} bytes "
+    note += f'(`stored="{config["memory"]["stored"]}"`), and a window of {config["memory"]["window"]:,}; '
+    note += f"{found[0].host}, float32, {config['threads']} thread; processor time, in brackets by the clock; "
+    note += f"medians of {config['turns']} turns of {config['said']} tokens. Restored from the "
+    note += (
+        "disk, not from the system's cache. The last column is what it would take to read all of it again, at the rate "
+    )
+    note += "at which the restored session reads a turn, by what it takes to restore and to say one token. Made by "
+    return f"{markdown([*header, 'next token, s', 'reading / restoring'], rows)}\n\n{note}`{found[0].command}`."
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"kept": table(records(results, "kept"))}
 
 
 if __name__ == "__main__":

@@ -29,9 +29,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mnemic
+from mnemic.analysis.markdown import markdown, missing
+from mnemic.attachment import is_attached
 from mnemic.bench.drift import called
 from mnemic.bench.experiments import Reporter
-from mnemic.bench.results import Record
+from mnemic.bench.results import Record, records
 from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, console
 from mnemic.controls import zeroed
@@ -162,7 +164,7 @@ def run(
     )
 
     def reading(number: int, its: KNNLMConfig) -> Reading:
-        if mnemic.attachment.is_attached(model):
+        if is_attached(model):
             mnemic.attached(model).detach()
         return Reading(mnemic.attach(model, its), parts[number].ids.to(model.device))
 
@@ -238,6 +240,31 @@ def main(
         told = "{mean:+.4f}, {low:+.4f} to {high:+.4f}".format(**above)
         console.print(f"{condition}: {bits:.4f} bits a byte ({told} nats a token above)")
     console.print(record.save(out, f"knn-lm{f'-seed{seed}' if seed else ''}.json"))
+
+
+def table(found: Sequence[Record]) -> str:
+    """Bits a byte of second halves of novels with a kNN-LM that read the first, and how much the controls are above."""
+    if not found:
+        return missing("the kNN-LM")
+    record, score = found[0], found[0].scores[0]
+    rows = [["one rate", f"**{score.score:.4f}**", ""]]
+    for name, bits in score.controls.items():
+        above = "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**record.measures["nats above memory"][name])
+        rows.append([name, f"{bits:.4f}", above])
+    plain, sentinel = record.config["memory"], record.config["sentinel"]
+    note = f"{score.examples:,} tokens, the second halves of {record.config['length']:,} tokens each of "
+    note += f"{record.config['documents']} novels, {record.host}, window {plain['window']}, {plain['top_k']} entries. "
+    note += f"Chosen on another novel: rate {plain['rate']} and temperature {plain['temperature']}; with a sentinel at "
+    note += (
+        f"{sentinel['sentinel']}, {sentinel['rate']} and {sentinel['temperature']}. In brackets 95 % of a bootstrap "
+    )
+    note += f"of blocks of 256 tokens. Made by `{record.command}`."
+    return f"{markdown(['memory', 'bits a byte', 'nats a token above'], rows)}\n\n{note}"
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"knn-lm": table(records(results, "knn-lm"))}
 
 
 if __name__ == "__main__":

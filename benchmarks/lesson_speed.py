@@ -19,11 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
+
+if TYPE_CHECKING:
+    from mnemic.bench.results import Record
 
 LENGTH, ROWS = 32, 16
 ANYWHERE, AS_IN_LESSONS = 0.0, 0.75
@@ -137,6 +141,32 @@ def timed(folder: Path, steps: int, dtype: str) -> list[float]:
         found.append(now - last)
         last = now
     return found
+
+
+def table(found: Sequence[Record]) -> str:
+    """Seconds of a training step on told things, before and now."""
+    from mnemic.analysis.markdown import markdown, missing
+
+    if not found:
+        return missing("the speed of lessons")
+    rows = []
+    for record in sorted(found, key=lambda record: record.config["segments"]):
+        measures = record.measures
+        for name, seconds in measures["seconds a step"].items():
+            ratio = "" if name == "before" else f"{measures['before / now'][name]:.2f}"
+            cells = [f"{seconds:.2f}", f"{measures['tokens a second'][name]:,.0f}", ratio]
+            rows.append([str(record.config["segments"]), name, *cells])
+    note = f"Medians; {found[0].config['rows']} streams of segments of 32 tokens and one that asks, fast weights on "
+    note += f"{found[0].host}, one thread; before: commit {found[0].measures['commits']['before'][:7]}. Made by "
+    note += ", ".join(f"`{record.command}`" for record in found)
+    return f"{markdown(['segments', 'side', 'seconds a step', 'tokens a second', 'before / now'], rows)}\n\n{note}."
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    from mnemic.bench.results import records
+
+    return {"lesson-speed": table(records(results, "lesson-speed"))}
 
 
 if __name__ == "__main__":

@@ -50,9 +50,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import mnemic
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.drift import called, hold_out
 from mnemic.bench.experiments import Reporter
-from mnemic.bench.results import Record, Score
+from mnemic.bench.results import Record, Score, records
 from mnemic.bench.retrieving import bm25
 from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, Table, console
@@ -621,6 +622,47 @@ def prepared(folder: str, settings: Sequence[str], more: dict[str, Any], bf16: b
     else:
         console.print("without MiniLM, which is not installed: pip install 'mnemic[retrieval]'")
     return bench
+
+
+def page(found: Sequence[Record]) -> str:
+    """Numbers found again, over all depths: a row for each kind of needle and length, a column for each condition."""
+    if not found:
+        return missing("needles")
+    rows, commands = [], []
+    names = list(dict.fromkeys(name for record in found for score in record.scores for name in score.controls))
+    for record in sorted(found, key=lambda record: (record.host, record.measures["kind"], "blocks" in record.config)):
+        for length in dict.fromkeys(score.length for score in record.scores):
+            scores = [score for score in record.scores if score.length == length]
+            told = {name: "".join(score.outcomes.get(name, "") for score in scores) for name in ("memory", *names)}
+            cells = [f"{100 * each.count('1') / len(each):.1f}" if each else "-" for each in told.values()]
+            size = max(score.details["session bytes"] for score in scores) / 2**20
+            shown = [
+                record.config["model"],
+                ", ".join([record.measures["kind"], *_unusual(record.config)]),
+                f"{length:,}",
+                len(told["memory"]),
+                *cells,
+                f"{size:,.0f}",
+            ]
+            rows.append([str(cell) for cell in shown])
+        commands.append(f"`{record.command}`")
+    header = ["model", "needle", "tokens", "questions", "own", *names, "MiB"]
+    note = "Per cent of numbers answered by untrained models, needles at even distances from the start on. Made by "
+    return f"{markdown(header, rows)}\n\n{note}{', '.join(dict.fromkeys(commands))}."
+
+
+def _unusual(config: dict[str, Any]) -> list[str]:
+    """What decided a needle's answers beside the defaults."""
+    found = [f"{len(few)} blocks"] if (few := config.get("blocks")) else []
+    found += [config[name].removeprefix("torch.") for name in ("stored", "dtype") if name in config]
+    if config["memory"].get("search") == "candidates":
+        found.append("candidates" if config["memory"]["wider"] == 4 else "fewer candidates")
+    return found + (["in files"] if "ram" in config else [])
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"needles": page(records(results, "needles"))}
 
 
 if __name__ == "__main__":

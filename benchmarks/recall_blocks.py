@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +23,9 @@ from rich.progress import track
 from torch import Tensor
 
 import mnemic
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.drift import hold_out
-from mnemic.bench.results import Record
+from mnemic.bench.results import Record, records
 from mnemic.memories.recall import RecallConfig
 from mnemic.tasks.documents import novels
 from needle_documents import KINDS
@@ -153,6 +155,26 @@ def asked(sessions: list[mnemic.Session], cases: list[Case]) -> dict[str, float]
         right += int((logits.argmax(-1) == case.answer[0]).all())
         nats += float(torch.nn.functional.cross_entropy(logits, case.answer[0], reduction="sum"))
     return {"right": right / len(cases), "nats": round(nats / len(cases), 3), "bytes": sessions[0].nbytes}
+
+
+def table(found: Sequence[Record]) -> str:
+    """What a few blocks recall, those first that attend to needles most."""
+    if not found:
+        return missing("blocks")
+    config, rows = found[0].config, []
+    every = max(score["bytes"] for score in found[0].measures["blocks"].values())
+    for score in sorted(found[0].measures["blocks"].values(), key=lambda score: len(score["blocks"])):
+        blocks, right = score["blocks"], f"{100 * score['right']:.1f}"
+        names = "all" if score["bytes"] == every else ", ".join(map(str, blocks))
+        rows.append([str(len(blocks)), names, right, f"{score['nats']:.2f}", f"{score['bytes'] / 2**20:.0f}"])
+    note = f"Per cent of answers that would be said and nats of an answer, {config['kind']}, {config['documents']} "
+    note += f"documents of {config['length']:,} tokens of other novels than those of needles, {found[0].host}. Made by "
+    return f"{markdown(['blocks', 'which', 'right', 'nats', 'MiB'], rows)}\n\n{note}`{found[0].command}`."
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"recall-blocks": table(records(results, "recall-blocks"))}
 
 
 if __name__ == "__main__":

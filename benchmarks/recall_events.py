@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +25,9 @@ from rich.progress import track
 from torch import Tensor
 
 import mnemic
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.drift import hold_out
-from mnemic.bench.results import Record
+from mnemic.bench.results import Record, records
 from mnemic.memories.recall import RecallConfig
 from mnemic.memory import Asked, Further, Site
 from mnemic.tasks.documents import novels
@@ -152,6 +154,7 @@ def events(nats: Float[Tensor, " n"], first: int, size: int) -> Int[Tensor, " e"
     mean, deviation = past.mean(1), past.std(1).clamp_min(1e-6)
     excess = (nats - mean) / deviation
     low, high = float(excess.min()), float(excess.max())
+    begin = excess.new_zeros(0, dtype=torch.long)
     for _ in range(40):  # gamma by halving
         gamma = (low + high) / 2
         begin = _bounded((excess > gamma).nonzero().flatten(), first, len(nats), LONGEST * size)
@@ -196,6 +199,28 @@ def refined(total: Float[Tensor, "n1 n1"], begin: Int[Tensor, " e"]) -> Int[Tens
         worth = (left + right) / all_of_it - (mixed_left / all_of_it) ** 2 - (mixed_right / all_of_it) ** 2
         cuts[i] = int(split[worth.argmax()])
     return torch.tensor(cuts)
+
+
+def table(found: Sequence[Record]) -> str:
+    """How much attention even blocks and events leave in a budget."""
+    if not found:
+        return missing("events")
+    record, table = found[0], defaultdict[tuple[int, str], dict[int, str]](dict)
+    for name, share in record.measures.items():
+        cut, size, budget = name.rsplit(", ", 2)
+        table[int(size.split()[0]), cut][int(budget.split()[1])] = f"{100 * share:.1f}"
+    budgets = sorted(next(iter(table.values())))
+    rows = [[str(size), cut, *(row[budget] for budget in budgets)] for (size, cut), row in sorted(table.items())]
+    note = "Per cent of the attention of a base with everything in its window, to what had left the window here, that "
+    note += f"falls on what is chosen: five-depths, {record.config['documents']} documents of "
+    note += f"{record.config['length']:,} tokens, mean over blocks and tokens of answers, {record.host}."
+    header = ["tokens", "cut", *(f"budget {budget}" for budget in budgets)]
+    return f"{markdown(header, rows)}\n\n{note} Made by `{record.command}`."
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"recall-events": table(records(results, "recall-events"))}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from transformers import DynamicCache
 import mnemic
 from mnemic.bench.drift import called, hold_out
 from mnemic.bench.experiments import Reporter
-from mnemic.bench.language import difference
 from mnemic.bench.results import Record, Score
 from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, Table, console
@@ -43,6 +42,7 @@ from mnemic.memories.recall import RecallConfig
 from mnemic.tasks.documents import novels, tokenize
 from mnemic.texts import around
 from needles import EVERYTHING, SETTINGS, SINKS, WINDOW, Bench, Kept, beside_default, prepared, under
+from paired import difference
 
 BLOCK = 256
 """Tokens that are drawn together by the bootstrap, and that one call reads."""

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +26,9 @@ import torch
 import typer
 
 import mnemic
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.bank import Bank
-from mnemic.bench.results import Record
+from mnemic.bench.results import Record, records
 from mnemic.memories.recall import RecallConfig
 from real_model import Clock, ids_of, opened, timed
 
@@ -175,6 +177,30 @@ def _of_a_token(side: str, seconds: list[float]) -> float:
     every = SIDES.get(side, {}).get("refresh", 1)
     choose, share = seconds[every - 1 :: every], [each for i, each in enumerate(seconds, 1) if i % every]
     return (statistics.median(choose) + (every - 1) * statistics.median(share or [0.0])) / every
+
+
+def table(found: Sequence[Record]) -> str:
+    """A decoded token and reading as multiples of the base's, by what is remembered."""
+    if not found:
+        return missing("the speed of recall")
+    measures, config = found[0].measures, found[0].config
+    rows, names = [], next(iter(measures.values()))["processor / base"]
+    for remembered, measured in measures.items():
+        ratios = [measured["processor / base"], measured["clock / base"]]
+        cells = [f"{ratios[0][name]:.2f} ({ratios[1][name]:.2f})" for name in names]
+        reading = [f"{ratio:.2f}" for ratio in measured["reading"]["processor / base"].values()]
+        rows.append([f"{int(remembered):,}", *cells, *reading])
+    reads = next(iter(measures.values()))["reading"]["processor / base"]
+    header = ["tokens remembered", *(f"a token, {name}" for name in names), *(f"reading, {name}" for name in reads)]
+    note = f"Multiples of the base's time with the same window of {config['memory']['window']:,} and the memory off, "
+    note += f"{found[0].host}, {config['threads']} thread; processor time, in brackets by the clock; medians of "
+    note += f"{config['turns']} turns. Keys are those of {config['repeated']:,} tokens, again and again. Made by "
+    return f"{markdown(header, rows)}\n\n{note}`{found[0].command}`."
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"recall-speed": table(records(results, "recall-speed"))}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +25,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mnemic
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.drift import called
 from mnemic.bench.experiments import Reporter
-from mnemic.bench.results import Record
+from mnemic.bench.results import Record, records
 from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show
 from mnemic.tasks.documents import novels
@@ -90,7 +91,7 @@ def run(attachment: mnemic.Attachment, its: Novel, name: str, show: Reporter) ->
         for condition in (*CONDITIONS, RECOMPUTED):
             begun = time.perf_counter()
             read = recomputed(model) if condition == RECOMPUTED else windowed(model, *CONDITIONS[condition])
-            found[condition] = nats(its.ids.to(model.device), read).tolist()
+            found[condition] = nats(its.ids.to(attachment.router.device), read).tolist()
             seconds[condition] = time.perf_counter() - begun
             show.advance(1)
     length = its.ids.shape[1]
@@ -122,6 +123,24 @@ def main(
         f"python benchmarks/window_sinks.py --data {data.name} --model {Path(model).name} --length {length}"
     )
     print(record.save(out, "window-sinks.json"))
+
+
+def table(found: Sequence[Record]) -> str:
+    """Perplexity of a novel in windows with sinks, without, and with all keys recomputed."""
+    if not found:
+        return missing("sinks")
+    score, config = found[0].scores[0], found[0].config
+    start = "perplexity, "
+    rows = [[name.removeprefix(start), f"{value:.2f}"] for name, value in score.details.items() if start in name]
+    note = f"Perplexity of {score.examples:,} tokens of a novel behind the first window, {found[0].host} without a "
+    note += f"memory, windows of {config['window']}, segments of {config['segment_length']}. Recomputed: the base "
+    note += f"alone, on the window's tokens anew for every segment. Made by `{found[0].command}`."
+    return f"{markdown(['window', 'perplexity'], rows)}\n\n{note}"
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"window-sinks": table(records(results, "window-sinks"))}
 
 
 if __name__ == "__main__":

@@ -14,19 +14,10 @@ from typer.testing import CliRunner
 import mnemic
 from families import make
 from helpers import SEGMENT, host, shake, tokens
+from memoria_engrams import app
+from memoria_engrams_history import History, ages, autocorrelation, compare_readings, observe, seen_twice, summary
 from mnemic.analysis import memoria
-from mnemic.analysis.memoria import (
-    History,
-    Moment,
-    ages,
-    autocorrelation,
-    compare_readings,
-    engram_graph,
-    observe,
-    seen_twice,
-    summary,
-)
-from mnemic.cli import app
+from mnemic.analysis.memoria import Moment, engram_graph
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.memories.memoria.graph import counts
 from mnemic.memories.memoria.naive import minds_from_state
@@ -312,7 +303,7 @@ def test_the_command(tmp_path, monkeypatch):
     mnemic.attached(model).detach()
 
     def run(*more, segments="24"):
-        words = ["analyse", "memoria", "--model", "tiny", "--text", str(text), "--memory", str(tmp_path / "memory")]
+        words = ["--model", "tiny", "--text", str(text), "--memory", str(tmp_path / "memory")]
         words += ["--segments", segments, "--twice", "6", "--steps", "12,24", "--out", str(tmp_path / "out"), *more]
         return CliRunner().invoke(app, words)
 

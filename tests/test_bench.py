@@ -11,13 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import endless_stream
 import mnemic
+import report
+import timing
 from families import make
-from mnemic.bench import cost, results
+from mnemic.bench import results
 from mnemic.bench.experiments import Curriculum, Experiment, LanguageCurriculum, Recipe
 from mnemic.bench.recall import Places, asked_for
 from mnemic.bench.results import Record, Score, digest, problems, records
-from mnemic.cli import app
 from mnemic.tasks.base import generator
 from mnemic.tasks.facts import SymbolRecall
 from mnemic.training import Step
@@ -249,22 +251,22 @@ def test_an_experiment_tests_on_the_test_task():
 
 def test_ratio_pairs_runs():
     times = {"memory": [2.0, 3.0, 10.0], "base": [1.0, 2.0, 2.0]}
-    assert cost.ratio(times, "memory", "base") == {"median": 2.0, "least": 1.5, "most": 5.0}
+    assert timing.ratio(times, "memory", "base") == {"median": 2.0, "least": 1.5, "most": 5.0}
     with pytest.raises(ValueError, match="shorter"):
-        cost.ratio({"memory": [1.0, 2.0], "base": [1.0]}, "memory", "base")
+        timing.ratio({"memory": [1.0, 2.0], "base": [1.0]}, "memory", "base")
 
 
 def test_alternate_takes_turns(monkeypatch):
     called = []
-    monkeypatch.setattr(cost, "seconds_of", lambda function: function() or float(len(called)))
-    times = cost.alternate({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 3)
+    monkeypatch.setattr(timing, "seconds_of", lambda function: function() or float(len(called)))
+    times = timing.alternate({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 3)
     assert "".join(called) == "ab" + "ababab", "one call each that is not counted, then turns"
     assert times == {"a": [3, 5, 7], "b": [4, 6, 8]}
 
 
 def test_an_endless_stream_holds_no_more():
     advanced = []
-    made = cost.endless(4000, window=64, progress=advanced.append)
+    made = endless_stream.endless(4000, window=64, progress=advanced.append)
     measures = made.measures
     assert (measures["tokens"], sum(advanced)) == (4000, 4000)
     assert measures["calls"] == measures["calls with finite logits"] == len(advanced) == math.ceil(4000 / 101)
@@ -284,7 +286,7 @@ def test_an_endless_stream_holds_no_more():
 
 
 def test_resident_bytes():
-    held = cost.resident_bytes()
+    held = timing.resident_bytes()
     assert held is None or held > 10_000_000
 
 
@@ -305,7 +307,7 @@ def test_a_result_that_was_edited(tmp_path):
     path.write_text(json.dumps(values))
     assert problems(path) == ["the digest does not fit"]
     (tmp_path / "docs").mkdir()
-    result = CliRunner().invoke(app, ["report", "--check", "--results", str(tmp_path), "--root", str(tmp_path)])
+    result = CliRunner().invoke(report.app, ["--check", "--results", str(tmp_path), "--root", str(tmp_path)])
     assert result.exit_code == 1
     assert "edited" in result.output
 

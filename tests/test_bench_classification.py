@@ -8,10 +8,9 @@ from torch import nn
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
+import classification
 import mnemic
-from helpers import shake
-from mnemic.bench import classification
-from mnemic.bench.classification import (
+from classification import (
     Article,
     Classifier,
     Experiment,
@@ -22,8 +21,8 @@ from mnemic.bench.classification import (
     read,
     windows,
 )
+from helpers import shake
 from mnemic.bench.results import records
-from mnemic.cli import app
 from mnemic.host.cache import MemoryLayer
 from mnemic.host.call import carrying
 from mnemic.memories.memoria import MemoriaConfig
@@ -190,8 +189,8 @@ def test_the_command_writes_a_record_a_seed(articles, monkeypatch, tmp_path):
     experiment = Experiment(CONFIG, Recipe(epochs=1, rows=8, head_epochs=2), "tiny", most=4, depth=3)
     monkeypatch.setattr(classification, "published", lambda model: experiment)
     monkeypatch.setattr(experiment, "encode", lambda *_: many)
-    words = f"bench classify --model tiny --articles x --seeds 0,1 --out {tmp_path}"
-    result = CliRunner().invoke(app, words.split())
+    words = f"--model tiny --articles x --seeds 0,1 --out {tmp_path}"
+    result = CliRunner().invoke(classification.app, words.split())
     assert result.exit_code == 0, result.output
     assert "cut at the window" in result.output
     assert [record.seed for record in records(tmp_path, "hyperpartisan")] == [0, 1]

@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from typer.testing import CliRunner
 
+import language
+import language_training
 import mnemic
 from helpers import shake
-from mnemic.bench import language
-from mnemic.bench.language import Bits, Experiment, Recipe, apart, difference, fit, measure, small_model, spans, texts
+from language import Bits, Experiment, apart, measure, spans, texts
+from language_training import Recipe, fit, small_model
 from mnemic.bench.results import records
-from mnemic.cli import app
 from mnemic.host.release import GENERATE_CACHE as CACHE
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.tasks.documents import Tokens
+from paired import difference
 
 LENGTH = 8
 CONFIG = MemoriaConfig(segment_length=LENGTH, working=2, reminded_stm=2, reminded_ltm=2, stm_capacity=4, heads=2)
@@ -121,14 +123,14 @@ def test_training_moves_what_is_free_and_carries_the_memory(freeze, monkeypatch)
     before = copy.deepcopy(base.state_dict())
     attachment = mnemic.attach(base, CONFIG, freeze=freeze)
     seen = []
-    inner = language.carried
+    inner = language_training.carried
 
     def spy(attachment, batch, stream):
         loss, stream = inner(attachment, batch, stream)
         seen.append((batch.fresh.tolist(), stream.written))
         return loss, stream
 
-    monkeypatch.setattr(language, "carried", spy)
+    monkeypatch.setattr(language_training, "carried", spy)
     fit(base, [document(i, 4) for i in range(4)], LENGTH, RECIPE, 0, attachment)
     assert seen[:4] == [([True] * 2, (2, 2)), ([False] * 2, (4, 4)), ([True] * 2, (2, 2)), ([False] * 2, (4, 4))]
     after = base.state_dict()
@@ -142,9 +144,9 @@ def test_without_a_memory_the_same_tokens_are_predicted():
     """An untrained memory adds nothing, so both losses are one."""
     base = model()
     batch = language.DocumentStream([document(i, 4) for i in range(2)], 2, 2 * LENGTH, 0)[0]
-    alone = language.alone(base, batch, LENGTH)
+    alone = language_training.alone(base, batch, LENGTH)
     attachment = mnemic.attach(base, CONFIG)
-    together, stream = language.carried(attachment, batch, None)
+    together, stream = language_training.carried(attachment, batch, None)
     torch.testing.assert_close(alone, together)
     assert not any(tensor.requires_grad for tensor in stream.tensors().values())
 
@@ -152,7 +154,7 @@ def test_without_a_memory_the_same_tokens_are_predicted():
 @pytest.mark.parametrize("remembering", [True, False])
 def test_a_stopped_training_goes_on(tmp_path, monkeypatch, remembering):
     """Stopped in the middle of an excerpt, so the streams must come back too."""
-    monkeypatch.setattr(language, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(language_training, "CHECKPOINT_SECONDS", 0.0)
     documents = [document(i, 8) for i in range(4)]
     recipe = Recipe(steps=7, rows=2, chunk=2, excerpt=8, warm=2)
 
@@ -184,7 +186,7 @@ def test_engrams_begin_apart():
     """Sharper attention, entries of deviation 1, and still nothing added before training."""
     attachment = mnemic.attach(model(), CONFIG)
     documents = [document(i, 16) for i in range(4)]
-    language.spread(attachment, documents, 2.0)
+    language_training.spread(attachment, documents, 2.0)
     memory, ids = attachment.memory, torch.cat([tokens.ids for tokens in documents]).view(-1, LENGTH)
     hidden = attachment.router.watch(attachment.anatomy, ids, memory.writes)[memory.writes[-1]]
     made = memory.abstractor
@@ -235,8 +237,8 @@ def test_the_command_writes_a_record_a_seed(novels, monkeypatch, tmp_path):
         return Experiment(CONFIG, RECIPE, segments=segments, seed=seed, layers=2, width=16)
 
     monkeypatch.setattr(language, "published", published)
-    words = f"bench language --novels {novels} --seeds 0,1 --segments 3 --out {tmp_path / 'out'}"
-    result = CliRunner().invoke(app, words.split())
+    words = f"--novels {novels} --seeds 0,1 --segments 3 --out {tmp_path / 'out'}"
+    result = CliRunner().invoke(language.app, words.split())
     assert result.exit_code == 0, result.output
     assert "above memory" in result.output
     assert made == [(None, "bytes", 0, None, 3), (None, "bytes", 1, None, 3)]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mnemic.analysis import peers as tables
-from mnemic.bench import pairs, peers
+import peers
+import peers_pairs as pairs
 from mnemic.bench.results import Record
 
 SHAPE = pairs.TINY
@@ -111,14 +111,14 @@ def test_the_record_becomes_two_tables():
     }
     pair = {"package": "some-package", "version": "1.2", "kind": "emt", "scope": pairs.STEP, "mechanism": "EMT"}
     config = {"shapes": {"small": vars(SHAPE)}, "threads": [2, 1], "runs": 9}
-    record = Record("peers", "all", "host", 0, config, command="mnemic bench peers")
+    record = Record("peers", "all", "host", 0, config, command="python benchmarks/peers.py")
     record.measures = {
         "pairs": {"it": {**pair, "differs": "All.", "shapes": {"small": found}}},
         "skipped": {"rmt": "not here"},
     }
     record.machine, record.versions = {"cores": 2, "processor": "x"}, {"torch": "2", "transformers": "5"}
-    text = tables.table([record])
+    text = peers.table([record])
     assert "| it | small | 2.00 / 1.00 | 20 / 10 | **2.00** (1.50-2.50) | **2.00** (1.50-2.50) | 2 / 1 | 0.50 |" in text
     assert "`rmt` was skipped: not here." in text
-    assert "| it | some-package 1.2 | EMT; training step | All. |" in tables.table_of_pairs([record])
-    assert "Not measured yet" in tables.table([])
+    assert "| it | some-package 1.2 | EMT; training step | All. |" in peers.table_of_pairs([record])
+    assert "Not measured yet" in peers.table([])

@@ -8,11 +8,10 @@ import torch
 from typer.testing import CliRunner
 
 import mnemic
-from mnemic.bench import settings, sorting
+import sorting
 from mnemic.bench.results import Record
-from mnemic.bench.sorting import Recipe, SortingExperiment, Stages, sorting_config
-from mnemic.cli.main import app
 from mnemic.tasks.sorting import SYMBOLS, SortingTask
+from sorting import Recipe, SortingExperiment, Stages, sorting_config
 
 LENGTH = 32
 RECIPE = Recipe(naming=2, stages=((1, 1, 2), (2, 2, 2)))
@@ -185,9 +184,9 @@ def test_the_command_writes_a_result(tmp_path, monkeypatch):
     def small(seed, rule, lengths, rows):
         return replace(experiment(rule, tuple(lengths), seed=seed), rows=rows)
 
-    monkeypatch.setattr(settings, "sorting_experiment", small)
-    arguments = ["bench", "sorting", "--segments", "1,2", "--seed", "1", "--rule", "seeds", "--rows", "3"]
-    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
+    monkeypatch.setattr(sorting, "published", small)
+    arguments = ["--segments", "1,2", "--seed", "1", "--rule", "seeds", "--rows", "3"]
+    result = CliRunner().invoke(sorting.app, [*arguments, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     for text in ("right symbols", "last 2 segments", "rule paper", "2 segments"):
         assert text in result.output
@@ -196,5 +195,5 @@ def test_the_command_writes_a_result(tmp_path, monkeypatch):
 
 
 def test_the_published_settings_are_the_papers_rule_at_256():
-    published = settings.sorting_experiment(2, "paper", [4, 8], 256)
+    published = sorting.published(2, "paper", [4, 8], 256)
     assert (published.config, published.lengths, published.seed) == (sorting_config(256), (4, 8), 2)

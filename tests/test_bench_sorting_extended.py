@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mnemic
-from mnemic.bench.sorting_extended import ExtendedExperiment, Recipe, begin, extended_config, make_base, published
+from sorting_extended import ExtendedExperiment, Recipe, begin, extended_config, make_base, published
 
 RECIPE = Recipe(stages=((1, 2, 2), (2, 2, 2)), windowed=2, inside=24)
 

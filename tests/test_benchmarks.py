@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import copying
+import kept
 import mnemic
+import recall_blocks
+import recall_events as events
+import recall_perplexity
+import recall_speed as speed
+import window_sinks as sinks
 from families import make
 from helpers import tokens
-from mnemic.analysis import real_tables, store_tables
 from mnemic.bench.experiments import Silent
 from mnemic.bench.results import Record, problems
 from mnemic.memories import MemoryConfig
@@ -21,28 +24,9 @@ from mnemic.memories.recall import RecallConfig
 from mnemic.tasks.told import pool_of
 from runs import characters, prose, tiny_host
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    if str(FOLDER) not in sys.path:  # scripts import each other
-        sys.path.append(str(FOLDER))
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def copying():
-    return script("copying")
-
 
 @pytest.mark.parametrize("name", ["emt", "emt-block-content", "emt-untied", "fast-weights"])
-def test_copying(copying, name, tmp_path, monkeypatch):
+def test_copying(name, tmp_path, monkeypatch):
     """A record with the curve and every control, its table, and the same again from the checkpoint."""
     monkeypatch.chdir(tmp_path)
     host = str(tiny_host(tmp_path / "host"))
@@ -60,10 +44,10 @@ def test_copying(copying, name, tmp_path, monkeypatch):
     assert again.scores[0].score == pytest.approx(record.scores[0].score, abs=1e-5)
     path = record.save(tmp_path, "copying.json")
     assert problems(path) == []
-    assert f"`{name}`" in real_tables.copying([Record.load(path)])
+    assert f"`{name}`" in copying.table([Record.load(path)])
 
 
-def test_every_memory_of_the_bench_can_be_built(copying):
+def test_every_memory_of_the_bench_can_be_built():
     """On a host of SmolLM2's size: the settings name layers that are there."""
     for name, settings in (copying.MEMORIES | copying.ABLATIONS).items():
         config = MemoryConfig.from_dict({"segment_length": copying.LENGTH, **settings})
@@ -72,7 +56,7 @@ def test_every_memory_of_the_bench_can_be_built(copying):
                 config.build(576, 30)
 
 
-def test_an_untied_reader_begins_elsewhere(copying):
+def test_an_untied_reader_begins_elsewhere():
     settings = {"kind": "emt", "segment_length": 8, **copying.ALLOCATION, "write_layer": 0, "read_layers": [0]}
     config = MemoryConfig.from_dict(settings)
     memory = config.build(64, 2)
@@ -86,7 +70,7 @@ def test_an_untied_reader_begins_elsewhere(copying):
 
 def test_what_recall_costs():
     """Every side decodes and reads beside as many tokens as were asked for."""
-    speed, model = script("recall_speed"), make("llama")
+    model = make("llama")
     config = RecallConfig(segment_length=16, window=16, budget=8, sinks=4, unit=4)
     found = speed.measured(model, config, {"few": [0], "ten": [1]}, tokens(1, 64), [24, 100], 16, 1, 20)
     for length in ("24", "100"):
@@ -98,7 +82,7 @@ def test_what_recall_costs():
 
 def test_what_keeping_costs(tmp_path):
     """A turn writes a fraction of the session into a store and a folder, and all of it into a file."""
-    kept, model = script("kept"), make("llama")
+    model = make("llama")
     config = RecallConfig(segment_length=16, window=16, budget=8, sinks=4, unit=4, stored="int8")
     found = kept.measured(model, config, tokens(1, 80), 1500, 2, 16, tmp_path, 60)
     assert 0 < found["bytes of what left the window"] < found["bytes of the session"]
@@ -112,12 +96,12 @@ def test_what_keeping_costs(tmp_path):
     record.command = "python benchmarks/kept.py"
     path = record.save(tmp_path, "kept.json")
     assert problems(path) == []
-    assert "| store | " in store_tables.kept([Record.load(path)])
+    assert "| store | " in kept.table([Record.load(path)])
 
 
 def test_events_beside_even_blocks(tmp_path, monkeypatch):
     """All that is kept is all of the attention, and a greater budget leaves more of it; cuts are in order."""
-    events, model = script("recall_events"), make("llama")
+    model = make("llama")
     small = {"segment_length": 16, "window": 16, "budget": 8, "sinks": 4, "unit": 4}
     monkeypatch.setattr(events, "RecallConfig", functools.partial(RecallConfig, **small))
     monkeypatch.setattr(events, "SIZES", (4, 8))
@@ -137,39 +121,38 @@ def test_events_beside_even_blocks(tmp_path, monkeypatch):
     record.command = "python benchmarks/recall_events.py"
     path = record.save(tmp_path, "recall-events.json")
     assert problems(path) == []
-    assert "| 8 | surprise, refined | " in real_tables.recall_events([Record.load(path)])
+    assert "| 8 | surprise, refined | " in events.table([Record.load(path)])
 
 
 def test_which_blocks_recall(tmp_path, monkeypatch):
     """Every block has a share for each of its heads, and the first few of them are read with anew."""
-    script_of_blocks, model = script("recall_blocks"), make("llama")
+    model = make("llama")
     small = {"segment_length": 16, "window": 16, "budget": 8, "sinks": 4, "unit": 4}
-    monkeypatch.setattr(script_of_blocks, "RecallConfig", functools.partial(RecallConfig, **small))
+    monkeypatch.setattr(recall_blocks, "RecallConfig", functools.partial(RecallConfig, **small))
     told = [tokens(1, 64), tokens(1, 64, 1)]
     cases = [
-        script_of_blocks.Case(document, tokens(1, 5, 2), tokens(1, 3, 3), slice(20, 24))
-        for document in range(len(told))
+        recall_blocks.Case(document, tokens(1, 5, 2), tokens(1, 3, 3), slice(20, 24)) for document in range(len(told))
     ]
-    shares, scores = script_of_blocks.measured(model, told, cases, [1])
+    shares, scores = recall_blocks.measured(model, told, cases, [1])
     assert shares.keys() == {"0", "1"}
     assert all(len(share) == 2 and 0 <= min(share) <= max(share) <= 1 for share in shares.values())
     best = max(shares, key=lambda block: max(shares[block]))
     assert (scores["2"]["blocks"], scores["1"]["blocks"]) == ([0, 1], [int(best)])
     assert scores["1"]["bytes"] < scores["2"]["bytes"]
-    record = script_of_blocks.recorded("tiny", 0, 64, 2, shares, scores)
+    record = recall_blocks.recorded("tiny", 0, 64, 2, shares, scores)
     record.command = "python benchmarks/recall_blocks.py"
     path = record.save(tmp_path, "recall-blocks.json")
     assert problems(path) == []
-    assert f"| 1 | {best} | " in real_tables.recall_blocks([Record.load(path)])
+    assert f"| 1 | {best} | " in recall_blocks.table([Record.load(path)])
 
 
 def test_sinks_of_a_window(tmp_path, monkeypatch):
     """All windows are one until they are full; then each counts, and the record checks."""
-    sinks, model = script("window_sinks"), make("llama")
+    model = make("llama")
     small = {"WINDOW": 32, "SEGMENT": 8, "BLOCK": 16, "CONDITIONS": {"4 sinks": (4, {}), "no sinks": (0, {})}}
     for name, value in small.items():
         monkeypatch.setattr(sinks, name, value)
-    monkeypatch.setattr(sys.modules[sinks.scored.__module__], "BLOCK", 16)
+    monkeypatch.setattr(recall_perplexity, "BLOCK", 16)
     attachment = mnemic.attach(model, mnemic.EMTConfig(segment_length=8, slots=4, dim=16))
     record = sinks.run(attachment, sinks.Novel(tokens(1, 96), 64), "tiny", Silent())
     (score,) = record.scores
@@ -177,7 +160,7 @@ def test_sinks_of_a_window(tmp_path, monkeypatch):
     assert set(score.controls) == {"no sinks", sinks.RECOMPUTED}
     path = record.save(tmp_path, "window-sinks.json")
     assert problems(path) == []
-    assert "| no sinks | " in real_tables.window_sinks([Record.load(path)])
+    assert "| no sinks | " in sinks.table([Record.load(path)])
     with attachment.disabled():
         ids = tokens(1, 32)
         one, two = sinks.windowed(model, 4, {}), sinks.recomputed(model)

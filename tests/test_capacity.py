@@ -8,11 +8,9 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-import typer
 from typer.testing import CliRunner
 
-from mnemic.analysis.capacity import picture, table, table_of_earlier
-from mnemic.bench.capacity import SETUPS, Setup, answers, capacity, probe
+from capacity import SETUPS, Setup, answers, app, capacity, picture, probe, table, table_of_earlier
 from mnemic.bench.results import Record
 from mnemic.memories.rules import RULES, Rule, dpfp3, elu_plus_one
 from mnemic.tasks.base import generator
@@ -346,10 +344,6 @@ def test_states_are_as_large_as_said():
 
 
 def test_the_command_writes_a_record_that_tables_and_pictures_are_made_of(tmp_path):
-    from mnemic.cli.capacity import capacity as command
-
-    app = typer.Typer()
-    app.command()(command)
     done = CliRunner().invoke(app, ["--pairs", "4,32", "--seeds", "0,1", "--reads", "256", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     refused = CliRunner().invoke(app, ["--pairs", "0", "--out", str(tmp_path)])

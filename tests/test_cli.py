@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import mnemic
+import recall_facts
+import registered
+import report
 from mnemic.analysis.curves import recall_curve
-from mnemic.analysis.report import fill, markdown, tables
+from mnemic.analysis.markdown import markdown
 from mnemic.bench.recall import UNBOUND, Places
 from mnemic.bench.results import Record, Score
 from mnemic.checkpoints import FetchError
@@ -28,6 +32,10 @@ CONTROLS = ("zeroed", "other stream", "fresh", "no memory")
 
 def mnemic_command(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def report_command(*words):
+    return CliRunner().invoke(report.app, [str(word) for word in words])
 
 
 def score(places, asked, share, old=None):
@@ -84,18 +92,18 @@ def test_fill_replaces_what_stands_between_the_markers(tmp_path):
         "before\n<!-- table:a-b -->\nold\n<!-- /table -->\nmiddle\n<!-- table:c -->\n<!-- /table -->\nafter\n"
     )
     made = {"a-b": "| new |", "c": "| other \\1 |", "unused": "x"}
-    assert fill(page, made) is True
+    assert report.fill(page, made) is True
     assert page.read_text() == (
         "before\n<!-- table:a-b -->\n\n| new |\n\n<!-- /table -->\nmiddle\n"
         "<!-- table:c -->\n\n| other \\1 |\n\n<!-- /table -->\nafter\n"
     )
-    assert fill(page, made) is False, "filling again changes nothing"
+    assert report.fill(page, made) is False, "filling again changes nothing"
 
 
 def test_fill_without_write_leaves_the_file_alone(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- table:a -->\nold\n<!-- /table -->\n")
-    assert fill(page, {"a": "new"}, write=False) is True
+    assert report.fill(page, {"a": "new"}, write=False) is True
     assert page.read_text() == "<!-- table:a -->\nold\n<!-- /table -->\n"
 
 
@@ -104,14 +112,14 @@ def test_fill_with_a_table_that_nobody_makes(tmp_path):
     page.write_text("<!-- table:known -->\nold\n<!-- /table -->\n<!-- table:unknown -->\n<!-- /table -->\n")
     before = page.read_text()
     with pytest.raises(KeyError, match="unknown"):
-        fill(page, {"known": "new"})
+        report.fill(page, {"known": "new"})
     assert page.read_text() == before
 
 
 def test_tables_tell_the_numbers(tmp_path):
     for number in (record(0), record(1, 0.2)):
         number.save(tmp_path)
-    made = tables(tmp_path)
+    made = recall_facts.tables(tmp_path) | registered.tables(tmp_path)
     short, full = made["recall-symbols"], made["recall-symbols-full"]
     four, sixteen = "80.0 (70.0-90.0)", "70.0 (60.0-80.0)"
     two, corrected = "70.0 (60.0-80.0)", "50.0 (40.0-60.0)"
@@ -144,9 +152,7 @@ def test_help_names_every_command():
     assert all(word in result.output for word in ("demo", "list", "bench", "report"))
     result = mnemic_command("bench", "--help")
     assert result.exit_code == 0
-    assert all(
-        word in result.output for word in ("recall-symbols", "recall-language", "overhead", "stream", "zero-shot")
-    )
+    assert all(word in result.output for word in ("SUITE", "--memory", "--workers"))
 
 
 def test_help_has_what_users_need_before_what_research_needs():
@@ -191,24 +197,24 @@ def test_report_fills_and_check_tells_what_is_stale(root):
     pytest.importorskip("matplotlib")
     options = ("--results", root / "results", "--root", root)
     before = (root / "README.md").read_text()
-    result = mnemic_command("report", "--check", *options)
+    result = report_command("--check", *options)
     assert result.exit_code == 1
     output = result.output.replace("\n", "")
     assert output.count("stale: ") == 2
     assert "README.md" in output
     assert (root / "README.md").read_text() == before
     assert not (root / "docs" / "images").exists(), "a check draws nothing"
-    result = mnemic_command("report", *options)
+    result = report_command(*options)
     assert result.exit_code == 0
     assert result.output.count("wrote: ") == 2
     assert "**90.0**" in (root / "README.md").read_text()
     assert "`emt`" in (root / "docs" / "deep" / "page.md").read_text()
     assert (root / "docs" / "images" / "recall.png").stat().st_size > 10_000
     assert not (root / "docs" / "images" / "recall-language.png").exists()
-    result = mnemic_command("report", "--check", *options)
+    result = report_command("--check", *options)
     assert (result.exit_code, result.output.strip()) == (0, "")
     record(0, 0.4).save(root / "results")
-    assert mnemic_command("report", "--check", *options).exit_code == 1, "new results are not noticed"
+    assert report_command("--check", *options).exit_code == 1, "new results are not noticed"
 
 
 def test_report_of_a_folder_prints_scores_beside_their_controls_and_writes_nothing(root, monkeypatch):
@@ -233,20 +239,25 @@ def test_report_of_a_folder_prints_scores_beside_their_controls_and_writes_nothi
     assert "holds no result file" in " ".join(result.output.replace("│", " ").split())
 
 
-def test_report_outside_of_a_checkout_says_what_it_wants(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = mnemic_command("report")
+def test_report_of_no_checkout_says_what_it_wants(tmp_path):
+    result = report_command("--root", tmp_path, "--results", tmp_path / "results")
     assert result.exit_code == 2
-    assert "name a folder of result files" in " ".join(result.output.split())
+    assert "name others with --root" in " ".join(result.output.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [("demo",), ("report", "--root", ".", "--results", "results")])
-def test_without_matplotlib_the_extra_is_named_before_anything_is_done(words, root, monkeypatch):
+def test_a_table_of_two_files_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(registered, "tables", lambda results: {"recall-symbols": "another"})
+    with pytest.raises(ValueError, match=r"registered.py makes the table 'recall-symbols', which another file makes"):
+        report.every_table(tmp_path)
+
+
+@pytest.mark.parametrize("command", [partial(mnemic_command, "demo"), partial(report_command, "--root", ".")])
+def test_without_matplotlib_the_extra_is_named_before_anything_is_done(command, root, monkeypatch):
     monkeypatch.chdir(root)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     before = sorted(root.rglob("*"))
-    result = mnemic_command(*words)
+    result = command()
     assert result.exit_code == 2
     assert "this needs matplotlib: pip install 'mnemic[plot]'" in result.output
     assert sorted(root.rglob("*")) == before
@@ -255,7 +266,7 @@ def test_without_matplotlib_the_extra_is_named_before_anything_is_done(words, ro
 @pytest.mark.parametrize("option", ["--seeds", "--lengths"])
 @pytest.mark.parametrize("value", ["one", "0,", "1.5", "0;1"])
 def test_no_list_of_numbers(option, value, tmp_path):
-    result = mnemic_command("bench", "recall-symbols", option, value, "--out", tmp_path)
+    result = CliRunner().invoke(recall_facts.app, ["symbols", option, value, "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert "whole numbers" in result.output
     assert "Traceback" not in result.output
@@ -271,14 +282,16 @@ def test_every_command_takes_a_causal_model_by_the_name_that_fetch_knows(monkeyp
         raise FetchError(f"nothing brings {model}")
 
     monkeypatch.setattr(models, "folder_of", none)
-    found = {}
-    for path, command in commands(typer.main.get_command(app)):
-        for parameter in command.params:
-            if parameter.name == "model" and "encoder" not in (parameter.help or ""):
-                words = ["smollm2"] if parameter.param_type_name == "argument" else ["--model", "smollm2"]
-                result = mnemic_command(*path, *words)
-                found[" ".join(path)] = result.exit_code == 2 and "nothing brings smollm2" in result.output
-    assert {"chat", "train"} < found.keys()
+    found, apps = {}, {each.__name__: each.app for each in report.slices() if hasattr(each, "app")}
+    for file, its in {"": app, **apps}.items():
+        group = typer.main.get_command(its)
+        for path, command in {(): group, **dict(commands(group))}.items():
+            for parameter in command.params:
+                if parameter.name == "model" and "encoder" not in (parameter.help or ""):
+                    words = ["smollm2"] if parameter.param_type_name == "argument" else ["--model", "smollm2"]
+                    result = CliRunner().invoke(its, [*path, *words])
+                    found[" ".join((file, *path))] = result.exit_code == 2 and "nothing brings smollm2" in result.output
+    assert {" chat", " train", "recall_facts language", "zero_shot", "language", "memoria_engrams"} <= found.keys()
     assert all(found.values()), found
 
 

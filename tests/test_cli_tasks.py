@@ -12,15 +12,16 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import generators
 from mnemic.analysis.examples import COLUMNS, LINES, SEGMENTS, layout, picture, summary
-from mnemic.analysis.report import fill, tables
-from mnemic.analysis.tasks_tables import floors
 from mnemic.bench.floors import measure
 from mnemic.bench.results import Record
 from mnemic.cli import app
 from mnemic.cli.tasks import made, parsed
 from mnemic.tasks import TASKS, Examples, Task, TaskCard
 from mnemic.unrolling import IGNORED
+from registered import floors, tables
+from report import fill
 
 
 @dataclass(frozen=True)
@@ -299,16 +300,15 @@ def test_the_documentations_example_of_a_task_is_one(monkeypatch):
 
 def test_how_fast_streams_are_made(tmp_path, monkeypatch):
     """Every task is measured, against a model that is trained; the table gives what the record says."""
-    from mnemic.bench import throughput
-
-    monkeypatch.setattr(throughput, "TASKS", {name: TASKS[name] for name in ("reverse", "rewrites")})
+    monkeypatch.setattr(generators, "TASKS", {name: TASKS[name] for name in ("reverse", "rewrites")})
     told = {}
-    record = throughput.throughput(told.__setitem__, rows=4, runs=1, threads=1)
+    record = generators.throughput(told.__setitem__, rows=4, runs=1, threads=1)
     assert set(told) == {"a model in training", "reverse", "rewrites"}
     speeds, model = record.measures["tokens a second"], record.measures["model, tokens a second"]
     assert all(speed > 0 for speed in (model, *speeds.values()))
     assert record.measures["generator / model"] == {name: speed / model for name, speed in speeds.items()}
-    record.command = "mnemic bench generators"
+    record.command = "mnemic --threads 2 bench generators --out results"
     record.save(tmp_path, "generators.json")
-    table = tables(tmp_path)["generators"]
+    table = generators.tables(tmp_path)["generators"]
+    assert "Made by `python benchmarks/generators.py --out results`." in table
     assert f"| `reverse` | {speeds['reverse']:,.0f} | {speeds['reverse'] / model:,.0f} |" in table

@@ -16,14 +16,13 @@ from typer.testing import CliRunner
 
 import mnemic
 from helpers import SEGMENT, feed
-from mnemic.analysis.real_tables import told
-from mnemic.analysis.report import tables
 from mnemic.bench.drift import hold_out
 from mnemic.bench.results import Record, problems
 from mnemic.cli import app
 from mnemic.tasks import corpora
 from mnemic.tasks.documents import tokenize
 from runs import assert_same_memory, characters, cli_run, cli_words, finish, kill_until_done, prose, tiny_host
+from trained import tables, told
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from tokenizers import decoders
 
 from families import make
-from mnemic.analysis.real_tables import compact
 from mnemic.bench.experiments import Silent
 from mnemic.bench.results import Record, problems
 from mnemic.memories.compact import CompactConfig
 from runs import characters
-from test_benchmarks import script
 from test_needles import TEXTS
 
 LENGTH, WINDOW, BLOCK = 704, 32, 32
@@ -20,7 +20,7 @@ LENGTH, WINDOW, BLOCK = 704, 32, 32
 
 @torch.no_grad()
 def test_a_run_writes_a_record_that_checks_and_goes_on(tmp_path, monkeypatch):
-    module, tokenizer = script("compact"), characters()
+    module, tokenizer = importlib.import_module("compact"), characters()
     tokenizer.backend_tokenizer.decoder = decoders.Fuse()
     monkeypatch.setattr(module, "BLOCK", BLOCK)
     monkeypatch.setattr(module, "RESERVOIR", 8)
@@ -51,6 +51,6 @@ def test_a_run_writes_a_record_that_checks_and_goes_on(tmp_path, monkeypatch):
     path = record.save(tmp_path / "records")
     assert problems(path) == []
     assert Record.load(path).scores == record.scores
-    assert module.table(record).row_count == compact([record]).count("\n|") - 1
+    assert module.table(record).row_count == module.page([record]).count("\n|") - 1
     monkeypatch.setattr(module.Reading, "under", lambda *_: pytest.fail("a document was read again"))
     assert run().scores == record.scores

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import mnemic
+import sorting
 from helpers import CACHE, CONFIGS, SEGMENT, assert_differ, assert_near, every_kind_that_writes, host, tokens
 from mnemic import controls
-from mnemic.bench import asking, recall, sorting
+from mnemic.bench import asking, recall
 from mnemic.controls import CONDITIONS, CONTROLS, apart, conditions, measure, others, parts, verdict, zeroed
 from mnemic.stream import Stream
 from mnemic.tasks.recall import SymbolStreams

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import mnemic
+from capacity import answers
 from families import make
 from helpers import CONFIGS, SEGMENT, assert_differ, assert_equals_naive, host, shake, tokens
-from mnemic.bench.capacity import answers
 from mnemic.memories.fast_weights import (
     EPSILON,
     FEATURES,

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import pytest
 
 from mnemic import connections
-from mnemic.bench.store import counts_of, tally
 from mnemic.forking import Lock
 from mnemic.store import SessionStore
+from store import counts_of, tally
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="this system does not fork")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import pytest
@@ -15,7 +16,6 @@ from mnemic.bench.experiments import Silent
 from mnemic.bench.results import Record, problems
 from mnemic.memories.knn_lm import KNNLMConfig
 from runs import characters, prose
-from test_benchmarks import script
 
 BLOCK, LENGTH = 16, 128
 TEXTS = [("one", prose(3_000, 1)), ("two", prose(3_000, 2)), ("three", prose(3_000, 3))]
@@ -24,7 +24,7 @@ CONFIG = KNNLMConfig(segment_length=BLOCK, window=2 * BLOCK, size=LENGTH, top_k=
 
 @pytest.fixture
 def bench(monkeypatch):
-    module = script("knn_lm")
+    module = importlib.import_module("knn_lm")
     for its in (module, sys.modules["recall_perplexity"]):
         monkeypatch.setattr(its, "BLOCK", BLOCK)
     for name, few in (("RATES", [0.2, 0.5]), ("TEMPERATURES", [0.05, 0.5]), ("SENTINELS", [0.1, 0.5])):

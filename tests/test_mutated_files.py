@@ -1,6 +1,6 @@
 """Files that are damaged, or made by somebody who writes the checksum too: a clear error, and nothing has changed.
 
-`mnemic bench mutated-files` runs ten thousand of them.
+`benchmarks/mutated_files.py` runs ten thousand of them.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import random
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import mnemic
+import mutated_files as mutations
 from helpers import CONFIGS, SEGMENT, every_kind, host, tokens
 from mnemic.attachment import WEIGHTS_FILE
-from mnemic.bench import mutations
-from mnemic.bench.mutations import OF_ADAPTERS, OF_SESSIONS, mutated_files, seal
 from mnemic.state import from_bytes
-from test_store import command
+from mutated_files import OF_ADAPTERS, OF_SESSIONS, mutated_files, seal
 
 
 def test_none_of_many_wrong_files_is_loaded(tmp_path):
@@ -213,10 +213,11 @@ def test_damage_is_repeatable(tmp_path):
 
 
 def test_the_command(tmp_path):
-    from mnemic.analysis.report import tables
-
-    found = command("bench", "mutated-files", "--files", 24, "--out", tmp_path)
+    found = CliRunner().invoke(mutations.app, ["--files", "24", "--out", str(tmp_path)])
     assert found.exit_code == 0, found.output
     assert "refused with a clear error: 24 of 24" in found.output
-    assert "24 of 24 refused with a `StateError`, 0 loaded, 0 crashed, 0 changed" in tables(tmp_path)["mutated-files"]
+    assert (
+        "24 of 24 refused with a `StateError`, 0 loaded, 0 crashed, 0 changed"
+        in mutations.tables(tmp_path)["mutated-files"]
+    )
     assert not (tmp_path / WEIGHTS_FILE).exists()

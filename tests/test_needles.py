@@ -22,7 +22,6 @@ from mnemic.bench.retrieving import bm25
 from mnemic.memories.recall import RecallConfig
 from mnemic.texts import plain
 from runs import characters
-from test_benchmarks import script
 
 WINDOW, SEED = 16, 3
 LENGTHS = {"apart": 180, "prose": 180, "five-depths": 700, "multi-4": 600, "multi-16": 2400, "multi-query": 600}
@@ -43,7 +42,7 @@ TEXTS = [("one", novel(1)), ("two", novel(2))]
 
 @pytest.fixture(scope="module")
 def needles():
-    return script("needles")
+    return importlib.import_module("needles")
 
 
 @pytest.fixture(scope="module")

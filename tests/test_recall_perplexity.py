@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,6 @@ from mnemic.bench.experiments import Silent
 from mnemic.bench.results import Record, problems
 from mnemic.memories.recall import RecallConfig
 from runs import characters, prose
-from test_benchmarks import script
 
 WINDOW, BLOCK = 32, 16
 TEXTS = [("one", prose(3_000, 1)), ("two", prose(3_000, 2)), ("short", prose(100, 3))]
@@ -20,7 +21,7 @@ TEXTS = [("one", prose(3_000, 1)), ("two", prose(3_000, 2)), ("short", prose(100
 
 @pytest.fixture
 def perplexity(monkeypatch):
-    module = script("recall_perplexity")
+    module = importlib.import_module("recall_perplexity")
     monkeypatch.setattr(module, "BLOCK", BLOCK)
     return module
 

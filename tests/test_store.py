@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 import mnemic
 from families import make
 from helpers import CONFIGS, SEGMENT, assert_equal_stream, host, shake, tokens, trained
-from mnemic.bench.store import counts_of, tally
 from mnemic.cli import app
 from mnemic.store import LONGEST_NAME, Conflict, NotStored, SessionStore, StoreError
+from store import counts_of, tally
 
 pytestmark = pytest.mark.small  # what is tested of the oldest and newest SQLAlchemy and psycopg
 

@@ -7,12 +7,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from typer.testing import CliRunner
 
+import store as bench
 from families import make
 from mnemic import tables
-from mnemic.bench.store import children, counts_of, crowd, kill_while_putting, kill_while_saving, tally, thousand
 from mnemic.store import Conflict, SessionStore
-from test_store import command
+from store import children, counts_of, crowd, kill_while_putting, kill_while_saving, tally, thousand
 
 pytestmark = pytest.mark.small  # what is tested of the oldest and newest SQLAlchemy and psycopg
 
@@ -139,16 +140,15 @@ def test_what_shows_a_lost_or_half_written_session(file_store):
 
 def test_the_measurement(tmp_path, monkeypatch):
     """The benchmark at its smallest: what it writes is what the tables are made of."""
-    from mnemic.analysis.report import tables
-
-    monkeypatch.setattr("mnemic.bench.store.gpt2_small", lambda: make("gpt2"))
+    monkeypatch.setattr(bench, "gpt2_small", lambda: make("gpt2"))
     cost = thousand(f"sqlite:///{tmp_path / 'cost.db'}", 3)
     assert cost["bytes of the state"] == 64 * 256 * 4
     assert cost["bytes of a session"] > cost["bytes of the state"]
     assert 0 < cost["load ms"]["median"] < cost["load and save ms"]["median"]
-    monkeypatch.setattr("mnemic.bench.store.thousand", lambda *_, **__: cost)
-    found = command("bench", "store", "--kills", 1, "--writers", 2, "--rounds", 2, "--out", tmp_path / "results")
+    monkeypatch.setattr(bench, "thousand", lambda *_, **__: cost)
+    words = ["--kills", "1", "--writers", "2", "--rounds", "2", "--out", str(tmp_path / "results")]
+    found = CliRunner().invoke(bench.app, words)
     assert found.exit_code == 0, found.output
-    made = tables(tmp_path / "results")
+    made = bench.tables(tmp_path / "results")
     assert "3 sessions of a memory of 64 slots of 256" in made["store-cost"]
     assert "| SQLite | 1 | 0 | 0 | 0 | 2 x 2 |" in made["store-crowds"]

@@ -17,8 +17,8 @@ import mnemic
 from families import make
 from helpers import CONFIGS, SEGMENT, assert_equal_stream, every_kind, host, tokens
 from mnemic.attachment import CONFIG_FILE, WEIGHTS_FILE
-from mnemic.bench.store import tally
 from mnemic.state import META_LIMIT, from_bytes, to_bytes
+from store import tally
 
 EMT = CONFIGS["emt-0"]
 

@@ -1,4 +1,4 @@
-"""The settings of the published runs: what `mnemic demo` and `mnemic bench recall-*` do."""
+"""The settings of the published runs: what `mnemic demo` and `benchmarks/recall_facts.py` do."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mnemic.bench.experiments import Experiment, Recipe, Reporter, symbol_base
 from mnemic.bench.recall import test_places
-from mnemic.bench.sorting import Recipe as SortingRecipe
-from mnemic.bench.sorting import SortingExperiment, sorting_config
 from mnemic.memories.emt import EMTConfig
 from mnemic.tasks.facts import LanguageRecall, SymbolRecall
 
@@ -100,8 +98,3 @@ def read_text(path: Path, most: int = 4_000_000) -> str:
             assert file is not None
             parts.append(file.read().decode(errors="replace")[5_000 : 5_000 + most // len(members)])
     return "\n".join(parts)
-
-
-def sorting_experiment(seed: int, rule: str, lengths: Sequence[int], rows: int) -> SortingExperiment:
-    """Memoria with the paper's sizes for sorting, 256 symbols a segment, trained on prompts of up to four segments."""
-    return SortingExperiment(sorting_config(rule=rule), SortingRecipe(), tuple(lengths), rows=rows, seed=seed)

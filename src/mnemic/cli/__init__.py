@@ -1,4 +1,4 @@
-"""The command line: `mnemic chat | fetch | demo | list | bench | analyse | inspect | store | report`."""
+"""The command line: `mnemic chat | train | fetch | demo | list | bench | tasks | inspect | store | report`."""
 
 from mnemic.cli.main import app
 

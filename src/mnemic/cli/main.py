@@ -5,24 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import track
 
-import mnemic.cli.memoria  # noqa: F401, its commands join `bench`
-from mnemic.cli.analyse import analyse
-from mnemic.cli.bench import bench
-from mnemic.cli.capacity import capacity
 from mnemic.cli.chat import chat
 from mnemic.cli.fetch import fetch
 from mnemic.cli.inspect import inspect, look_inside
-from mnemic.cli.peers import peers
 from mnemic.cli.show import Show, console, listing, need
-from mnemic.cli.store import bench_mutated_files, bench_store, store_app
+from mnemic.cli.store import store_app
+from mnemic.cli.suite import suite
 from mnemic.cli.tasks import tasks_app
 from mnemic.cli.train import train
 
@@ -32,12 +25,7 @@ app = typer.Typer(
 
 RESEARCH = "Research"
 
-bench.command("capacity")(capacity)
-bench.command("peers")(peers)
-bench.command("store")(bench_store)
-bench.command("mutated-files")(bench_mutated_files)
-app.add_typer(bench, name="bench", rich_help_panel=RESEARCH)
-app.add_typer(analyse, name="analyse", rich_help_panel=RESEARCH)
+app.command("bench", rich_help_panel=RESEARCH)(suite)
 app.add_typer(tasks_app, name="tasks", rich_help_panel=RESEARCH)
 app.add_typer(store_app, name="store")
 app.command()(chat)
@@ -118,57 +106,8 @@ def list_mechanisms() -> None:
 
 
 @app.command(rich_help_panel=RESEARCH)
-def report(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Result files of yours: prints their tables, and writes nothing.")
-    ] = None,
-    results: Annotated[Path, typer.Option(help="Without a folder: the result files of the documentation.")] = Path(
-        "results"
-    ),
-    root: Annotated[Path, typer.Option(help="Without a folder: where README.md and docs/ are.")] = Path(),
-    check: Annotated[bool, typer.Option(help="Change nothing; fail if something would change.")] = False,
-) -> None:
-    """Prints the tables of result files, controls and floors beside every score; or writes those of the documentation.
+def report(folder: Annotated[Path, typer.Argument(help="Result files of yours.")]) -> None:
+    """Prints the tables of result files, controls and floors beside every score. A file that was edited is refused."""
+    from mnemic.cli.results import print_results
 
-    A result file that was edited is refused.
-    """
-    if folder is not None:
-        from mnemic.cli.results import print_results
-
-        print_results(folder)
-        return
-    from mnemic.cli.results import refuse_edited
-
-    if not (root / "docs").is_dir() or not results.is_dir():
-        raise typer.BadParameter(f"{root.absolute()} has no docs/ and results/ to write; name a folder of result files")
-    if not check:
-        need("matplotlib")
-    from mnemic.analysis.capacity import picture as capacity_picture
-    from mnemic.analysis.curves import recall_curve
-    from mnemic.analysis.report import fill, tables
-    from mnemic.analysis.suite_pictures import draw_suite
-    from mnemic.analysis.suite_tables import suites
-    from mnemic.bench.results import records
-
-    refuse_edited(results)
-    made = tables(results)
-    pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
-    changed = [page for page in pages if page.is_file() and fill(page, made, write=not check)]
-    pictures: list[Callable[[], object]] = []
-    for task, picture, title in (
-        ("recall-symbols", "recall.png", "EMT on a frozen GPT-2 with a window of 32 tokens"),
-        ("recall-language", "recall-language.png", "EMT on a frozen Llama of 260K parameters, window of 64 tokens"),
-    ):
-        if not check and (found := records(results, task)):
-            pictures.append(partial(recall_curve, found, root / "docs" / "images" / picture, title))
-    if not check and (found := records(results, "capacity")):
-        pictures.append(partial(capacity_picture, found, root / "docs" / "images" / "capacity.png"))
-    if not check:
-        for name, found in suites(results).items():
-            pictures.append(partial(draw_suite, found, root / "docs" / "images", name))
-    for draw in track(pictures, "pictures", console=console, transient=True, disable=not console.is_terminal):
-        draw()
-    for page in changed:
-        console.print(("stale: " if check else "wrote: ") + str(page))
-    if check and changed:
-        raise typer.Exit(1)
+    print_results(folder)

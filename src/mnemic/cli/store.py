@@ -1,10 +1,8 @@
-"""`mnemic store`: the sessions of a store, from the terminal; and `mnemic bench store`."""
+"""`mnemic store`: the sessions of a store, from the terminal."""
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,8 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from mnemic.cli.bench import Out
-from mnemic.cli.show import Show, Table, console, listing
+from mnemic.cli.show import Table, console, listing
 
 if TYPE_CHECKING:
     from mnemic.store import Entry, SessionStore
@@ -120,67 +117,3 @@ def _plain(value: Any) -> Text:
 def _removed(entry: Entry) -> Text:
     size = f"{entry.nbytes:,} bytes, of which {entry.freed:,} are free now"
     return Text.assemble("removed ", _plain(entry.name), f", version {entry.version}, {size}")
-
-
-def bench_store(
-    kills: Annotated[int, typer.Option(min=1, help="Writers killed.")] = 200,
-    writers: Annotated[int, typer.Option(min=1, help="Processes that write at once.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Puts and gets of each.")] = 500,
-    sessions: Annotated[int, typer.Option(min=1, help="Sessions to load and save.")] = 1000,
-    postgres: Annotated[
-        str | None, typer.Option(envvar="MNEMIC_POSTGRES", help="A PostgreSQL server: postgresql+psycopg://...")
-    ] = None,
-    out: Out = Path("results"),
-) -> None:
-    """Stores and folders: writers killed, writers in a crowd, and what it costs to load and save a session."""
-    from mnemic.bench import store as measure
-
-    seconds: dict[str, float] = {}
-    measures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, Show("") as progress:
-        url = f"sqlite:///{folder}/store.db"
-
-        def timed(name: str, total: int, function: Any, *arguments: Any) -> Any:
-            progress.phase(name, total)
-            begun = time.perf_counter()
-            found = function(*arguments, progress=progress.advance)
-            seconds[name] = time.perf_counter() - begun
-            return found
-
-        measures["cost"] = timed("load and save", 2 * sessions, measure.thousand, url, sessions)
-        measures["cost"]["bytes of the database"] = measure.file_bytes(url)
-        for name, where in {"SQLite": url, "PostgreSQL": postgres}.items():
-            if where is not None:
-                found = timed(f"kills, {name}", kills, measure.kill_while_putting, where, kills)
-                measures[f"kills, {name}"] = dataclasses.asdict(found)
-                found = timed(f"crowd, {name}", writers * rounds, measure.crowd, where, writers, rounds)
-                measures[f"crowd, {name}"] = dataclasses.asdict(found)
-        found = timed("kills, a folder", kills, measure.kill_while_saving, f"{folder}/saved", kills)
-        measures["kills, a folder"] = dataclasses.asdict(found)
-    for name, found in measures.items():
-        console.print(f"{name}: {found}", highlight=False, soft_wrap=True)
-    record = measure.record(measures, 0, seconds)
-    record.command = f"mnemic bench store --kills {kills} --writers {writers} --rounds {rounds} --sessions {sessions}"
-    console.print(f"results {record.save(out, 'store.json')}")
-
-
-def bench_mutated_files(
-    files: Annotated[int, typer.Option(min=1, help="Wrong files, half sessions and half adapters.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Of the damage.")] = 0,
-    out: Out = Path("results"),
-) -> None:
-    """Sessions and adapters that are damaged or made by hand, their checksums with them: what of them is loaded?"""
-    from mnemic.bench.mutations import mutated_files
-    from mnemic.bench.results import Record
-
-    begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, Show("") as progress:
-        progress.phase("wrong files", files)
-        found = mutated_files(files, Path(folder), seed, progress.advance)
-    measures = {"files": found.files, "sum": sum(found.refused.values()), **dataclasses.asdict(found)}
-    for label in ("loaded", "crashed", "changed"):
-        console.print(f"{label}: {len(measures[label]):,} {measures[label][:5]}", highlight=False, soft_wrap=True)
-    console.print(f"refused with a clear error: {measures['sum']:,} of {found.files:,}; slowest {found.slowest:.2f} s")
-    record = Record("mutated-files", "all", "Llama, 2 blocks, width 64, random weights", seed, {}, measures=measures)
-    record.seconds = {"all": time.perf_counter() - begun}
-    console.print(f"results {record.save(out, 'mutated-files.json')}")

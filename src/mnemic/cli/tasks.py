@@ -227,8 +227,6 @@ def answers(task: Task, examples: Examples, row: int = 0) -> Table:
 
 def floors_table(tasks: Sequence[Task], scores: Sequence[Score]) -> Table:
     """Floors in rows, settings in columns."""
-    from mnemic.analysis.tasks_tables import floor_name, shown
-
     settings = [task.settings() for task in tasks]
     varied = [key for key in settings[0] if len({str(each[key]) for each in settings}) > 1] or [tasks[0].axis]
     metric = getattr(tasks[0], "metric", "%")
@@ -243,3 +241,13 @@ def floors_table(tasks: Sequence[Task], scores: Sequence[Score]) -> Table:
     if any(score.ceiling is not None for score in scores):
         table.add_row("oracle", *(shown(score.ceiling, metric) for score in scores), style="bold")
     return table
+
+
+def shown(value: float | None, metric: str) -> str:
+    """A floor as it is printed."""
+    return "-" if value is None else f"{100 * value:.1f}" if metric == "%" else f"{value:.3f}"
+
+
+def floor_name(floor: str) -> str:
+    """A floor's name without its size, which differs from row to row."""
+    return "sample of a segment" if floor.startswith("sample of ") and floor.endswith(" tokens") else floor

@@ -2,6 +2,8 @@
 
 Children come from a server that has imported everything once and started nothing else, so they start fast, and what is
 killed is a process like any other.
+
+    python benchmarks/store.py --kills 200 --out results
 """
 
 from __future__ import annotations
@@ -11,30 +13,38 @@ import os
 import random
 import signal
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import sqlalchemy as sql
 import torch
+import typer
 
-from mnemic import folders, tables
+from mnemic import folders
+from mnemic import tables as kept_in
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.attachment import attach
 from mnemic.bank import LEAST
-from mnemic.bench.cost import gpt2_small
-from mnemic.bench.results import Record
+from mnemic.bench.results import Record, records
 from mnemic.checks import check_kept
 from mnemic.chunks import cut_file, joined
+from mnemic.cli.show import Show, console
 from mnemic.memories.emt import EMTConfig
 from mnemic.session import Session, Stored
 from mnemic.state import State, from_bytes, to_bytes
 from mnemic.store import Conflict, SessionStore
+from scripts import Out, launch, saved, today
+from timing import gpt2_small
 
 SLOTS, DIM = 64, 256
 """The shape of what is stored."""
+LOADED = ("mnemic.session", "mnemic.store", "mnemic.memories.emt", "mnemic.bench.results", "mnemic.cli.show", "typer")
+"""What children of a server have: what its environment finds, for in Python 3.11 it does not know where scripts lie."""
 Progress = Callable[[int], None]
 
 
@@ -45,7 +55,7 @@ def quiet(_: int) -> None:
 def children() -> Any:
     """Where processes come from that have mnemic imported and hold nothing of this one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mnemic.bench.store"])
+    context.set_forkserver_preload(["__main__", *LOADED, "transformers.models.gpt2.modeling_gpt2"])
     return context
 
 
@@ -125,8 +135,8 @@ def kill_while_putting(url: str, kills: int, seed: int = 0, progress: Progress =
     with SessionStore(url) as store:
         store.delete("killed")
         with store.transaction() as connection:
-            orphans = ~tables.chunks.c.digest.in_(sql.select(tables.held.c.digest))
-            found.left = len(connection.execute(sql.select(tables.chunks.c.digest).where(orphans)).all())
+            orphans = ~kept_in.chunks.c.digest.in_(sql.select(kept_in.held.c.digest))
+            found.left = len(connection.execute(sql.select(kept_in.chunks.c.digest).where(orphans)).all())
     return found
 
 
@@ -355,3 +365,102 @@ def record(measures: dict[str, Any], seed: int, seconds: dict[str, float]) -> Re
         state_bytes=cost["bytes of the state"],
         seconds=seconds,
     )
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def cost(found: Sequence[Record]) -> str:
+    """Milliseconds to load and save a session, and its bytes."""
+    if not found:
+        return missing("the store")
+    m = found[0].measures["cost"]
+    rows = [
+        [name.removesuffix(" ms"), *(f"{m[name][which]:.2f}" for which in ("median", "p95"))]
+        for name in ("load ms", "save ms", "load and save ms")
+    ]
+    note = (
+        f"{m['sessions']:,} sessions of a memory of {m['config']['slots']} slots of {m['config']['dim']} in SQLite; "
+        f"host: {found[0].host}. The memory's state has {m['bytes of the state']:,} bytes, a session's file "
+        f"{m['bytes of a session']:,.0f}, the database {m['bytes of the database'] / m['sessions']:,.0f} for each. "
+        f"Made by `{found[0].command}` on {found[0].machine['cores']} {found[0].machine['processor']} cores."
+    )
+    return markdown(["", "median, ms", "95 % within, ms"], rows) + "\n\n" + note
+
+
+def crowds(found: Sequence[Record]) -> str:
+    """What came of kills and of many writers, for each database, and of kills for a folder."""
+    if not found:
+        return missing("the store")
+    m, header, rows = found[0].measures, ["where", "kills", "lost", "half written", "chunks left"], []
+    header += ["writers x rounds", "updates", "refused", "missing", "read wrong", "puts a second"]
+    for name in ("SQLite", "PostgreSQL", "a folder"):
+        if f"kills, {name}" not in m:
+            continue
+        kills, crowd = m[f"kills, {name}"], m.get(f"crowd, {name}")
+        told = [kills["kills"], kills["lost"], kills["half_written"], kills["left"]]
+        if crowd is not None:
+            puts = (crowd["writers"] * crowd["rounds"] + crowd["accepted"]) / crowd["seconds"]
+            told += [f"{crowd['writers']} x {crowd['rounds']}", crowd["accepted"], crowd["refused"]]
+            told += [crowd["missing"], crowd["wrong"], f"{puts:,.0f}"]
+        rows.append([name, *map(str, told), *["-"] * (len(header) - 1 - len(told))])
+    return markdown(header, rows) + f"\n\nMade by `{found[0].command}`."
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The tables of the page, by name."""
+    found = today(records(results, "store"), "bench store", "store.py")
+    return {"store-cost": cost(found), "store-crowds": crowds(found)}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    kills: Annotated[int, typer.Option(min=1, help="Writers killed.")] = 200,
+    writers: Annotated[int, typer.Option(min=1, help="Processes that write at once.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Puts and gets of each.")] = 500,
+    sessions: Annotated[int, typer.Option(min=1, help="Sessions to load and save.")] = 1000,
+    postgres: Annotated[
+        str | None, typer.Option(envvar="MNEMIC_POSTGRES", help="A PostgreSQL server: postgresql+psycopg://...")
+    ] = None,
+    out: Out = Path("results"),
+) -> None:
+    """Stores and folders: writers killed, writers in a crowd, and what it costs to load and save a session."""
+    seconds: dict[str, float] = {}
+    measures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, Show("") as progress:
+        url = f"sqlite:///{folder}/store.db"
+
+        def timed(name: str, total: int, function: Any, *arguments: Any) -> Any:
+            progress.phase(name, total)
+            begun = time.perf_counter()
+            found = function(*arguments, progress=progress.advance)
+            seconds[name] = time.perf_counter() - begun
+            return found
+
+        measures["cost"] = timed("load and save", 2 * sessions, thousand, url, sessions)
+        measures["cost"]["bytes of the database"] = file_bytes(url)
+        for name, where in {"SQLite": url, "PostgreSQL": postgres}.items():
+            if where is not None:
+                found = timed(f"kills, {name}", kills, kill_while_putting, where, kills)
+                measures[f"kills, {name}"] = asdict(found)
+                found = timed(f"crowd, {name}", writers * rounds, crowd, where, writers, rounds)
+                measures[f"crowd, {name}"] = asdict(found)
+        found = timed("kills, a folder", kills, kill_while_saving, f"{folder}/saved", kills)
+        measures["kills, a folder"] = asdict(found)
+    for name, found in measures.items():
+        console.print(f"{name}: {found}", highlight=False, soft_wrap=True)
+    made = record(measures, 0, seconds)
+    # without the server's address
+    made.command = (
+        f"python benchmarks/store.py --kills {kills} --writers {writers} --rounds {rounds} --sessions {sessions}"
+    )
+    saved(made, out, "store.json")
+
+
+if __name__ == "__main__":
+    launch(app)

@@ -3,12 +3,13 @@
 Steps of the two sides of a pair alternate in one process, so that what a machine does meanwhile touches both, and what
 is reported is the median of their ratios: of time on the wall, and of time on the processors, which other programs
 touch less. The peak of memory of each side is taken in a process of its own.
+
+    python benchmarks/peers.py --pair NAME --shape small,wide --out results
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,13 +18,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from mnemic.bench.cost import Progress, ratio, seconds_of
-from mnemic.bench.pairs import PAIRS, SHAPES, TINY, Pair, Shape
-from mnemic.bench.results import Record
+from mnemic.analysis.markdown import markdown, missing
+from mnemic.bench.results import Record, records
+from mnemic.cli.show import console
+from peers_pairs import PAIRS, SHAPES, TINY, Pair, Shape
+from scripts import Out, launch, numbers, saved, shown, today
+from timing import Progress, held_at_most, ratio, seconds_of
 
 
 def compare(pair: Pair, shape: Shape, threads: Sequence[int], runs: int) -> dict[str, Any]:
@@ -72,30 +77,20 @@ def peak_bytes(name: str, side: str, shape: Shape, steps: int = 3) -> int:
     with suppress(OSError):
         # on Linux: forget the peak of what was before
         Path("/proc/self/clear_refs").write_text("5")
-    base = _peak()
+    base = held_at_most()
     for _ in range(steps):
         made.step()
-    return _peak() - base
-
-
-def _peak() -> int:
-    """The most bytes that this process has held. What `getrusage` says is not that on Linux: a process that was started
-    by a larger one begins with the peak of that.
-    """
-    with suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return held_at_most() - base
 
 
 def peak_apart(name: str, side: str, shape: Shape, threads: int) -> int:
     """`peak_bytes` in a new process."""
     program = (
-        "import json, sys; import torch; from mnemic.bench import peers as p; "
-        "name, side, shape, threads = sys.argv[1:]; "
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import torch; import peers as p; "
+        "name, side, shape, threads = sys.argv[2:]; "
         "torch.set_num_threads(int(threads)); print(p.peak_bytes(name, side, p.Shape(**json.loads(shape))))"
     )
-    arguments = [name, side, json.dumps(asdict(shape)), str(threads)]
+    arguments = [str(Path(__file__).parent), name, side, json.dumps(asdict(shape)), str(threads)]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name}, {side}, failed in its process:\n{done.stderr[-2000:]}")
@@ -143,3 +138,110 @@ def peers(
     record = Record("peers", "all", host, 0, config)
     record.measures = {"pairs": found, "skipped": skipped}
     return record
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def cells(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, a pair at a shape each: package / ours in parameters, time and peak of memory."""
+    threads = record.config["threads"]
+    header = ["pair", "shape", "parameters, M", f"ms, {_threads(threads[0])}"]
+    header += [f"times faster, {_threads(count)}" for count in threads]
+    header += ["peak, MiB", "our peak / theirs"]
+    rows = []
+    for label in record.config["shapes"]:
+        for name, pair in record.measures["pairs"].items():
+            found = pair["shapes"][label]
+            first = found["threads"][str(threads[0])]["ms"]
+            size, peak = found["parameters"], found["peak bytes"]
+            rows.append(
+                [
+                    name,
+                    label,
+                    f"{size['package'] / 1e6:.2f} / {size['ours'] / 1e6:.2f}" if size["ours"] else "none",
+                    f"{first['package']:,.0f} / {first['ours']:,.0f}",
+                    *(_faster(found["threads"][str(count)]) for count in threads),
+                    f"{peak['package'] / 2**20:,.0f} / {peak['ours'] / 2**20:,.0f}",
+                    f"{peak['ours / package']:.2f}",
+                ]
+            )
+    return header, rows
+
+
+def table(records: Sequence[Record]) -> str:
+    """The table for the documentation: times, and how they were made."""
+    if not records:
+        return missing("the packages")
+    record = records[0]
+    sentences = [
+        "A pair of numbers is the package's / ours. Times faster: the median of the ratios of "
+        f"{record.config['runs']} alternating steps, with the least and the most.",
+        *(f"{_shape(label, shape)}." for label, shape in record.config["shapes"].items()),
+        *(f"`{name}` was skipped: {reason}." for name, reason in record.measures["skipped"].items()),
+        f"Made by `{record.command}` on {record.machine['cores']} {record.machine['processor']} cores with torch "
+        f"{record.versions['torch']} and transformers {record.versions['transformers']}.",
+    ]
+    return markdown(*cells(record)) + "\n\n" + " ".join(sentences)
+
+
+def table_of_pairs(records: Sequence[Record]) -> str:
+    """What stands against what, and what differs."""
+    if not records:
+        return missing("the packages")
+    rows = [
+        [name, f"{pair['package']} {pair['version']}", f"{pair['mechanism']}; {pair['scope']}", pair["differs"]]
+        for name, pair in records[0].measures["pairs"].items()
+    ]
+    return markdown(["pair", "package", "ours", "what differs"], rows)
+
+
+def _faster(found: dict[str, Any]) -> str:
+    wall = found["package / ours"]
+    return f"**{wall['median']:.2f}** ({wall['least']:.2f}-{wall['most']:.2f})"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def _shape(label: str, shape: dict[str, int]) -> str:
+    return (
+        f"*{label}*: batch {shape['batch']}, {shape['segments']} segments of {shape['segment']} tokens, "
+        f"width {shape['width']}, {shape['depth']} blocks, {shape['heads']} heads, vocabulary {shape['vocabulary']}, "
+        f"{shape['slots']} memory slots"
+    )
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The tables of the page, by name."""
+    found = today(records(results, "peers"), "bench peers", "peers.py")
+    return {"peers": table(found), "peers-pairs": table_of_pairs(found)}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    pair: Annotated[str, typer.Option(help="Some of the pairs, separated by commas; all by default.")] = "",
+    shape: Annotated[str, typer.Option(help="small, wide, or both, separated by a comma.")] = "small,wide",
+    threads: Annotated[str, typer.Option(help="Numbers of threads for PyTorch, separated by commas.")] = "2,1",
+    runs: Annotated[int, typer.Option(min=1, help="Counted steps of each side.")] = 9,
+    out: Out = Path("results"),
+) -> None:
+    """A training step beside public packages of the same mechanisms (extra: peers): time, and peak of memory."""
+    names, shapes = ([word for word in text.split(",") if word] for text in (pair, shape))
+    try:
+        record = peers(console.print, names, shapes, numbers(threads), runs)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    header, rows = cells(record)
+    shown("package / ours", header, [[cell.replace("*", "") for cell in row] for row in rows])
+    saved(record, out, "peers.json")
+
+
+if __name__ == "__main__":
+    launch(app)

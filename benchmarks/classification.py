@@ -23,16 +23,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+import typer
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from mnemic.analysis.markdown import markdown, missing, spread
 from mnemic.bench.experiments import Reporter, Silent
-from mnemic.bench.results import Record, Score
+from mnemic.bench.results import Record, Score, records
+from mnemic.cli.show import Show, Table, console
 from mnemic.controls import apart, parts
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.memory import Memory, MemoryConfig, Site
@@ -40,6 +43,7 @@ from mnemic.state import read_file, write_file
 from mnemic.stream import Stream
 from mnemic.tasks.base import generator
 from mnemic.tasks.documents import Split, hyperpartisan, macro_f1, split
+from scripts import Checkpoints, Out, Seeds, launch, numbers, saved, today
 
 Way = Literal["memory", "other article", "empty"]
 WAYS: tuple[Way, ...] = ("memory", "other article", "empty")
@@ -419,3 +423,58 @@ def published(model: str) -> Experiment:
         read_layers=[-1],
     )
     return Experiment(config, Recipe(), model)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def table(found: Sequence[Record]) -> str:
+    """Hyperpartisan news: macro F1 and accuracy over seeds."""
+    rows = []
+    for name in found[0].measures["macro F1"]:
+        f1, accuracy = ([record.measures[key][name] for record in found] for key in ("macro F1", "accuracy"))
+        rows.append([name, spread(f1), spread(accuracy)])
+    rows.append(["*most frequent class*", spread([r.scores[0].floors["most frequent class"] for r in found]), ""])
+    command = found[0].command.split(" --out")[0]
+    return markdown(["classifier", "macro F1, %", "accuracy, %"], rows) + (
+        f"\n\n{found[0].host}; {len(found)} seeds, each its own split; mean and, in brackets, least and most. Made by "
+        f"`{command}`."
+    )
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    found = today(records(results, "hyperpartisan"), "bench classify", "classification.py")
+    return {"memoria-classification": table(found) if found else missing("memoria-classification")}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="An encoder: local folder or hub id.")],
+    articles: Annotated[Path, typer.Option(help="The archive or folder of SemEval-2019 task 4, by article.")],
+    seeds: Seeds = "0,1,2,3,4",
+    out: Out = Path("results"),
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Hyperpartisan news with Memoria on a frozen encoder, beside the encoder cut at its window: macro F1."""
+    experiment = published(model)
+    with Show("hyperpartisan") as show:
+        encoded = experiment.encode(articles, show, checkpoints / "articles.safetensors" if checkpoints else None)
+        made = []
+        for seed in numbers(seeds):
+            made.append(experiment.run(encoded, seed, show))
+            saved(made[-1], out)
+    table = Table("macro F1", *(f"seed {record.seed}" for record in made), "mean")
+    for name in made[0].measures["macro F1"]:
+        values = [record.measures["macro F1"][name] for record in made]
+        table.add_row(name, *(f"{value:.3f}" for value in values), f"{sum(values) / len(values):.3f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    launch(app)

@@ -2,6 +2,8 @@
 
 Some are damaged, some made by hand, and in most of them the checksum fits what was changed: whoever can write a file
 can write that too. None may be loaded, whatever it says.
+
+    python benchmarks/mutated_files.py --files 10000 --out results
 """
 
 from __future__ import annotations
@@ -11,22 +13,28 @@ import os
 import pickle
 import random
 import struct
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
+import typer
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.attachment import CONFIG_FILE, WEIGHTS_FILE, attach, attached, from_pretrained
+from mnemic.bench.results import Record, records
+from mnemic.cli.show import Show, console
 from mnemic.memories.settings import is_a
 from mnemic.memory import CONFIGS, MemoryConfig
 from mnemic.session import Session
 from mnemic.state import APART, FORMAT, FORMAT_APART, StateError, checksum, digest_of, from_bytes
+from scripts import Out, launch, saved, today
 
 SEGMENT = 8
 JUNK: tuple[Any, ...] = (
@@ -429,3 +437,56 @@ def _look(model: nn.Module) -> list[tuple[str, int, bool, float]]:
         (name, weight.data_ptr(), weight.requires_grad, float(weight.detach().double().sum()))
         for name, weight in weights.items()
     ]
+
+
+# --- table ------------------------------------------------------------------------------------------------------------
+
+
+def table(found: Sequence[Record]) -> str:
+    """Wrong files by how they came to be wrong."""
+    if not found:
+        return missing("wrong files")
+    m = found[0].measures
+    sorts = sorted({label.split(", ")[1] for label in m["refused"]})
+    rows = [
+        [sort, *(f"{m['refused'].get(f'{which}, {sort}', 0):,}" for which in ("session", "adapter"))] for sort in sorts
+    ]
+    note = (
+        f"{m['sum']:,} of {m['files']:,} refused with a `StateError`, {len(m['loaded'])} loaded, {len(m['crashed'])} "
+        f"crashed, {len(m['changed'])} changed anything. Made by `{found[0].command}`."
+    )
+    return markdown(["wrong by", "sessions refused", "adapters refused"], rows) + "\n\n" + note
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"mutated-files": table(today(records(results, "mutated-files"), "bench mutated-files", "mutated_files.py"))}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    files: Annotated[int, typer.Option(min=1, help="Wrong files, half sessions and half adapters.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of the damage.")] = 0,
+    out: Out = Path("results"),
+) -> None:
+    """Sessions and adapters that are damaged or made by hand, their checksums with them: what of them is loaded?"""
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, Show("") as progress:
+        progress.phase("wrong files", files)
+        found = mutated_files(files, Path(folder), seed, progress.advance)
+    measures = {"files": found.files, "sum": sum(found.refused.values()), **asdict(found)}
+    for label in ("loaded", "crashed", "changed"):
+        console.print(f"{label}: {len(measures[label]):,} {measures[label][:5]}", highlight=False, soft_wrap=True)
+    console.print(f"refused with a clear error: {measures['sum']:,} of {found.files:,}; slowest {found.slowest:.2f} s")
+    record = Record("mutated-files", "all", "Llama, 2 blocks, width 64, random weights", seed, {}, measures=measures)
+    record.seconds = {"all": time.perf_counter() - begun}
+    saved(record, out, "mutated-files.json")
+
+
+if __name__ == "__main__":
+    launch(app)

@@ -1,18 +1,27 @@
-"""Are the generators ever in the way? Tokens a second that each makes, beside those that a small model trains on."""
+"""Are the generators ever in the way? Tokens a second that each makes, beside those that a small model trains on.
+
+python benchmarks/generators.py --out results
+"""
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import typer
 from torch import nn
 
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.hosts import tiny_gpt2
-from mnemic.bench.results import Record
+from mnemic.bench.results import Record, records
+from mnemic.cli.show import Show, console
 from mnemic.tasks.base import TASKS, Task
+from scripts import Out, launch, saved, today
 
 
 def throughput(
@@ -84,3 +93,42 @@ def trained(rows: int, length: int, runs: int) -> float:
 
     once()
     return ids.numel() / statistics.median(once() for _ in range(runs))
+
+
+def table(record: Record) -> str:
+    """How fast streams are made, beside how fast a small model trains on them."""
+    measures = record.measures
+    rows = [
+        [f"`{name}`", f"{measures['tokens a second'][name]:,.0f}", f"{ratio:,.0f}"]
+        for name, ratio in sorted(measures["generator / model"].items(), key=lambda item: item[1])
+    ]
+    threads = record.machine["cores"]
+    return markdown(["task", "tokens a second", "times those a model trains on"], rows) + (
+        f"\n\nOne thread, default settings; the model ({record.host}) trains on "
+        f"{measures['model, tokens a second']:,.0f} tokens a second with {threads} threads. Made by `{record.command}`."
+    )
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    found = today(records(results, "generators"), "bench generators", "generators.py")
+    return {"generators": table(found[0]) if found else missing("the generators")}
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(out: Out = Path("results")) -> None:
+    """Tokens a second that every task makes, over those that a GPT-2 of 4 blocks and width 128 trains on."""
+
+    def report(name: str, value: float) -> None:
+        console.print(f"{name:<24} {value:>10,.1f}")
+
+    with Show("") as show:
+        record = throughput(report, threads=os.cpu_count() or 1, reporter=show)
+    saved(record, out, "generators.json")
+
+
+if __name__ == "__main__":
+    launch(app)

@@ -1,4 +1,4 @@
-"""The tables of the tasks' pages: their floors, from result files, and what there is, from the tasks themselves."""
+"""The tables of what is registered: mechanisms, and tasks with their floors, which `mnemic tasks floors` measures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.results import Record, records
+from mnemic.cli.tasks import floor_name, shown
+from mnemic.memories import CONFIGS
 from mnemic.tasks import TASKS
 
 FEW = 3
@@ -14,26 +16,20 @@ FEW = 3
 
 
 def tables(results: Path) -> dict[str, str]:
-    """Every table of these pages by name: `tasks`, `generators`, and `floors-NAME` for each task."""
+    """Every table by name: `mechanisms`, `tasks`, and `floors-NAME` for each task."""
     found = {record.task: record for record in records(results)}
     names = [f"floors-{name}" for name in sorted(TASKS)]
     made = {name: floors(found[name]) if name in found else missing(f"`{name}`") for name in names}
-    speed = generators(found["generators"]) if "generators" in found else missing("the generators")
-    return {"tasks": tasks(), "generators": speed} | made
+    return {"mechanisms": mechanisms(), "tasks": tasks()} | made
 
 
-def generators(record: Record) -> str:
-    """How fast streams are made, beside how fast a small model trains on them."""
-    measures = record.measures
-    rows = [
-        [f"`{name}`", f"{measures['tokens a second'][name]:,.0f}", f"{ratio:,.0f}"]
-        for name, ratio in sorted(measures["generator / model"].items(), key=lambda item: item[1])
-    ]
-    threads = record.machine["cores"]
-    return markdown(["task", "tokens a second", "times those a model trains on"], rows) + (
-        f"\n\nOne thread, default settings; the model ({record.host}) trains on "
-        f"{measures['model, tokens a second']:,.0f} tokens a second with {threads} threads. Made by `{record.command}`."
-    )
+def mechanisms() -> str:
+    """What is implemented."""
+    rows = []
+    for kind, config in sorted(CONFIGS.items()):
+        card = config.card
+        rows.append([f"`{kind}`", card.title, card.seam, card.trains, card.bytes_law, card.paper])
+    return markdown(["kind", "mechanism", "seam", "trains", "bytes a session", "source"], rows)
 
 
 def tasks() -> str:
@@ -66,16 +62,6 @@ def floors(record: Record) -> str:
     fixed = [f"`{key}` {_plain(each)}" for key, each in settings[0].items() if key not in varied and each is not None]
     note = f"In {metric}, {scores[0].examples:,} test streams" + ("; " + ", ".join(fixed)) * bool(fixed)
     return f"{markdown(columns, rows)}\n\n{note}. Made by `{record.command.split(' --out')[0]}`."
-
-
-def shown(value: float | None, metric: str) -> str:
-    """A floor as it is printed."""
-    return "-" if value is None else f"{100 * value:.1f}" if metric == "%" else f"{value:.3f}"
-
-
-def floor_name(floor: str) -> str:
-    """A floor's name without its size, which differs from row to row."""
-    return "sample of a segment" if floor.startswith("sample of ") and floor.endswith(" tokens") else floor
 
 
 def _plain(value: Any) -> str:

@@ -1,22 +1,31 @@
-"""The whitepaper's zero-shot mode measured: an untrained memory with random projections on a pretrained model."""
+"""The whitepaper's zero-shot mode measured: an untrained memory with random projections on a pretrained model.
+
+python benchmarks/zero_shot.py --model smollm2 --text FILE.txt --out results
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.attachment import Attachment, attach, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
-from mnemic.bench.results import Record
+from mnemic.bench.results import Record, records
+from mnemic.cli.models import CAUSAL, found
+from mnemic.cli.show import Show, console
 from mnemic.controls import zeroed
 from mnemic.host.arguments import with_cache
 from mnemic.memories.emt import EMTConfig
+from scripts import Out, launch, saved, today
 
 
 @torch.no_grad()
@@ -72,3 +81,38 @@ def measure(
         config=config.to_dict(),
         measures={"bits per token": results, "tokens": ids.shape[1]},
     )
+
+
+def table(found: Sequence[Record]) -> str:
+    """What an untrained memory with random projections does."""
+    if not found:
+        return missing("the zero-shot mode")
+    rows = [[name, f"{value:.4f}"] for name, value in found[0].measures["bits per token"].items()]
+    return markdown(["condition", "bits per token"], rows) + f"\n\nMade by `{found[0].command}`."
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"zero-shot": table(today(records(results, "zero-shot"), "bench zero-shot", "zero_shot.py"))}
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help=CAUSAL, callback=found)],
+    text: Annotated[Path, typer.Option(help="A text file.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to predict.")] = 32_768,
+    out: Out = Path("results"),
+) -> None:
+    """Does the whitepaper's untrained memory help? Bits a token with it, without it, and with controls."""
+    with Show("") as show:
+        record = measure(model, text, tokens, reporter=show)
+    for name, value in record.measures["bits per token"].items():
+        console.print(f"{name:<40} {value:.4f} bits per token")
+    saved(record, out, "zero-shot.json")
+
+
+if __name__ == "__main__":
+    launch(app)

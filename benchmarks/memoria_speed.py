@@ -1,33 +1,40 @@
-"""What Memoria costs: a step against the published package, growth with the number of engrams, an endless stream, and a
-forward pass against the base's.
+"""What a step of Memoria costs: against the published package, by the number of engrams, and in an endless stream.
 
 Every measurement runs in a process of its own, so that its peak of memory is its own. The package (`memoria-pytorch`,
 an extra) begins where our engine stands after the long-term memory has filled: the same engrams, counts, levels and
 lifespans, then the same input. So both are timed at the same size, and filling does not take the package an hour.
+
+    python benchmarks/memoria_speed.py step lm --out results
+    python benchmarks/memoria_speed.py growth
+    python benchmarks/memoria_speed.py graph
+    python benchmarks/memoria_speed.py stream --rule paper
 """
 
 from __future__ import annotations
 
 import json
 import math
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
-from mnemic.attachment import attach, memory_cache
-from mnemic.bench.cost import Progress, alternate, gpt2_small, ratio
-from mnemic.bench.results import Record
-from mnemic.host.arguments import with_cache
+from mnemic.analysis.markdown import markdown, missing
+from mnemic.bench.results import Record, records
+from mnemic.cli.show import console
 from mnemic.memories.memoria import MemoriaConfig, engrams, graph
 from mnemic.memories.memoria.remind import advance
 from mnemic.state import State, nbytes
+from scripts import Out, Threads, launch, saved, today
+from timing import Progress, alternate, held_at_most, resident_bytes
 
 SETTINGS: dict[str, tuple[MemoriaConfig, int, int]] = {
     "lm": (MemoriaConfig(), 768, 60),
@@ -70,7 +77,7 @@ def filled(config: MemoriaConfig, batch: int, width: int, steps: int) -> tuple[S
 
 def measure_ours(config: MemoriaConfig, batch: int, width: int, steps: int, runs: int) -> dict[str, Any]:
     """Milliseconds of our step after `steps` others, with sizes and the peak of memory."""
-    base = _peak()
+    base = held_at_most()
     state, source = filled(config, batch, width, steps)
     times = []
     for _ in range(runs):
@@ -86,7 +93,7 @@ def measure_ours(config: MemoriaConfig, batch: int, width: int, steps: int, runs
         "reminded long-term": (state["recalled"][:, config.reminded_stm :] >= 0).sum(1).float().mean().item(),
         "graph bytes": nbytes({name: state[name] for name in ("fired", "elders")}),
         "state bytes": nbytes(state),
-        "peak bytes": _peak() - base,
+        "peak bytes": held_at_most() - base,
     }
 
 
@@ -95,7 +102,7 @@ def measure_package(config: MemoriaConfig, batch: int, width: int, steps: int, r
     from memoria import EngramType, Memoria  # pyright: ignore[reportMissingImports]
     from memoria.engram import Engrams  # pyright: ignore[reportMissingImports]
 
-    base = _peak()
+    base = held_at_most()
     state, source = filled(config, batch, width, steps)
     long, short, working = engrams.level_masks(state)
     kinds = torch.full(long.shape, EngramType.NULL.value)
@@ -131,25 +138,21 @@ def measure_package(config: MemoriaConfig, batch: int, width: int, steps: int, r
         "engrams": theirs.engrams.memory_length,
         "long-term": theirs.engrams.longterm_memory_mask.sum(1).float().mean().item(),
         "graph bytes": table.numel() * table.element_size(),
-        "peak bytes": _peak() - base,
+        "peak bytes": held_at_most() - base,
     }
-
-
-def _peak() -> int:
-    """The most memory that this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def apart(function: str, **arguments: Any) -> dict[str, Any]:
     """The result of a function of this module in a new process."""
     program = (
-        "import json, sys; from mnemic.bench import memoria as m; from mnemic.memories.memoria import MemoriaConfig; "
+        "import json, sys; sys.path.insert(0, sys.argv.pop(1)); import memoria_speed as m; "
+        "from mnemic.memories.memoria import MemoriaConfig; "
         "import torch; a = json.loads(sys.argv[2]); torch.set_num_threads(a.pop('threads')); "
         "a['config'] = MemoriaConfig.from_dict(a['config']); print(json.dumps(getattr(m, sys.argv[1])(**a)))"
     )
     arguments["config"] = arguments["config"].to_dict()
-    values = json.dumps({"threads": torch.get_num_threads(), **arguments})
-    done = subprocess.run([sys.executable, "-c", program, function, values], capture_output=True, text=True)
+    folder, values = str(Path(__file__).parent), json.dumps({"threads": torch.get_num_threads(), **arguments})
+    done = subprocess.run([sys.executable, "-c", program, folder, function, values], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{function} failed in its process:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -299,7 +302,7 @@ def endless(rule: str, progress: Progress, steps: int = 100_000, width: int = 64
                     "oldest": int(state["step"]) - int(state["id"][0, 0] - 1) // config.working,
                     "reminded long-term": int((state["recalled"][0, config.reminded_stm :] >= 0).sum()),
                     "state bytes": nbytes(state),
-                    "resident bytes": resident(),
+                    "resident bytes": resident_bytes(),
                 }
             )
             times = []
@@ -309,44 +312,173 @@ def endless(rule: str, progress: Progress, steps: int = 100_000, width: int = 64
     return record
 
 
-def resident() -> int:
-    """Bytes this process holds now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-# --- a forward pass --------------------------------------------------------------------------------------------------
+def table_of_steps(found: Sequence[Record]) -> str:
+    """Our step against the package's."""
+    rows = []
+    for record in sorted(found, key=lambda r: (r.config["working"], r.measures["batch"])):
+        m = record.measures
+        for rule, title in (("paper", "paper's rule"), ("seeds", "random starts")):
+            ours, theirs = m[rule]["ours"], m[rule]["package"]
+            rows.append(
+                [
+                    record.task.removeprefix("memoria-step-").rpartition("-")[0],
+                    str(m["batch"]),
+                    title,
+                    f"{ours['engrams']:,}",
+                    f"{ours['reminded long-term']:.0f} of {record.config['reminded_ltm']}",
+                    f"{theirs['ms']:,.0f}",
+                    f"{ours['ms']:,.1f}",
+                    f"**{m[rule]['times faster']:.1f}**",
+                    f"{m[rule]['times faster, distance']:.1f}",
+                    f"1/{1 / m[rule]['graph bytes ratio']:,.0f}",
+                    f"1/{1 / m[rule]['peak bytes ratio']:,.1f}",
+                ]
+            )
+    header = ["setting", "batch", "reminding", "engrams", "long-term reminded", "package, ms", "ours, ms"]
+    header += ["times faster", "with `distance`", "graph's bytes", "peak of memory"]
+    machine = found[0].machine
+    return markdown(header, rows) + (
+        "\n\nMade by `python benchmarks/memoria_speed.py step` with memoria-pytorch 1.1.0, "
+        f"{machine['cores']} {machine['processor']} cores; medians of {found[0].measures['runs']} steps of the package "
+        "and three times as many of ours. The package compares by mean distance; with `distance` we do the same."
+    )
 
 
-@torch.no_grad()
-def overhead(
-    configs: dict[str, MemoriaConfig], *, batch: int = 8, tokens: int = 150, runs: int = 7, segments: int = 30
-) -> Record:
-    """Forward of a GPT-2-small shape over one segment with Memoria, its long-term memory filled, against without."""
-    measures: dict[str, Any] = {"batch": batch, "tokens": tokens, "runs": runs, "segments before": segments}
-    for name, config in configs.items():
-        model = gpt2_small()
-        torch.manual_seed(0)
-        attachment = attach(model, config.replace(segment_length=tokens))
-        ids = torch.randint(0, model.config.vocab_size, (batch, tokens))
-        cache = memory_cache(model, tokens)
-        state, source = filled(config, batch, model.config.hidden_size, segments)
-        stream = attachment.router.new_stream(batch, run(config, state, *next(source)))
+def table_of_growth(found: Sequence[Record]) -> str:
+    """A step by the number of engrams."""
+    m = found[0].measures
+    rows = []
+    for rule, title in (("paper", "paper's rule"), ("seeds", "random starts")):
+        cells = [f"{row['ms']:.1f} ms at {row['engrams']:,}" for row in m[rule]["rows"]]
+        rows.append([title, *cells, f"{m[rule]['exponent']:.2f}"])
+    header = ["reminding", *(f"alpha {alpha:g}" for alpha in m["paper"]["alphas"]), "exponent"]
+    return (
+        "Time of a step by the number of engrams (longer lives, all else equal), and the power with which it grows:\n\n"
+        + markdown(header, rows)
+        + f"\n\nMade by `{found[0].command}`: width 256, batch 8."
+    )
 
-        def with_memory(model: Any = model, cache: Any = cache, stream: Any = stream, ids: Tensor = ids) -> Any:
-            fresh = cache.fork()
-            fresh.memory.stream = stream
-            return model(ids, **with_cache(model, fresh))
 
-        def base(model: Any = model, attachment: Any = attachment, ids: Tensor = ids) -> Any:
-            with attachment.disabled():
-                return model(ids, use_cache=True)
+def table_of_graphs(found: Sequence[Record]) -> str:
+    """Three ways to keep counts."""
+    m = found[0].measures
+    titles = {"bits": "bits of who fired when (ours)", "table": "table of all pairs", "pairs": "list of pairs"}
+    keys = ("add", "rows of 30", "rows of 350")
+    rows = [
+        [title, *(f"{m[name][key]:.1f}" for key in keys), f"{m[name]['bytes']:,}"] for name, title in titles.items()
+    ]
+    header = ["kept", "a step added, ms", "30 rows ten times, ms", "350 rows ten times, ms", "bytes"]
+    return markdown(header, rows) + (
+        f"\n\nMade by `{found[0].command}`: {m['engrams']:,} engrams, batch {m['batch']}, the paper's settings for "
+        "language."
+    )
 
-        times = alternate({"base": base, "with memory": with_memory}, runs)
-        measures[name] = {
-            "with memory / base": ratio(times, "with memory", "base"),
-            "parameters": sum(parameter.numel() for parameter in attachment.parameters()),
-            "state bytes a row": nbytes(stream.state) // batch,
-        }
-    host = "GPT-2 small shape, random weights, cpu, float32"
-    return Record("overhead-memoria", "memoria", host, 0, next(iter(configs.values())).to_dict(), measures=measures)
+
+def table_of_streams(found: Sequence[Record]) -> str:
+    """One stream of very many steps."""
+    rows = []
+    for record in found:
+        trail: list[dict[str, Any]] = record.measures["rows"]
+        for point in [trail[0], *trail[max(0, len(trail) // 5 - 1) :: max(1, len(trail) // 5)]]:
+            rows.append(
+                [
+                    record.task.removeprefix("memoria-endless-"),
+                    f"{point['step']:,}",
+                    f"{sum(point['levels']):,}",
+                    f"{point['elders']:,}",
+                    f"{point['oldest']:,}",
+                    f"{point['state bytes']:,}",
+                    f"{point['resident bytes'] / 2**20:.0f} MiB",
+                    f"{point['ms']:.1f}",
+                ]
+            )
+    header = ["rule", "step", "engrams", "of them elders", "age of the oldest", "state, bytes", "process", "ms a step"]
+    return markdown(header, rows) + (
+        "\n\nMade by `python benchmarks/memoria_speed.py stream`: one row of width 64 on one core; the machine had "
+        "other work, so times vary."
+    )
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The tables of the page, by name."""
+    found = records(results)
+    for name in ("step", "growth", "graph", "stream"):
+        found = today(found, f"bench memoria-{name}", f"memoria_speed.py {name}")
+    makers: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
+        "memoria-step": ("memoria-step-", table_of_steps),
+        "memoria-growth": ("memoria-growth", table_of_growth),
+        "memoria-graph": ("memoria-graph", table_of_graphs),
+        "memoria-endless": ("memoria-endless-", table_of_streams),
+    }
+    made = {}
+    for name, (prefix, make) in makers.items():
+        some = [record for record in found if record.task.startswith(prefix)]
+        made[name] = make(some) if some else missing(name)
+    return made
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+@app.command("step")
+def memoria_step(
+    setting: Annotated[str, typer.Argument(help="lm, sorting or enwik8: the paper's settings.")],
+    batch: Annotated[int, typer.Option(help="Rows.")] = 8,
+    runs: Annotated[int, typer.Option(help="Counted steps of the package; ours run three times as many.")] = 5,
+    threads: Threads = None,
+    out: Out = Path("results"),
+) -> None:
+    """A step against `memoria-pytorch`, from the same filled memory: time, bytes of the graph, peak of memory."""
+    if setting not in SETTINGS:
+        raise typer.BadParameter(f"{setting!r} is not one of {', '.join(SETTINGS)}")
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    record = against_package(setting, batch, console.print, runs)
+    for rule in ("paper", "seeds"):
+        found = record.measures[rule]
+        console.print(
+            f"{rule}: {found['package']['ms']:.0f} ms against {found['ours']['ms']:.1f} ms, "
+            f"{found['times faster']:.1f} times faster; graph {found['graph bytes ratio']:.4f}, "
+            f"peak {found['peak bytes ratio']:.3f} of its bytes"
+        )
+    saved(record, out, f"{record.task}.json")
+
+
+@app.command("growth")
+def memoria_growth(threads: Threads = None, out: Out = Path("results")) -> None:
+    """A step by the number of engrams alive."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    record = growth(console.print)
+    for rule, found in record.measures.items():
+        console.print(f"{rule}: time grows as engrams to the power {found['exponent']:.2f}")
+    saved(record, out, "memoria-growth.json")
+
+
+@app.command("graph")
+def memoria_graph(threads: Threads = None, out: Out = Path("results")) -> None:
+    """Three ways to keep the counts: bits, a table of all pairs, a list of pairs."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    record = representations(console.print)
+    for name in ("bits", "table", "pairs"):
+        console.print(name, {key: round(value, 1) for key, value in record.measures[name].items()})
+    saved(record, out, "memoria-graph.json")
+
+
+@app.command("stream")
+def memoria_stream(
+    rule: Annotated[str, typer.Option(help="paper, seeds or lift.")] = "paper",
+    steps: Annotated[int, typer.Option(help="Steps, one a segment.")] = 100_000,
+    out: Out = Path("results"),
+) -> None:
+    """One stream of very many steps: does anything grow once long-term memory has levelled off?"""
+    torch.set_num_threads(1)
+    record = endless(rule, console.print, steps)
+    saved(record, out, f"{record.task}.json")
+
+
+if __name__ == "__main__":
+    launch(app)

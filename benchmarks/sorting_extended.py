@@ -15,21 +15,24 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mnemic.attachment import Attachment, attach
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.results import Record
-from mnemic.bench.sorting import evaluate_sorting
+from mnemic.cli.show import Show, console
 from mnemic.memories.memoria import Memoria, MemoriaConfig
 from mnemic.memories.memoria.attention import Reader
 from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, VOCABULARY, SortingTask
 from mnemic.training import Batch, train
+from scripts import Checkpoints, Out, launch, saved
+from sorting import evaluate_sorting
 
 
 @dataclass
@@ -186,3 +189,30 @@ def published(segments: int, seed: int, rows: int) -> ExtendedExperiment:
     if segments not in stages:
         raise ValueError(f"there is a recipe for {' and '.join(map(str, stages))} segments, not for {segments}")
     return ExtendedExperiment(extended_config(), Recipe(stages[segments]), rows=rows, seed=seed)
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    segments: Annotated[int, typer.Option(help="Segments of 256 symbols a prompt, 4 or 8.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of weights and streams.")] = 0,
+    rows: Annotated[int, typer.Option(help="Test streams.")] = 256,
+    out: Out = Path("results"),
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Sorting by frequency where Memoria may send a gradient back, and may read little: controls, ablations, floors."""
+    name = f"sorting-extended-{segments}-seed{seed}"
+    with Show(name) as show:
+        _, record = published(segments, seed, rows).run(
+            show, checkpoints / f"{name}.safetensors" if checkpoints else None
+        )
+    score = record.scores[0]
+    for row, value in {"memory": score.score, **score.controls, **score.floors}.items():
+        console.print(f"{row:<32} {100 * value:.1f} %")
+    saved(record, out, f"sorting-memoria-extended-{segments}-seed{seed}.json")
+
+
+if __name__ == "__main__":
+    launch(app)

@@ -12,6 +12,8 @@ The mechanism is the paper's. Where it stands in the model, and how training beg
   learns to answer: trained through, they lose the counts.
 - The base first learns alone, in seconds, not to name a symbol twice.
 - Abstractor and readers begin near the identity, with values scaled to vary between streams (`begin`).
+
+    python benchmarks/sorting.py --segments 4,8 --out results
 """
 
 from __future__ import annotations
@@ -20,19 +22,23 @@ import contextlib
 import copy
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.attachment import Attachment, attach, attached, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
-from mnemic.bench.results import Record, Score
+from mnemic.bench.results import Record, Score, records
+from mnemic.cli.show import Show, Table, console
 from mnemic.controls import conditions, others, parts
 from mnemic.host.anatomy import examine
 from mnemic.host.arguments import with_cache
@@ -44,6 +50,7 @@ from mnemic.tasks.base import generator, seed_of
 from mnemic.tasks.sorting import PAD, SEPARATOR, SYMBOLS, VOCABULARY, SortingTask, exact_order, kendall_tau
 from mnemic.training import Batch, train
 from mnemic.unrolling import IGNORED
+from scripts import Checkpoints, Out, launch, numbers, saved, today
 
 
 @dataclass
@@ -425,3 +432,76 @@ class SortingExperiment:
             record.state_bytes = int(score.details["state_bytes"])
         record.seconds["evaluation"] = time.monotonic() - begun
         return attachment, record
+
+
+def published(seed: int, rule: str, lengths: Sequence[int], rows: int) -> SortingExperiment:
+    """Memoria with the paper's sizes for sorting, 256 symbols a segment, trained on prompts of up to four segments."""
+    return SortingExperiment(sorting_config(rule=rule), Recipe(), tuple(lengths), rows=rows, seed=seed)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def table(found: Sequence[Record]) -> str:
+    """Sorting by frequency: memory, controls, ablations and floors."""
+    columns = [(record, score) for record in found for score in record.scores]
+    titles = {"sorting": "paper's rules", "sorting-extended": "extended"}
+    header = ["right symbols, %"]
+    for record, score in columns:
+        seed = f", seed {record.seed}" if sum(r.task == record.task for r in found) > 2 else ""
+        header.append(f"{titles[record.task]}, {score.length} segments{seed}")
+    rows = [["**memory**", *(f"**{100 * score.score:.1f}**" for _, score in columns)]]
+    for kind in ("controls", "floors"):
+        names = list(dict.fromkeys(name for _, score in columns for name in getattr(score, kind)))
+        for name in names:
+            cells = [getattr(score, kind).get(name) for _, score in columns]
+            mark = "*" if kind == "floors" else ""
+            rows.append([f"{mark}{name}{mark}", *("-" if cell is None else f"{100 * cell:.1f}" for cell in cells)])
+    minutes = [f"{(record.seconds['base'] + record.seconds['training']) / 60:.0f}" for record, _ in columns]
+    rows.append(["training, minutes", *minutes])
+    commands = dict.fromkeys(record.command.split(" --out")[0] for record in found)
+    return markdown(header, rows) + (
+        "\n\nSegments of 256 symbols, teacher-forced; floors in italics. *working memory* and *working and short-term "
+        "memory* are the same weights with the rest not reminded, *rule* the same weights reminded by another rule. "
+        "Made by " + ", ".join(f"`{command}`" for command in commands) + "."
+    )
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name: of these records, and of those of `sorting_extended.py`."""
+    found = [record for record in records(results) if record.task in ("sorting", "sorting-extended")]
+    found = today(today(found, "bench sorting-extended", "sorting_extended.py"), "bench sorting", "sorting.py")
+    return {"memoria-sorting": table(found) if found else missing("memoria-sorting")}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    segments: Annotated[str, typer.Option(help="Segments of 256 symbols a prompt, separated by commas.")] = "4,8",
+    seed: Annotated[int, typer.Option(help="Of weights and streams.")] = 0,
+    rule: Annotated[str, typer.Option(help="How Memoria is reminded while it learns: paper, seeds or lift.")] = "paper",
+    rows: Annotated[int, typer.Option(help="Test streams a length.")] = 256,
+    out: Out = Path("results"),
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Sorting by frequency: Memoria and a small base trained together; controls, ablations, rules and floors."""
+    experiment = published(seed, rule, numbers(segments), rows)
+    name = f"sorting-{rule}-{seed}"
+    with Show(name) as show:
+        _, record = experiment.run(show, checkpoints / f"{name}.safetensors" if checkpoints else None)
+    table = Table("right symbols, %", *(f"{score.length} segments" for score in record.scores))
+    table.add_row("memory", *(f"{100 * score.score:.1f}" for score in record.scores), style="bold")
+    for kind in ("controls", "floors"):
+        table.add_section()
+        for row in getattr(record.scores[0], kind):
+            table.add_row(row, *(f"{100 * getattr(score, kind)[row]:.1f}" for score in record.scores))
+    console.print(table)
+    saved(record, out, f"sorting-memoria-{rule}-seed{seed}.json")
+
+
+if __name__ == "__main__":
+    launch(app)

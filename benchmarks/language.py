@@ -14,6 +14,8 @@ the content to count. What `memory` is below `last segment` comes from more than
 
 Where the base trains too, the same base trained without a memory, for as many steps on the same batches, is one more
 control.
+
+    python benchmarks/language.py --novels novels.tar.xz --model smollm2 --out results
 """
 
 from __future__ import annotations
@@ -25,60 +27,35 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from language_training import Recipe, fit, small_model, spread
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.attachment import Attachment, attach, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
-from mnemic.bench.results import Record, Score
+from mnemic.bench.results import Record, Score, records
+from mnemic.cli.models import CAUSAL
+from mnemic.cli.models import found as folder_of
+from mnemic.cli.show import Show, Table, console
 from mnemic.host.arguments import with_cache
-from mnemic.memories.memoria import Memoria, MemoriaConfig
+from mnemic.memories.memoria import MemoriaConfig
 from mnemic.memory import MemoryConfig
-from mnemic.state import StateError, read_file, write_file
 from mnemic.stream import Stream
-from mnemic.tasks.base import generator
 from mnemic.tasks.documents import DocumentBatch, DocumentStream, Tokens, novels, tokenize
-from mnemic.training import hold_then_fall
-from mnemic.unrolling import IGNORED, unroll
+from paired import difference
+from scripts import Checkpoints, Out, Seeds, launch, numbers, saved, today
 
 CONDITIONS = ("memory", "other document", "last segment", "empty", "no memory")
 TRAINED_WITHOUT = "trained without"
-CHECKPOINT_SECONDS = 60.0
 STARTS = (0, 1, 2, 4, 8, 16, 32, 64)
 """Where the ranges of positions begin, in segments of the document."""
-
-
-@dataclass
-class Recipe:
-    """How model or memory are trained: `steps` of AdamW on `rows` streams, `chunk` segments a step.
-
-    The base is first trained for `alone` steps without a memory: one that predicts nothing yet has no use for what it
-    cannot see. `sharp` is how sharply the abstractor attends when its training begins (see `spread`); 0 leaves it as it
-    is made. Streams read excerpts of `excerpt` segments. Their memory is carried from step to step and begins again
-    with every excerpt; gradients stay within a step. Rates rise over `warm` steps, hold and fall.
-    """
-
-    steps: int
-    rows: int = 16
-    chunk: int = 4
-    excerpt: int = 64
-    learning_rate: float = 2e-3
-    warm: int = 50
-    hold: float = 0.5
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    alone: int = 0
-    sharp: float = 0.0
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        return self.learning_rate * min(1.0, (step + 1) / self.warm) * hold_then_fall(step / self.steps, self.hold)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -144,150 +121,6 @@ def apart(names: Sequence[str]) -> list[int]:
         if all(author(name) != author(names[other]) for name, other in zip(names, order, strict=True)):
             return order
     raise ValueError(f"{len(names)} documents cannot be paired so that their authors differ")
-
-
-# --- training --------------------------------------------------------------------------------------------------------
-
-
-def small_model(vocabulary: int, length: int, seed: int, layers: int, width: int) -> nn.Module:
-    """A Llama with random weights, for one segment. They begin larger than usual, as it has few steps to learn."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=length,
-            tie_word_embeddings=True,
-            initializer_range=0.06,
-        )
-    )
-
-
-def fit(
-    model: nn.Module,
-    excerpts: Sequence[Tokens],
-    length: int,
-    recipe: Recipe,
-    seed: int,
-    attachment: Attachment | None = None,
-    advance: Callable[..., None] = lambda steps, **values: None,
-    checkpoint: Path | None = None,
-) -> float:
-    """Trains everything of the model that is not frozen; with the memory, if it has one. Returns seconds.
-
-    Without an attachment segments are rows of their own, and the same tokens are predicted. A run that was stopped goes
-    on from `checkpoint`, with the streams as they stood.
-    """
-    model.eval()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=recipe.betas, weight_decay=recipe.weight_decay)
-    chunks = DocumentStream(excerpts, recipe.rows, recipe.chunk * length, seed)
-    first, spent, stream = resume(checkpoint, parameters, optimizer) if checkpoint else (0, 0.0, None)
-    begun = saved = time.monotonic()
-    for step in range(first, recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        if attachment is None:
-            loss = alone(model, chunks[step], length)
-        else:
-            loss, stream = carried(attachment, chunks[step], stream)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower learning_rate or clip")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        optimizer.step()
-        advance(1, loss=loss.item())
-        if checkpoint and (time.monotonic() - saved > CHECKPOINT_SECONDS or step + 1 == recipe.steps):
-            saved = time.monotonic()
-            keep(checkpoint, parameters, optimizer, stream, step + 1, spent + saved - begun)
-    return spent + time.monotonic() - begun
-
-
-def keep(
-    path: Path,
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    stream: Stream | None,
-    step: int,
-    seconds: float,
-) -> None:
-    """Writes what `resume` needs to go on behind `step` steps."""
-    tensors: dict[str, Tensor] = {}
-    for i, parameter in enumerate(parameters):
-        tensors[f"parameter.{i}"] = parameter
-        tensors |= {f"{name}.{i}": value for name, value in optimizer.state[parameter].items()}
-    meta: dict[str, Any] = {"content": "language training", "step": step, "seconds": seconds}
-    if stream is not None:
-        tensors |= {f"stream.{name}": tensor for name, tensor in stream.tensors().items()}
-        meta["stream"] = {"counts": stream.counts, "written": stream.written, "seen": stream.seen}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, tensors, meta)
-
-
-def resume(
-    path: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[int, float, Stream | None]:
-    """Steps and seconds of the checkpoint and its streams; nothing done where there is none."""
-    if not path.is_file():
-        return 0, 0.0, None
-    tensors, meta = read_file(path)
-    shapes = [tuple(tensors[f"parameter.{i}"].shape) for i in range(len(parameters)) if f"parameter.{i}" in tensors]
-    if meta.get("content") != "language training" or shapes != [tuple(each.shape) for each in parameters]:
-        raise StateError(f"{path} is not a checkpoint of this training; remove it to start anew")
-    with torch.no_grad():
-        for i, parameter in enumerate(parameters):
-            parameter.copy_(tensors[f"parameter.{i}"])
-            optimizer.state[parameter] = {name: tensors[f"{name}.{i}"] for name in ("step", "exp_avg", "exp_avg_sq")}
-    stream = None
-    if "stream" in meta:
-        named = {name.removeprefix("stream."): tensor for name, tensor in tensors.items() if name.startswith("stream.")}
-        state = {name.removeprefix("state."): named[name] for name in named if name.startswith("state.")}
-        ledgers = {name: tuple(values) for name, values in meta["stream"].items()}
-        stream = Stream(state, named["waiting"], **ledgers, ids=named.get("ids"))
-    return meta["step"], meta["seconds"], stream
-
-
-@torch.no_grad()
-def spread(attachment: Attachment, excerpts: Sequence[Tokens], sharp: float) -> None:
-    """Scales a new Memoria's abstractor until its attention has scores of deviation `sharp` within a segment and its
-    engrams entries of deviation 1 over segments.
-
-    With usual weights its attention is even: all engrams are the mean of their segment, and small beside the biases of
-    those who read them, so that a training this short finds next to nothing there.
-    """
-    memory, length = attachment.memory, attachment.router.segment_length
-    assert isinstance(memory, Memoria)
-    ids = torch.cat([excerpt.ids[: 16 * length] for excerpt in excerpts[:16]]).view(-1, length)
-    made = memory.abstractor
-    hidden = attachment.router.watch(attachment.anatomy, ids, memory.writes)[memory.writes[-1]]
-    normal = made.norm(hidden)
-    made.query.mul_(sharp / (made.query @ made.key.weight @ normal.transpose(1, 2)).std(-1).mean())
-    weight = (made.query @ made.key.weight @ normal.transpose(1, 2)).softmax(-1)
-    made.value.weight.div_(made.value(weight @ normal).std(0).mean())
-    made.contract.bias.zero_()
-    made.contract.weight.div_(made(hidden, None).std(0).mean())
-
-
-def alone(model: nn.Module, batch: DocumentBatch, length: int) -> Tensor:
-    """The loss without a memory, of the tokens that `carried` predicts."""
-    ids = batch.input_ids.unflatten(1, (-1, length)).flatten(0, 1)
-    targets = batch.targets.clone()
-    targets[:, -1] = IGNORED  # `unroll` is not told the token behind its last
-    logits = model(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def carried(attachment: Attachment, batch: DocumentBatch, stream: Stream | None) -> tuple[Tensor, Stream]:
-    """The loss with the memory that `stream` carries, and the stream behind the batch."""
-    begins = batch.fresh.nonzero().flatten().tolist()
-    if stream is not None and begins:
-        stream = stream.reset(attachment.memory, begins)
-    unrolled = unroll(attachment.model, batch.input_ids, batch.input_ids, stream=stream)
-    return unrolled.loss, unrolled.stream.detach()
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -378,20 +211,6 @@ def scores(bits: Bits, length: int) -> list[Score]:
             )
         )
     return found
-
-
-def difference(lower: Float[Tensor, " n"], higher: Float[Tensor, " n"], draws: int = 10_000) -> dict[str, float]:
-    """By how much `higher` is higher, paired by document: mean, the middle 95 % of the bootstrap, and how often."""
-    each = higher - lower
-    picked = torch.randint(len(each), (draws, len(each)), generator=generator(0))
-    means = each[picked].mean(1).sort().values
-    return {
-        "mean": float(each.mean()),
-        "low": float(means[int(0.025 * draws)]),
-        "high": float(means[int(0.975 * draws)]),
-        "documents": float((each > 0).sum()),
-        "of": float(len(each)),
-    }
 
 
 def summary(bits: Bits) -> dict[str, Any]:
@@ -515,3 +334,103 @@ def published(
         steps=steps or (250 if model else 600), learning_rate=3e-3, warm=20, alone=0 if model else 400, sharp=3.0
     )
     return Experiment(config, recipe, model, tokenizer, segments, seed)
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def table(found: Sequence[Record]) -> str:
+    """Bits a byte on held-out novels under every condition, and by how much the controls are above the memory."""
+    rows = []
+    for record in found:
+        m = record.measures
+        for name, bits in m["bits per byte"].items():
+            above = m["above memory"].get(name)
+            rows.append(
+                [
+                    "frozen" if record.task == "novels-frozen" else "from scratch",
+                    str(record.seed),
+                    f"**{name}**" if name == "memory" else name,
+                    f"{bits:.4f}",
+                    "" if above is None else f"{above['mean']:+.4f} ({above['low']:+.4f} to {above['high']:+.4f})",
+                    "" if above is None else f"{above['documents']:.0f} of {above['of']:.0f}",
+                ]
+            )
+    header = ["base", "seed", "condition", "bits a byte", "above the memory (95 %)", "novels where it is"]
+    hosts = dict.fromkeys(record.host for record in found)
+    commands = dict.fromkeys(record.command.split(" --seed")[0] for record in found)
+    return markdown(header, rows) + (
+        f"\n\nHeld-out novels of other authors than those trained on, read in order. Hosts: {'; '.join(hosts)}. "
+        "Made by " + ", ".join(f"`{command}`" for command in commands) + "."
+    )
+
+
+def positions(found: Sequence[Record]) -> str:
+    """The same by position in the document, means over seeds."""
+    rows = []
+    for task, title in (("novels-frozen", "frozen"), ("novels-scratch", "from scratch")):
+        records = [record for record in found if record.task == task]
+        if not records:
+            continue
+        for place, first in enumerate(records[0].scores):
+            scores = [record.scores[place] for record in records]
+            names = ("other document", "last segment", "no memory")
+            cells = [sum(s.controls[name] - s.score for s in scores) / len(scores) for name in names]
+            last = first.length + int(first.details["segments"]) - 1
+            mean = sum(s.score for s in scores) / len(scores)
+            rows.append([title, f"{first.length}-{last}", f"{mean:.4f}", *(f"{cell:+.4f}" for cell in cells)])
+    header = ["base", "segment of the document", "memory", "other document", "last segment", "no memory"]
+    return "By position: the memory's bits a byte, and by how much each control is above it, means over seeds.\n\n" + (
+        markdown(header, rows)
+    )
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The tables of the page, by name."""
+    found = [record for record in records(results) if record.task.startswith("novels-")]
+    found = today(found, "bench language", "language.py")
+    makers = {"memoria-language": table, "memoria-language-positions": positions}
+    return {name: make(found) if found else missing(name) for name, make in makers.items()}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    novels: Annotated[Path, typer.Option(help="Novels, named author first: a folder or archive of .txt files.")],
+    model: Annotated[str | None, typer.Option(help=CAUSAL, callback=folder_of)] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="Without a model: whose tokens a small one learns; or bytes.")
+    ] = "bytes",
+    seeds: Seeds = "0,1,2",
+    steps: Annotated[int | None, typer.Option(help="Training steps, if not those of the published runs.")] = None,
+    segments: Annotated[int, typer.Option(help="Segments read of each test novel.")] = 64,
+    out: Out = Path("results"),
+    checkpoints: Checkpoints = None,
+) -> None:
+    """Memoria on novels: bits a byte with a novel's own memory and with every control, by position.
+
+    On a frozen base, or, without --model, on a small one that is trained with its memory and once more without.
+    """
+    for seed in numbers(seeds):
+        experiment = published(model, tokenizer, seed, steps, segments)
+        with Show(f"{experiment.task}, seed {seed}") as show:
+            record = experiment.run(novels, show, checkpoints)
+        printed = Table("from segment", *("memory", *record.scores[0].controls))
+        for score in record.scores:
+            printed.add_row(str(score.length), *(f"{value:.4f}" for value in (score.score, *score.controls.values())))
+        console.print(printed)
+        for name, excess in record.measures["above memory"].items():
+            console.print(
+                f"{name}: {excess['mean']:+.4f} bits a byte above memory, {excess['low']:+.4f} to "
+                f"{excess['high']:+.4f}, above in {excess['documents']:.0f} of {excess['of']:.0f} novels"
+            )
+        name = f"language-{record.mechanism}-{record.task.removeprefix('novels-')}-seed{seed}.json"
+        saved(record, out, name)
+
+
+if __name__ == "__main__":
+    launch(app)

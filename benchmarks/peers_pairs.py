@@ -1,4 +1,4 @@
-"""What `mnemic bench peers` compares: training steps of public packages, and of the same or a similar mechanism here.
+"""What `peers.py` compares: training steps of public packages, and of the same or a similar mechanism here.
 
 Both sides do a forward pass and a backward pass over the same tokens, with hosts of one width, depth, number of heads
 and feed-forward, the same segments and the same size of memory as far as the package lets it be chosen; every weight
