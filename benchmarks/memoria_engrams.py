@@ -29,13 +29,13 @@ from memoria_engrams_history import (
 )
 from memoria_engrams_pictures import draw_ages, draw_autocorrelation, draw_seen_twice, reading_colours
 from mnemic.analysis.markdown import markdown, missing
-from mnemic.analysis.memoria import engram_graph
-from mnemic.analysis.memoria_pictures import draw_graph
 from mnemic.attachment import attach, from_pretrained
 from mnemic.bench.results import Record, records
 from mnemic.bench.settings import read_text
 from mnemic.cli.models import CAUSAL, found
 from mnemic.cli.show import Show, Table, console, need
+from mnemic.inspect.engram_pictures import draw_graph
+from mnemic.inspect.engrams import engram_graph
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.state import State
 from scripts import Out, launch, numbers, saved, today

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnemic.analysis.memoria import Level, Moment
 from mnemic.attachment import router_of
+from mnemic.inspect.engrams import Level, Moment
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.session import Session
 from mnemic.state import State, batch_size

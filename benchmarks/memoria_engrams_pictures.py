@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from memoria_engrams_history import PAPER, PUBLISHED, History, SeenTwice, ages, autocorrelation
-from mnemic.analysis.memoria import Level, require
-from mnemic.analysis.memoria_pictures import panels, save
+from mnemic.inspect.engram_pictures import panels, save
+from mnemic.inspect.engrams import Level, require
 
 COLOURS = ("#1f5fa8", "#d1701c", "#2a8f6d", "#8d5a9e", "#444444")
 """Blue, orange, green, purple, grey: apart in hue and in lightness, for readers who do not see red and green apart."""

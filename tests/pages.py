@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mnemic
 from helpers import CONFIGS, SEGMENT, host, tokens
-from mnemic.analysis.inside import Words, open_session
+from mnemic.inspect.inside import Words, open_session
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!--\u2028{{data}}"

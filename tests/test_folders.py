@@ -13,7 +13,7 @@ import torch
 import mnemic
 from helpers import SEGMENT, tokens
 from mnemic import bank, chunks, folders
-from mnemic.analysis.inside import open_session
+from mnemic.inspect.inside import open_session
 from mnemic.state import read_file, write_file
 from mnemic.store import SessionStore
 from test_chunks import read_on

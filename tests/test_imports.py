@@ -65,8 +65,8 @@ mnemic.MemoryConfig.from_dict(dict(kind="emt"))
     own = {name for name in after if name.startswith("mnemic.memories.")}
     rest = {"layers", "registry", "settings", "emt", "emt_naive", "emt_readers", "emt_writers"}
     assert own == {f"mnemic.memories.{name}" for name in rest}
-    unused = ("analysis", "batching", "bench", "cli", "controls", "data", "session", "store", "tasks", "trainer")
-    for name in (*unused, "training", "unrolling"):
+    unused = ("analysis", "batching", "bench", "cli", "controls", "data", "inspect", "session", "store", "tasks")
+    for name in (*unused, "trainer", "training", "unrolling"):
         assert not [found for found in after if f"{found}.".startswith(f"mnemic.{name}.")], name
 
 

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import mnemic
 from helpers import CONFIGS, SEGMENT, every_kind, host, tokens
-from mnemic.analysis.inside import open_session
-from mnemic.analysis.terminal import bar
 from mnemic.cli import app
 from mnemic.cli.inspect import changes
+from mnemic.inspect.inside import open_session
+from mnemic.inspect.terminal import bar
 from mnemic.state import StateError, nbytes, read_file, write_file
 
 pytestmark = pytest.mark.small  # what is tested of the oldest and newest networkx

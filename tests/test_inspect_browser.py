@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from helpers import SEGMENT
-from mnemic.analysis import inside, page
+from mnemic.inspect import inside, page
 from pages import HOSTILE, saved
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

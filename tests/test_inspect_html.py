@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 import mnemic
 from helpers import CONFIGS, SEGMENT, every_kind, host, tokens
-from mnemic.analysis import inside, page
-from mnemic.analysis.inside import Words, open_session
 from mnemic.cli import app
 from mnemic.cli.inspect import look_inside
+from mnemic.inspect import inside, page
+from mnemic.inspect.inside import Words, open_session
 from mnemic.state import read_file, write_file
 from pages import HOSTILE, Spelling, saved
 
@@ -297,7 +297,7 @@ def test_the_terminal_shows_no_control_characters(tmp_path):
         def decode(self, ids, skip_special_tokens=False):
             return "".join("\x1b[2J\x07[red]" for _ in ids)
 
-    from mnemic.analysis.show import Shown
+    from mnemic.inspect.show import Shown
 
     text = str(Shown(found, Words(words.ids, Moving())))
     assert "\x1b[2J" not in text

@@ -45,7 +45,7 @@ from mnemic.turns import Messages, Turns
 from mnemic.unrolling import can_read_ahead, read_segments
 
 if TYPE_CHECKING:
-    from mnemic.analysis.show import Shown
+    from mnemic.inspect.show import Shown
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Session:
 
         With `keep_text` and a tokenizer it tells in words what was written.
         """
-        from mnemic.analysis.show import Shown  # what looks at sessions stands above them
+        from mnemic.inspect.show import Shown  # what looks at sessions stands above them
 
         return Shown.of(self, histograms=histograms)
 

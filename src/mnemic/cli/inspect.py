@@ -16,7 +16,7 @@ from mnemic.cli.show import console
 if TYPE_CHECKING:
     from torch import nn
 
-    from mnemic.analysis.inside import Contents, Words
+    from mnemic.inspect.inside import Contents, Words
 
 
 def inspect(
@@ -36,9 +36,9 @@ def inspect(
     graph: Annotated[Path | None, typer.Option(help="Memoria: draw the engrams and their ties to this PNG.")] = None,
 ) -> None:
     """What a saved session holds: its memory, what was written when, what waits, its window, and whose it is."""
-    from mnemic.analysis.inside import open_session
-    from mnemic.analysis.page import write_page
-    from mnemic.analysis.terminal import view
+    from mnemic.inspect.inside import open_session
+    from mnemic.inspect.page import write_page
+    from mnemic.inspect.terminal import view
     from mnemic.state import StateError
 
     def look() -> RenderableType:
@@ -84,7 +84,7 @@ def words_of(found: Contents, tokenizer: str | None, text: Path | None) -> Words
         raise ValueError(f"{found.name} kept its own text; leave --text {text} out")
     from transformers import AutoTokenizer
 
-    from mnemic.analysis.inside import Words
+    from mnemic.inspect.inside import Words
     from mnemic.texts import token_ids
 
     if text is None and not ids:
@@ -97,7 +97,7 @@ def words_of(found: Contents, tokenizer: str | None, text: Path | None) -> Words
 
 def follow(file: Path, look: Callable[[], RenderableType]) -> None:
     """Shows the file anew whenever it changes, until Ctrl-C; one that cannot be read just now, as the error."""
-    from mnemic.analysis.terminal import QUIET
+    from mnemic.inspect.terminal import QUIET
 
     try:
         for _ in changes(file):
@@ -136,8 +136,8 @@ def look_inside(model: nn.Module, out: Path, seed: int = 0, fillers: int = 16) -
     """
     import torch
 
-    from mnemic.analysis.inside import Words, open_session
-    from mnemic.analysis.page import write_page
+    from mnemic.inspect.inside import Words, open_session
+    from mnemic.inspect.page import write_page
     from mnemic.session import Session
     from mnemic.tasks.facts import SymbolRecall
 
@@ -163,8 +163,8 @@ class Symbols:
 
 def draw(found: Contents, picture: Path) -> Path:
     """The engrams of a Memoria session and their strongest ties, as a PNG."""
-    from mnemic.analysis.memoria import engram_graph
-    from mnemic.analysis.memoria_pictures import draw_graph
+    from mnemic.inspect.engram_pictures import draw_graph
+    from mnemic.inspect.engrams import engram_graph
     from mnemic.state import StateError
 
     if found.kind != "memoria":

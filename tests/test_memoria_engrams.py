@@ -16,8 +16,8 @@ from families import make
 from helpers import SEGMENT, host, shake, tokens
 from memoria_engrams import app
 from memoria_engrams_history import History, ages, autocorrelation, compare_readings, observe, seen_twice, summary
-from mnemic.analysis import memoria
-from mnemic.analysis.memoria import Moment, engram_graph
+from mnemic.inspect import engrams as memoria
+from mnemic.inspect.engrams import Moment, engram_graph
 from mnemic.memories.memoria import MemoriaConfig
 from mnemic.memories.memoria.graph import counts
 from mnemic.memories.memoria.naive import minds_from_state

@@ -1,7 +1,7 @@
 """The engrams of a Memoria memory, read off its state: who is alive and reminded, who fired when, and their graph.
 
 After figure 9 of the paper (Park & Bak, ICML 2024, arXiv 2310.03052). The graph needs `mnemic[plot]`;
-`mnemic.analysis.memoria_pictures` draws it.
+`mnemic.inspect.engram_pictures` draws it.
 
 An engram's *age* is how many segments back the text lies that it was made of: `step - born`, 1 for working memory.
 """

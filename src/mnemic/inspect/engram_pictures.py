@@ -1,4 +1,4 @@
-"""Pictures of what a Memoria memory does, from what `mnemic.analysis.memoria` finds. Needs `mnemic[plot]`."""
+"""Pictures of what a Memoria memory does, from what `mnemic.inspect.engrams` finds. Needs `mnemic[plot]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnemic.analysis.memoria import require, ring
+from mnemic.inspect.engrams import require, ring
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -51,7 +51,7 @@ def save(figure: Any, path: str | Path, dots: int = 150) -> Path:
 
 
 def places(directed: nx.DiGraph) -> dict[int, tuple[float, float]]:
-    """Where each engram is drawn: see `mnemic.analysis.memoria.ring`."""
+    """Where each engram is drawn: see `mnemic.inspect.engrams.ring`."""
     order = sorted(directed.nodes(data=True))
     spots = ring([about["born"] for _, about in order], [about["level"] for _, about in order])
     return {engram: (float(x), float(y)) for (engram, _), (x, y) in zip(order, spots, strict=True)}

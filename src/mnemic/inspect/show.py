@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from mnemic.analysis.inside import Contents, Words, contents
-from mnemic.analysis.page import render, values
-from mnemic.analysis.terminal import view
 from mnemic.attachment import attached
+from mnemic.inspect.inside import Contents, Words, contents
+from mnemic.inspect.page import render, values
+from mnemic.inspect.terminal import view
 
 if TYPE_CHECKING:
     from mnemic.session import Session

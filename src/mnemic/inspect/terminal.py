@@ -16,8 +16,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mnemic.analysis import inside
-from mnemic.analysis.inside import Contents, Group, Words
+from mnemic.inspect import inside
+from mnemic.inspect.inside import Contents, Group, Words
 
 BLUE, AMBER, QUIET = "#5a9bd8", "#e0a030", "bright_black"
 LEVELS = {"long": ("long-term", BLUE), "short": ("short-term", AMBER), "working": ("working", "white")}
@@ -249,7 +249,7 @@ def _queues(found: Contents) -> RenderableType | None:
 
 def _memoria(found: Contents, top: int, histograms: bool) -> list[RenderableType]:
     """Levels, the engrams that fired most with their strongest ties, and ages and lifespans where they are wanted."""
-    from mnemic.analysis.memoria import Moment
+    from mnemic.inspect.engrams import Moment
 
     state, moment = found.state, Moment.of(found.state)
     if not len(moment.ids):
@@ -289,7 +289,7 @@ def _memoria(found: Contents, top: int, histograms: bool) -> list[RenderableType
 
 
 def _strongest(found: Contents, moment: Any, group: Group, top: int) -> Table:
-    from mnemic.analysis.memoria import edge_table
+    from mnemic.inspect.engrams import edge_table
 
     weight, count = edge_table(found.state)
     fires, born, columns = count.diagonal(), moment.born(moment.ids), group.columns

@@ -254,7 +254,7 @@ def groups(found: Contents) -> list[Group]:
 
 
 def _engrams(found: Contents, unit: tuple[str, str]) -> list[Group]:
-    from mnemic.analysis.memoria import LEVELS, Moment
+    from mnemic.inspect.engrams import LEVELS, Moment
     from mnemic.memories.memoria import graph
 
     moment = Moment.of(found.state)
@@ -387,7 +387,7 @@ def graph_over_time(found: Contents, most: int = 600) -> dict[str, Any] | None:
     """
     if found.kind != "memoria" or not found.state or not 0 < int(found.state["levels"].sum()) <= 2 * LARGEST:
         return None
-    from mnemic.analysis.memoria import LEVELS, Moment, firings, ring
+    from mnemic.inspect.engrams import LEVELS, Moment, firings, ring
 
     moment = Moment.of(found.state)
     steps, fired, before = firings(found.state)

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from mnemic.analysis import inside
-from mnemic.analysis.inside import Contents, Group, Words
+from mnemic.inspect import inside
+from mnemic.inspect.inside import Contents, Group, Words
 
 MOST = 256
 """Rows and columns of the heat map; of more every second, third or so is shown."""
@@ -130,7 +130,7 @@ def _finite(value: Any) -> Any:
 
 def render(shown: dict[str, Any]) -> str:
     """The page."""
-    files = importlib.resources.files("mnemic.analysis")
+    files = importlib.resources.files("mnemic.inspect")
     page, style, graph, script = (
         (files / name).read_text("utf-8") for name in ("page.html", "page.css", "page_graph.js", "page.js")
     )
