@@ -47,8 +47,8 @@ def test_a_memory_is_used(config, dtype, tmp_path):
     with mnemic.SessionStore(f"sqlite:///{tmp_path}/s.db") as store:
         store.put("one", session)
         kept = [mnemic.Session.load(tmp_path / "one.memory", again), store.get("one", again)]
-    assert "36 tokens" in str(session.show())
-    assert config.card.title in kept[0].show().html
+    assert "36 tokens" in str(mnemic.show(session))
+    assert config.card.title in mnemic.show(kept[0]).html
     seen = CliRunner().invoke(app, ["inspect", str(tmp_path / "one.memory")])
     assert seen.exit_code == 0, seen.output
 

@@ -100,6 +100,22 @@ def test_files_are_there_as_attributes_and_other_names_are_not():
         exec("from mnemic import nothing")
 
 
+def test_nothing_imports_what_stands_above_it():
+    """Neither when it is used, nor for its types: the core knows none of these rooms, and each only those before it."""
+    rooms, folder = ("inspect", "bench", "analysis", "cli"), Path(mnemic.__file__).parent
+    for path in folder.rglob("*.py"):
+        own = path.relative_to(folder).parts[0]
+        above = rooms[rooms.index(own) + 1 :] if own in rooms else rooms
+        for part in ast.walk(ast.parse(path.read_text())):
+            if path == folder / "__init__.py" or not isinstance(part, ast.ImportFrom | ast.Import):
+                continue  # the package itself names what users find in it
+            names = [each.name for each in part.names]
+            names = names if isinstance(part, ast.Import) else [part.module, *(f"{part.module}.{n}" for n in names)]
+            for name in names:
+                wrong = [room for room in above if f"{name}.".startswith(f"mnemic.{room}.")]
+                assert not wrong, f"{path.relative_to(folder)} imports {name}"
+
+
 # --- the registry ----------------------------------------------------------------------------------------------------
 
 

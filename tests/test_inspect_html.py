@@ -348,7 +348,7 @@ def test_the_demonstrations_page(tmp_path):
 def test_show(tmp_path):
     session = mnemic.Session(host("llama", CONFIGS["emt-0"]), Spelling(), keep_text=True)
     session.read(tokens(1, 30))
-    shown = session.show()
+    shown = mnemic.show(session)
     frame = elements(shown._repr_html_()).found
     assert [tag for tag, _ in frame] == ["iframe"]
     assert frame[0][1]["sandbox"] == "allow-scripts"
@@ -358,4 +358,4 @@ def test_show(tmp_path):
     session.read(tokens(1, 30))
     assert embedded(shown.html)["seen"] == 30, "it shows what was there when it was asked for"
     session.reset()
-    assert "nothing was read yet" in str(session.show())
+    assert "nothing was read yet" in str(mnemic.show(session))

@@ -119,7 +119,7 @@ def test_read_generate_save_and_go_on_elsewhere(folder, loaded, model, tmp_path)
         assert count > 3 * CONFIG.segment_length
         session.generate("Alice lives in", max_new_tokens=5, do_sample=False)
         assert session.stream.seen[0] > count + 3
-        assert CONFIG.card.title in str(session.show())
+        assert CONFIG.card.title in str(mnemic.show(session))
         session.save(tmp_path / "alice.memory")
         with mnemic.SessionStore(f"sqlite:///{tmp_path}/s.db") as store:
             store.put("alice", session)

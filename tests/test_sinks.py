@@ -180,7 +180,7 @@ def test_they_are_seen():
 def test_a_look_inside_tells_of_them():
     session = mnemic.Session(host("llama", CONFIG), window=WINDOW, sinks=SINKS)
     session.read(tokens(1, 5 * SEGMENT))
-    assert f"tokens' keys, the first {SINKS} for good" in str(session.show())
+    assert f"tokens' keys, the first {SINKS} for good" in str(mnemic.show(session))
     bare = mnemic.Session(session.model, window=WINDOW, sinks=0)
     bare.read(tokens(1, 5 * SEGMENT))
-    assert "for good" not in str(bare.show())
+    assert "for good" not in str(mnemic.show(bare))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mnemic.checkpoints import FetchError, fetch
     from mnemic.data import SegmentCollator, Streams, collate
     from mnemic.host.cache import MemoryCache
+    from mnemic.inspect.show import show
     from mnemic.memories.armt import ARMTConfig
     from mnemic.memories.compact import CompactConfig
     from mnemic.memories.compressive import CompressiveConfig
@@ -85,6 +86,7 @@ __all__ = [
     "from_pretrained",
     "memory_cache",
     "read_segments",
+    "show",
     "train",
     "unroll",
 ]
@@ -95,6 +97,7 @@ _HOMES = {
     "checkpoints": ("FetchError", "fetch"),
     "data": ("SegmentCollator", "Streams", "collate"),
     "host.cache": ("MemoryCache",),
+    "inspect.show": ("show",),
     "memories": ("CONFIGS", "Memory", "Site", *(name for name in __all__ if name.endswith("Config"))),
     "session": ("Session",),
     "state": ("State", "StateError"),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -44,9 +44,6 @@ from mnemic.texts import Text, check_known, given, token_ids
 from mnemic.turns import Messages, Turns
 from mnemic.unrolling import can_read_ahead, read_segments
 
-if TYPE_CHECKING:
-    from mnemic.inspect.show import Shown
-
 
 @dataclass(frozen=True)
 class Stored:
@@ -69,8 +66,8 @@ class Session:
     stream stay in it for ever; by default as many as `memory_cache` says. Text needs a `tokenizer`; token ids `[1, T]`
     do not. Sessions of one model share nothing, and run as in evaluation whatever mode the model is in.
 
-    With `keep_text` the ids of all tokens are kept with the session and its file, 4 bytes a token, so that `show` and
-    `mnemic inspect` can tell in words what was written; without, nothing of the text but positions.
+    With `keep_text` the ids of all tokens are kept with the session and its file, 4 bytes a token, so that
+    `mnemic.show` and `mnemic inspect` can tell in words what was written; without, nothing of the text but positions.
 
     The keys of the window are most of a file. With `keep_keys=False`, which needs `keep_text`, they are left out, and
     made again from the text when the session is loaded: as many tokens are read then as the window holds, and what
@@ -153,7 +150,7 @@ class Session:
     def nbytes(self) -> int:
         """Bytes carried: the memory's state, tokens that wait for their segment to fill, and the window's keys.
 
-        The history comes on top, and the text where it is kept: `show` and `mnemic inspect` name their bytes.
+        The history comes on top, and the text where it is kept: `mnemic.show` and `mnemic inspect` name their bytes.
         """
         stream = self.stream.nbytes if self.stream is not None else 0
         keys = sum(
@@ -180,15 +177,6 @@ class Session:
         """
         log = self._log
         return [] if log is None else log.records()
-
-    def show(self, *, histograms: bool = False) -> Shown:
-        """What the session holds, as `mnemic inspect` shows it: as the page in a notebook, else as in the terminal.
-
-        With `keep_text` and a tokenizer it tells in words what was written.
-        """
-        from mnemic.inspect.show import Shown  # what looks at sessions stands above them
-
-        return Shown.of(self, histograms=histograms)
 
     def _begun(self) -> Stream:
         """The stream, or a new one with its history."""

@@ -259,7 +259,7 @@ class Chat:
 
     def memory(self) -> None:
         """what the memory holds: its slots or engrams, and what wrote them"""
-        console.print(self.session.show())
+        console.print(mnemic.show(self.session))
 
     def sources(self) -> None:
         """what the last answer was made of, beyond the window"""
@@ -275,7 +275,7 @@ class Chat:
 
     def histograms(self) -> None:
         """the same, and how norms, similarities, ages and lifespans are spread"""
-        console.print(self.session.show(histograms=True))
+        console.print(mnemic.show(self.session, histograms=True))
 
     def cost(self) -> None:
         """bytes, tokens and seconds"""

@@ -1,4 +1,4 @@
-"""What a saved session holds, as plain values: for `mnemic inspect`, its page, and `Session.show`.
+"""What a saved session holds, as plain values: for `mnemic inspect`, its page, and `mnemic.show`.
 
 All is read off the session's tensors and its description, so neither a model nor its memory is needed. What a tensor is
 (rows that can be told apart, a matrix, a queue) goes by its name in the state; what is not known here is listed with

@@ -1,4 +1,4 @@
-"""`Session.show`: what a session holds, in a notebook as the page, elsewhere as `mnemic inspect` prints it."""
+"""`mnemic.show`: what a session holds, in a notebook as the page, elsewhere as `mnemic inspect` prints it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,6 @@ class Shown:
     trained: bool | None = None
     histograms: bool = False
 
-    @classmethod
-    def of(cls, session: Session, *, histograms: bool = False) -> Shown:
-        """The view of a session; in words where its text is kept and it has a tokenizer."""
-        found, attachment = contents(*session.contents(), "session"), attached(session.model)
-        trained = attachment.trained if attachment.parameters() else None  # nothing to be said of what has no weights
-        ids = found.log.ids
-        words = Words(ids, session.tokenizer) if ids and session.tokenizer is not None else None
-        return cls(found, words, trained, histograms)
-
     @property
     def html(self) -> str:
         """The page, as `mnemic inspect --html` writes it."""
@@ -56,3 +47,15 @@ class Shown:
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def show(session: Session, *, histograms: bool = False) -> Shown:
+    """What a session holds, as `mnemic inspect` shows it: as the page in a notebook, else as in the terminal.
+
+    With `keep_text` and a tokenizer it tells in words what was written.
+    """
+    found, attachment = contents(*session.contents(), "session"), attached(session.model)
+    trained = attachment.trained if attachment.parameters() else None  # nothing to be said of what has no weights
+    ids = found.log.ids
+    words = Words(ids, session.tokenizer) if ids and session.tokenizer is not None else None
+    return Shown(found, words, trained, histograms)
