@@ -133,6 +133,7 @@ def evaluate(
         ceiling=1.0 if task.solvable else None,
         details=details,
         outcomes={name: _outcomes(task, tokens[name], nats[name], test) for name in names},
+        streams=rows,
     )
 
 

@@ -310,6 +310,7 @@ def _score_of(task: RecallTask, places: Places, answers: list[_Answers], asked: 
         ceiling=best,
         details=details,
         outcomes={name: "".join(str(int(each)) for each in right.tolist()) for name, right in scores.items()},
+        streams=sum(len(answer.episode.keys) for answer in answers),
     )
 
 

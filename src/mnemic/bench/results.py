@@ -27,7 +27,8 @@ class Score:
     """One mechanism on one task at one length. `controls`, `floors` and `ceiling` are in the unit of `score`.
 
     `outcomes` holds what the score is computed from, one character an example and control: `1` right, `0` wrong; where
-    the score is about probabilities, the mean nats of each stream, separated by spaces.
+    the score is about probabilities, the mean nats of each stream, separated by spaces. `streams` is how many streams
+    the examples are from, as many from each and one stream behind another; None where that is not known.
     """
 
     length: int
@@ -39,6 +40,7 @@ class Score:
     ceiling: float | None
     details: dict[str, float] = field(default_factory=dict)
     outcomes: dict[str, str] = field(default_factory=dict)
+    streams: int | None = None
 
 
 @dataclass
@@ -81,7 +83,9 @@ class Record:
     def load(path: str | os.PathLike[str]) -> Record:
         """The record in a file."""
         values = json.loads(Path(path).read_text())
-        values["scores"] = [Score(**score) for score in values["scores"]]
+        # earlier records have the number of streams among their settings
+        streams = values["config"].get("test rows")
+        values["scores"] = [Score(**{"streams": streams, **score}) for score in values["scores"]]
         return Record(**values)
 
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard, generator
+from mnemic.tasks.base import Candidates, Examples, Task, TaskCard, generator
 from mnemic.tasks.facts import NAMES, THINGS, Episode, LanguageRecall, RecallTask, SymbolRecall
 from mnemic.tasks.text import Encoder, encoder
 from mnemic.unrolling import IGNORED
@@ -124,6 +124,15 @@ class SymbolStreams(RecallStreams):
         named = (next((kind, token - first) for first, kind in kinds if token >= first) for token in ids)
         return [kind if kind in ".?" else f"{kind}{number}" for kind, number in named]
 
+    def candidates(self, examples: Examples) -> Candidates | None:
+        """The values of all pairs."""
+        if self.pairs == 1:
+            return None
+        first = examples.input_ids[:, : self.segment_length]
+        value = (first >= SymbolRecall.first_value) & (first < SymbolRecall.first_noise)
+        behind = (value & (torch.arange(self.segment_length) > examples.evidence[:, 0] + 1)).sum(1)
+        return Candidates(first[value].view(len(first), self.pairs).flip(1), behind)
+
     def guess(
         self,
         ids: Int[Tensor, "b t"],
@@ -221,6 +230,26 @@ class SentenceStreams(RecallStreams):
     def text(self, ids: Sequence[int]) -> list[str]:
         """What the tokenizer calls each."""
         return self._encoder.pieces(ids)
+
+    def candidates(self, examples: Examples) -> Candidates | None:
+        """The things of all sentences."""
+        if self.pairs == 1:
+            return None
+        values, asked = [], []
+        for row, evidence in zip(examples.input_ids, examples.evidence[:, 0, 0].tolist(), strict=True):
+            first = row[: self.segment_length]
+            found = sorted(
+                (start, self._said_behind(first.tolist(), start + len(question)))
+                for question in self._whole.questions
+                for start in _starts(first, question).tolist()
+            )[::-1]
+            values.append([value for _, value in found])
+            asked.append([start for start, _ in found].index(evidence))
+        return Candidates(torch.tensor(values), torch.tensor(asked))
+
+    def _said_behind(self, tokens: list[int], place: int) -> int:
+        """Which thing stands at a place."""
+        return next(v for v, said in enumerate(self._whole.candidates) if tokens[place : place + len(said)] == said)
 
     def guess(
         self,
