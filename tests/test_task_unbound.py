@@ -27,7 +27,7 @@ from mnemic.tasks.base import UNBOUND, Candidates
 
 
 def floor(task, rows=2000):
-    return task.unbound(task.examples(rows, "test"))[UNBOUND]
+    return task.unbound(rows * task.examples(1).input_ids.shape[1])[UNBOUND]
 
 
 def most_frequent(values, told):
@@ -53,7 +53,6 @@ def test_all_asked_alike(task, values):
     rows = 300 if isinstance(task, SentenceStreams) else 4000
     best = most_frequent(values, task.pairs)
     assert floor(task, rows) == pytest.approx(best, abs=error(best, rows))
-    assert Retrieval(pairs=4).floors(100)[UNBOUND] > Retrieval(pairs=4).floors(100)["a told digit at random"]
 
 
 def best_of_rewrites(keys, values, pairs):
@@ -73,7 +72,7 @@ def test_keys_that_come_again():
 
     class Small(RewritesTask):
         def examples(self, rows, split="train", number=0):
-            made = super().examples(rows, split, number)
+            made = super().examples(rows, split, number + 1)
             made.input_ids[:, 2 :: self.segment_length] %= 3  # three values only, for all there could be
             return made
 
@@ -93,10 +92,9 @@ def test_the_newest_fact():
     task = UpdatesTask(turns=4, updates=3, pivots=1)
     examples = task.examples(200, "test")
     assert bool((task.candidates(examples).asked < 10).all()), "it was told in the last turn"
-    assert task.unbound(examples)[UNBOUND] > 0.3
+    assert floor(task, 50) > 0.3
     named = BabilongTask(question="qa1", length=128, segment_length=64)
-    found = named.floors(200)
-    assert found[UNBOUND] >= found["last place told"] - 0.05
+    assert named.unbound(2**15)[UNBOUND] == pytest.approx(0.38, abs=0.06)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +136,8 @@ def test_votes():
 
 def test_values_that_tell_whose_they_are_lack_the_order():
     assert InterferenceTask(updates=4).floors(20)[UNBOUND] == 0.25
+    found = Retrieval(pairs=4).floors(20)
+    assert found[UNBOUND] > found["a told digit at random"]
 
 
 def test_a_single_value_needs_no_binding():

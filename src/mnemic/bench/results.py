@@ -62,6 +62,7 @@ class Record:
     commit: str | None = None
     written: str = ""
     digest: str = ""
+    digests: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike[str], name: str | None = None) -> Path:
         """Writes `<task>-<mechanism>-seed<seed>.json` (or `name`) with the environment filled in; returns its path."""

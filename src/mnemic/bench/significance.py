@@ -14,7 +14,7 @@ counted. With one question a stream the tests are those of the textbooks:
   test.
 - A share of right answers is compared with a floor by the exact binomial test. With several questions a stream, a
   stream counts as the share of it that is right, and the binomial tail is multiplied by e, which bounds the tail of any
-  such sum (V. Bentkus, "On Hoeffding's inequalities", Annals of Probability 32, 2004, theorem 1.2).
+  such sum (V. Bentkus, "On Hoeffding's inequalities", Annals of Probability 32, 2004).
 
 Seeds have streams of their own, so they are pooled: streams are joined, and a floor is the mean over them. A sum of
 unequal chances has a lighter tail than the binomial of their mean, for what lies above it (Hoeffding 1956).

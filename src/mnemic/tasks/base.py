@@ -295,7 +295,7 @@ class Task(ABC):
         }
         scored = {name: self.score(self.answered(examples, view), examples) for name, view in views.items()}
         scored |= self.more_floors(examples, generator(seed_of("test", number) + 2))
-        scored |= self.unbound(examples)
+        scored |= self.unbound()
         scored |= {"oracle": self.score(self.solve(examples), examples)} if self.solvable else {}
         return {"uniform": self.uniform, "majority": self.majority(examples), **scored}
 
@@ -307,20 +307,22 @@ class Task(ABC):
         """The values among which an answer is, where a stream tells several; None where there is nothing to bind."""
         return None
 
-    def unbound(self, examples: Examples, rows: int = 500) -> dict[str, float]:
-        """The floor `UNBOUND` of the examples: the best guess of somebody who knows all values that were told and when,
-        and not whose they are.
+    def unbound(self, most: int = 2**18) -> dict[str, float]:
+        """The floor `UNBOUND`: the best guess of somebody who knows all values that were told and when, and not whose
+        they are. Nothing where there is nothing to bind.
 
         It is the value with the most votes, where a told value counts as often as that of its age is asked for in
         training streams: the most frequent value where all are asked alike, the most recent one where that is asked
-        for. Nothing where there is nothing to bind.
+        for. What it is worth is counted over validation streams, of `most` tokens together, so that it is the same for
+        all seeds of a test.
         """
-        found = self.candidates(examples)
-        if found is None:
+        if type(self).candidates is Task.candidates:
             return {}
-        train = self.candidates(self.examples(rows, "train", 0))
-        assert train is not None
-        return {UNBOUND: found.guessed(train.ages()).mean().item()}
+        rows = max(16, min(4096, most // self.examples(1).input_ids.shape[1]))
+        train, counted = (self.candidates(self.examples(rows, split)) for split in ("train", "validation"))
+        if train is None or counted is None:
+            return {}
+        return {UNBOUND: counted.guessed(train.ages()).mean().item()}
 
     def asking(self, examples: Examples) -> Iterator[tuple[slice, Examples]]:
         """Each segment that asks in any row: where it stands, and the streams up to its end with its labels alone."""

@@ -426,7 +426,7 @@ class InterferenceTask(Task):
         """Memories of all values without their order, in closed form: any value of the key, or of all keys."""
         return {"a value of the key": 1 / self.updates, "a told value": 1 / (self.updates * self.n_keys)}
 
-    def unbound(self, examples: Examples, rows: int = 500) -> dict[str, float]:
+    def unbound(self, most: int = 0) -> dict[str, float]:
         """Here a value tells whose it is, and what has to be bound is when it was told: any value of the key."""
         return {UNBOUND: 1 / self.updates} if self.updates > 1 else {}
 

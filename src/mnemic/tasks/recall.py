@@ -10,7 +10,7 @@ import copy
 import itertools
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, ClassVar
 
@@ -77,6 +77,10 @@ class RecallStreams(Task):
             evidence=self.told_at(episode, fact)[:, None, None],
             facts=torch.full((rows,), self.pairs),
         )
+
+    def unbound(self, most: int = 2**18) -> dict[str, float]:
+        """As for every task, but counted over streams without filler: what is told does not depend on it."""
+        return Task.unbound(replace(self, fillers=0), most)
 
     def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
         """One of the stored values at random: the binding of key and value is lost."""
@@ -235,21 +239,17 @@ class SentenceStreams(RecallStreams):
         """The things of all sentences."""
         if self.pairs == 1:
             return None
-        values, asked = [], []
-        for row, evidence in zip(examples.input_ids, examples.evidence[:, 0, 0].tolist(), strict=True):
-            first = row[: self.segment_length]
-            found = sorted(
-                (start, self._said_behind(first.tolist(), start + len(question)))
-                for question in self._whole.questions
-                for start in _starts(first, question).tolist()
-            )[::-1]
-            values.append([value for _, value in found])
-            asked.append([start for start, _ in found].index(evidence))
-        return Candidates(torch.tensor(values), torch.tensor(asked))
-
-    def _said_behind(self, tokens: list[int], place: int) -> int:
-        """Which thing stands at a place."""
-        return next(v for v, said in enumerate(self._whole.candidates) if tokens[place : place + len(said)] == said)
+        first = examples.input_ids[:, : self.segment_length]
+        found: list[tuple[int, int, int]] = []
+        for question in self._whole.questions:
+            starts = (first.unfold(1, len(question), 1) == torch.tensor(question)).all(2)
+            for row, start in starts.nonzero().tolist():
+                behind = first[row, start + len(question) :].tolist()
+                things = enumerate(self._whole.candidates)
+                found.append((row, -start, next(value for value, said in things if behind[: len(said)] == said)))
+        # the newest of each row first
+        _, place, value = torch.tensor(sorted(found)).view(len(first), self.pairs, 3).unbind(2)
+        return Candidates(value, (-place == examples.evidence[:, 0]).long().argmax(1))
 
     def guess(
         self,
