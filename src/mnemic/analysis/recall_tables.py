@@ -63,8 +63,8 @@ def _different(groups: Groups) -> tuple[Groups, list[str]]:
     left, again = {}, []
     known: set[tuple[str, ...]] = set()
     for (places, kind), scores in groups.items():
-        answers = (kind, *(score.outcomes["memory"] for score in scores))
-        if answers in known:
+        answers = (kind, *(score.outcomes.get("memory", "") for score in scores))
+        if all(answers) and answers in known:
             before, _, after = _filler(places)
             again.append(f"{kind} with {before} of filler before and {after} after")
         else:

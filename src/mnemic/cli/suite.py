@@ -47,7 +47,7 @@ def suite(
     from dataclasses import replace
 
     from mnemic.bench.compare import match_bytes, most_bytes
-    from mnemic.bench.results import command
+    from mnemic.bench.results import command, refuse_changes
     from mnemic.bench.suite import limited, load
     from mnemic.bench.workers import perform
 
@@ -57,11 +57,12 @@ def suite(
         runs = chosen.runs([word for word in memory.split(",") if word], seeds, model)
         if match:
             runs = matched(runs, match, most_bytes, match_bytes)
+        folder = out / (f"suite-{chosen.name}" + (f"-{model.title}" if host else "") + ("-bytes" if match else ""))
+        refuse_changes(folder)
         for run in runs:
             run.described()  # wrong settings are told before anything runs
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
-    folder = out / (f"suite-{chosen.name}" + (f"-{model.title}" if host else "") + ("-bytes" if match else ""))
     with Board(f"{chosen.title}: %, mean over finished seeds", runs) as board:
         perform(runs, folder, command(), workers or os.cpu_count() or 1, board.take)
     console.print(board.table())
