@@ -43,7 +43,8 @@ def step(*right, rows=None):
 
 
 def record(seed=3, task="recall-symbols"):
-    score = Score(4, 128, 10, 0.9, {"zeroed": 0.1}, {"chance": 0.1}, 1.0, {"margin_nats": 2.5}, {"memory": "1110"})
+    outcomes = {"memory": "1110111111", "zeroed": "0100000000"}
+    score = Score(4, 128, 10, 0.9, {"zeroed": 0.1}, {"chance": 0.1}, 1.0, {"margin_nats": 2.5}, outcomes)
     return Record(task, "emt", "tiny", seed, {"slots": 4}, [score], {"a": [1, 2]}, 256, {"training": 1.5})
 
 
@@ -320,3 +321,103 @@ def test_scores_that_are_no_shares(tmp_path):
     assert problems(made.save(tmp_path)) == []
     made.scores[0].score = 0.75
     assert "memory at 8" in problems(made.save(tmp_path))[0]
+
+
+def test_outcomes_that_are_cut_or_missing(tmp_path):
+    """With a digest that fits, and a score that they still come to."""
+
+    def made(**changes):
+        outcomes = {"memory": "1100", "zeroed": "1000"}
+        score = Score(4, 64, 4, 0.5, {"zeroed": 0.25}, {}, None, {}, outcomes)
+        for name, value in changes.items():
+            setattr(score, name, value)
+        return problems(Record("a", "emt", "tiny", 0, {}, [score]).save(tmp_path))
+
+    assert made() == made(outcomes={}) == []
+    assert made(outcomes={"memory": "10", "zeroed": "1000"}) == ["memory at 4 has 2 outcomes, where there are 4"]
+    assert made(outcomes={"memory": "1100"}) == ["zeroed at 4 has a score and no outcomes"]
+    nats = {
+        "details": {"bytes a labelled token": 1.0},
+        "score": 1 / math.log(2),
+        "controls": {"zeroed": 1 / math.log(2)},
+    }
+    assert made(**nats, outcomes={"memory": "1.0 1.0", "zeroed": "1.0 1.0"}) == []
+    found = made(**nats, outcomes={"memory": "1.0 1.0", "zeroed": "1.0"})
+    assert found == ["zeroed at 4 has 1 outcomes, where there are 2"]
+    assert made(**nats, outcomes={"memory": "1.0 1.0 1.0", "zeroed": "1.0 1.0 1.0"})
+
+
+def test_records_of_changed_sources_are_refused_for_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "checkout", lambda: tmp_path)
+    monkeypatch.delenv("MNEMIC_DIRTY", raising=False)
+    made = record()
+    made.commit = "123456789abc+changes"
+    with pytest.raises(ValueError, match=r"not committed.*--dirty; this one is kept as") as refused:
+        made.save(tmp_path / "results" / "suite-mine")
+    [kept] = (tmp_path / "runs").rglob("*.json")
+    assert str(kept) in str(refused.value)
+    assert Record.load(kept).commit == "123456789abc+changes"
+    assert not (tmp_path / "results").exists()
+    assert made.save(tmp_path / "elsewhere").is_file()
+    monkeypatch.setenv("MNEMIC_DIRTY", "1")
+    assert made.save(tmp_path / "results").is_file()
+    monkeypatch.delenv("MNEMIC_DIRTY")
+    made.commit = "123456789abc"
+    assert made.save(tmp_path / "results").is_file()
+
+
+def test_the_commit_is_that_of_the_sources_as_they_were_at_first(tmp_path):
+    """A tree of its own, with a change before the first record of a process and one after."""
+    import shutil
+    import subprocess
+    import sys
+
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    bench = tmp_path / "src" / "mnemic" / "bench"
+    bench.mkdir(parents=True)
+    shutil.copy(results.__file__, bench / "results.py")
+    (bench.parent / "__init__.py").write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    code = (
+        "import importlib.util, pathlib, sys\n"
+        f"spec = importlib.util.spec_from_file_location('copied', {str(bench / 'results.py')!r})\n"
+        "copied = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['copied'] = copied\n"
+        "spec.loader.exec_module(copied)\n"
+        "first = copied.Record('a', 'b', 'c', 0, {}).commit\n"
+        f"pathlib.Path({str(bench / 'other.py')!r}).write_text('')\n"
+        "again = copied.Record('a', 'b', 'c', 0, {}).commit\n"
+        "copied.commit.cache_clear()\n"
+        "print(first, again == first, copied.commit() == first + '+changes')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first, *rest = done.stdout.split()
+    assert len(first) == 12, done.stderr
+    assert rest == ["True", "True"]
+
+
+def test_earlier_records_are_read(tmp_path):
+    path = record().save(tmp_path)
+    values = json.loads(path.read_text())
+    for name in ("commit", "digests"):
+        del values[name]
+    for score in values["scores"]:
+        del score["streams"], score["questions"]
+    path.write_text(json.dumps(values))
+    loaded = Record.load(path)
+    assert (loaded.commit, loaded.digests, loaded.scores[0].streams) == (None, {}, None)
+    values["config"]["test rows"] = 5
+    path.write_text(json.dumps(values))
+    assert Record.load(path).scores[0].streams == 5
+
+
+def test_digests_of_numbers():
+    numbers = torch.arange(6)
+    assert results.digest_of(numbers) == results.digest_of(numbers.clone())
+    others = (numbers.view(2, 3), numbers.float(), numbers + 1, numbers.bfloat16())
+    assert len({results.digest_of(each) for each in (numbers, *others)}) == 5
+    assert len(results.code()) == 16

@@ -18,7 +18,7 @@ import registered
 import report
 from mnemic.analysis.curves import recall_curve
 from mnemic.analysis.markdown import markdown
-from mnemic.bench.recall import UNBOUND, Places
+from mnemic.bench.recall import UNBOUND, Places, asked_for, places_of
 from mnemic.bench.results import Record, Score
 from mnemic.checkpoints import FetchError
 from mnemic.cli import app, models
@@ -38,12 +38,22 @@ def report_command(*words):
     return CliRunner().invoke(report.app, [str(word) for word in words])
 
 
+QUESTIONS = 400
+
+
 def score(places, asked, share, old=None):
     details = {"margin_nats": 1.0, "found_in_8_tokens": share, "tokens_until_value": 1.0, "state_bytes": 256}
     details |= {"asked": asked, **asdict(places)} | ({} if old is None else {"old": old})
     controls = {**dict.fromkeys(CONTROLS, 0.0625), "fresh": 0.07 + places.before / 400}
     floors = {"chance": 0.0625, UNBOUND: 0.3}
-    return Score(places.fillers, 32 * places.total, 64, share, controls, floors, 0.995, details)
+    outcomes = {name: right(each) for name, each in {"memory": share, **controls}.items()}
+    return Score(places.fillers, 32 * places.total, QUESTIONS, share, controls, floors, 0.995, details, outcomes)
+
+
+def right(share):
+    """Outcomes of which so many are right."""
+    count = round(QUESTIONS * share)
+    return "1" * count + "0" * (QUESTIONS - count)
 
 
 def record(seed=0, less=0.0):
@@ -125,8 +135,9 @@ def test_tables_tell_the_numbers(tmp_path):
     two, corrected = "70.0 (60.0-80.0)", "50.0 (40.0-60.0)"
     assert f"| 4 | 4 | **{four}** | **{two}** | **{two}** | **{corrected}** | 15.0 | 8.0 |" in short
     assert "| any | any | **70.0** | - | - | - | - | 11.0 |" in short
-    assert f"| facts | 4 | - | 4 | 288 | **{four}** | 6.2 | 6.2 | 8.0 | 6.2 | 30.0 |" in full
-    assert f"| facts | 16 | - | 16 | 1,056 | **{sixteen}** | 6.2 | 6.2 | 11.0 | 6.2 | 30.0 |" in full
+    assert "| zeroed, other stream, no memory | fresh |" in full, "what never differs is one column"
+    assert f"| facts | 4 | - | 4 | 288 | **{four}** | 6.2 | 8.0 | 30.0 |" in full
+    assert f"| facts | 16 | - | 16 | 1,056 | **{sixteen}** | 6.2 | 11.0 | 30.0 |" in full
     assert f"| corrected facts | 4 | 4 | 4 | 448 | **{corrected}** | 6.2 |" in full
     assert "| first facts, beside corrected | 4 | 4 | 4 |" in full
     for table in (short, full):
@@ -137,6 +148,19 @@ def test_tables_tell_the_numbers(tmp_path):
     assert "the score moves by 15.0 (10.0-20.0) points" in made["recall-symbols-claims"]
     assert "Not measured yet" in made["recall-language"]
     assert all(f"`{kind}`" in made["mechanisms"] for kind in mnemic.CONFIGS)
+
+
+def test_recall_marks_what_is_evidence_and_prints_no_row_twice(tmp_path):
+    made = record()
+    for each in made.scores:
+        each.floors[UNBOUND] = 0.62
+        if places_of(each).before == 16 and asked_for(each) == "facts" and not places_of(each).anywhere:
+            each.score, each.outcomes["memory"] = 0.9, right(0.9)  # as with 4
+    made.save(tmp_path)
+    found = recall_facts.tables(tmp_path)
+    assert "| 4 | 4 | **90.0** | **80.0** | **80.0** | 60.0 | 15.0 | 8.0 |" in found["recall-symbols"]
+    assert "| facts | 16 | - |" not in found["recall-symbols-full"]
+    assert "that of a row above: facts with 16 of filler before and 16 after." in found["recall-symbols-full"]
 
 
 def test_markdown():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mnemic.analysis.markdown import markdown, missing, spread
+from mnemic.analysis.markdown import markdown, merged, missing, provenance, spread
 from mnemic.bench.recall import KINDS, UNBOUND, Places, asked_for, places_of
 from mnemic.bench.results import Record, Score
+from mnemic.bench.significance import LEVEL, evidence
 
 Groups = dict[tuple[Places, str], list[Score]]
 
@@ -30,7 +31,7 @@ def short(found: Sequence[Record]) -> str:
             rows.setdefault((before, after), {})[kind] = scores
     cells = []
     for place, here in rows.items():
-        scores = [f"**{_score(here[kind])}**" if kind in here else "-" for kind in KINDS]
+        scores = [_score(here[kind], marked=True) if kind in here else "-" for kind in KINDS]
         old = spread([s.details["old"] for s in here.get("corrected facts", [])])
         cells.append([*place, *scores, old, f"{100 * max(_highest(scores) for scores in here.values()):.1f}"])
     header = ["filler before", "filler after", "one segment, %", "first of two", "second of two"]
@@ -39,17 +40,37 @@ def short(found: Sequence[Record]) -> str:
 
 
 def full(found: Sequence[Record]) -> str:
-    """Every kind of question at every place beside every control, and what is right without binding."""
+    """Every kind of question at every place beside the controls, those that never differ as one, and what is right
+    without binding. Where every answer is that of a row above, in all seeds, there is no row.
+    """
     if not found:
         return missing("this task")
     controls = list(found[0].scores[0].controls)
+    groups, again = _different(grouped(found))
+    beside = merged({name: [spread([s.controls[name] for s in each]) for each in groups.values()] for name in controls})
     rows = []
-    for (places, kind), scores in grouped(found).items():
-        row = [kind, *_filler(places), f"{scores[0].tokens:,}", f"**{_score(scores)}**"]
-        row += [spread([s.controls[name] for s in scores]) for name in controls]
+    for number, ((places, kind), scores) in enumerate(groups.items()):
+        row = [kind, *_filler(places), f"{scores[0].tokens:,}", _score(scores, marked=True)]
+        row += [cells[number] for cells in beside.values()]
         rows.append([*row, spread([s.floors[UNBOUND] for s in scores])])
-    header = ["asked for", "filler before", "between", "after", "tokens", "with memory, %", *controls, UNBOUND]
-    return markdown(header, rows) + "\n" + _note(found)
+    header = ["asked for", "filler before", "between", "after", "tokens", "with memory, %", *beside, UNBOUND]
+    said = f"\nLeft out, since every answer is that of a row above: {'; '.join(again)}.\n" if again else ""
+    return markdown(header, rows) + "\n" + said + _note(found)
+
+
+def _different(groups: Groups) -> tuple[Groups, list[str]]:
+    """Those groups whose answers with the own memory are not all those of one before, and what the others are."""
+    left, again = {}, []
+    known: set[tuple[str, ...]] = set()
+    for (places, kind), scores in groups.items():
+        answers = (kind, *(score.outcomes.get("memory", "") for score in scores))
+        if all(answers) and answers in known:
+            before, _, after = _filler(places)
+            again.append(f"{kind} with {before} of filler before and {after} after")
+        else:
+            left[places, kind] = scores
+        known.add(answers)
+    return left, again
 
 
 def claims(found: Sequence[Record]) -> str:
@@ -83,8 +104,9 @@ def _filler(places: Places) -> tuple[str, str, str]:
     return f"{places.before:,}", f"{places.between:,}" if places.segments > 1 else "-", f"{places.after:,}"
 
 
-def _score(scores: Sequence[Score]) -> str:
-    return spread([score.score for score in scores])
+def _score(scores: Sequence[Score], marked: bool = False) -> str:
+    said, test = spread([score.score for score in scores]), evidence(scores) if marked else None
+    return f"**{said}**" if test is not None and test.stands else said
 
 
 def _highest(scores: Sequence[Score]) -> float:
@@ -111,5 +133,7 @@ def _note(found: Sequence[Record]) -> str:
         f"\nFloors: {floors}. Ceiling, everything in one window without a memory: {spread(ceilings)}. "
         f"{examples[0]:,} to {examples[-1]:,} questions a cell and seed. "
         f"Training: {spread([record.seconds['training'] / 60 for record in found], 1)} minutes.\n"
-        f"\nMade by `{first.command}`; seeds {seeds}; {where}; mean and, in brackets, least and most over seeds."
+        f"\nBold is evidence of a memory: better than with another stream's memory, and above the best floor, each at "
+        f"{100 * LEVEL:.0f} %. {provenance(found)} "
+        f"Made by `{first.command}`; seeds {seeds}; {where}; mean and, in brackets, least and most over seeds."
     )

@@ -14,7 +14,7 @@ from mnemic.bench.results import Record, Score
 COLOURS = ("#1f5fa8", "#b5651d", "#2e7d32", "#8e3b8a", "#c9a227", "#00838f", "#c62828", "#6d4c41", "#5e7d1f", "#455a9d")
 COLOURS += ("#e377c2", "#17becf", "#ff7f0e", "#9edae5", "#7f6084", "#a0d468")
 STYLES = {"own segment": ("#bbbbbb", ":"), "last segment": ("#888888", ":"), "last 2 segments": ("#444444", ":")}
-STYLES |= {"sample": ("#7b9e87", "--")}
+STYLES |= {"sample": ("#7b9e87", "--"), "without binding": ("#c77d7d", "--")}
 assert set(STYLES) == set(FLOORS)
 
 

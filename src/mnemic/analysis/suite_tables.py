@@ -1,4 +1,4 @@
-"""Tables of a suite: mechanism x task x length with spread, controls and floors beside every score, and cost."""
+"""Tables of a suite: mechanism x task x length with spread, what of it is evidence, floors beside it, and cost."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mnemic.analysis.markdown import markdown, missing, spread
+from mnemic.analysis.markdown import chance, markdown, missing, provenance, spread
+from mnemic.bench.floors import unbound
 from mnemic.bench.results import Record, Score, records
-from mnemic.controls import CONDITIONS
+from mnemic.bench.significance import LEVEL, Evidence, evidence
+from mnemic.tasks.base import UNBOUND
 
 NONE = "none"
-CONTROLS = CONDITIONS[1:]
 
 Case = tuple[str, str, int]
 """Task, its settings as text, and length."""
@@ -22,7 +23,19 @@ Case = tuple[str, str, int]
 def suites(results: Path) -> dict[str, list[Record]]:
     """The records of every suite in a folder of results, by the suite's name."""
     folders = sorted(each for each in results.glob("suite-*") if each.is_dir())
-    return {folder.name.removeprefix("suite-"): told_apart(records(folder)) for folder in folders}
+    return {folder.name.removeprefix("suite-"): told_apart(complete(records(folder))) for folder in folders}
+
+
+def complete(found: Sequence[Record]) -> list[Record]:
+    """The records with the best guess without binding among the floors of their scores: earlier ones lack it."""
+    return [
+        replace(record, scores=[_complete(record, place) for place in range(len(record.scores))]) for record in found
+    ]
+
+
+def _complete(record: Record, place: int) -> Score:
+    score = record.scores[place]
+    return score if UNBOUND in score.floors else replace(score, floors={**score.floors, **unbound(record, place)})
 
 
 def told_apart(found: Sequence[Record]) -> list[Record]:
@@ -74,7 +87,7 @@ def mechanisms_of(found: Sequence[Record]) -> list[str]:
 
 
 def tables(results: Path) -> dict[str, str]:
-    """`suite-NAME`, `suite-NAME-controls` and `suite-NAME-cost` for every suite that was run, and for those that come
+    """`suite-NAME`, `suite-NAME-evidence` and `suite-NAME-cost` for every suite that was run, and for those that come
     with the package in any case.
     """
     from mnemic.bench.suite import names
@@ -84,12 +97,13 @@ def tables(results: Path) -> dict[str, str]:
     for name in {*names(), *made}:
         found = made.get(name, [])
         tables[f"suite-{name}"] = scores(found)
-        tables[f"suite-{name}-controls"] = controls(found)
+        tables[f"suite-{name}-evidence"] = tests(found)
         tables[f"suite-{name}-cost"] = cost(found)
     return tables
 
 
 FLOORS = {
+    "without binding": (UNBOUND,),
     "own segment": ("own segment", "no memory", "reader, this segment"),
     "last segment": ("last segment", "reader, last segment"),
     "last 2 segments": ("last 2 segments", "reader, last 2 segments"),
@@ -117,29 +131,78 @@ def metrics(found: Sequence[Record]) -> dict[str, str]:
     return {record.task: record.measures.get("metric", "%") for record in found}
 
 
+def weighed(found: Sequence[Record]) -> dict[Case, dict[str, Evidence | None]]:
+    """What the tests say of every mechanism in every case; of the host without a memory there is nothing to say."""
+    cases = by_case(found)
+    return {
+        case: {name: evidence(scores) for name, scores in by_mechanism.items() if name != NONE}
+        for case, by_mechanism in cases.items()
+    }
+
+
+def stand(tests: dict[str, Evidence | None]) -> list[str]:
+    """The mechanisms whose score is evidence."""
+    return [name for name, each in tests.items() if each is not None and each.stands]
+
+
 def scores(found: Sequence[Record]) -> str:
-    """Every mechanism on every task at every length, and what needs no learning."""
+    """Every mechanism on every task at every length that has evidence, which is bold, and what needs no learning."""
     if not found:
         return missing("this suite")
-    mechanisms, rows, metric = mechanisms_of(found), [], metrics(found)
-    for (task, _, length), by_mechanism in by_case(found).items():
-        unit = metric[task]
-        some = next(iter(by_mechanism.values()))
+    mechanisms, rows, metric, tests = mechanisms_of(found), [], metrics(found), weighed(found)
+    for case, by_mechanism in by_case(found).items():
+        task, _, length = case
+        proven = stand(tests[case])
+        if not proven:
+            continue
+        unit, most = metric[task], max(map(len, by_mechanism.values()))
+
+        def cell(name: str, unit: str = unit, most: int = most, seeds: dict[str, list[Score]] = by_mechanism) -> str:
+            few = f", {len(seeds[name])} seed{'s' * (len(seeds[name]) > 1)}" if len(seeds[name]) < most else ""
+            return shown([score.score for score in seeds[name]], unit) + few
+
         cells = [
-            shown([s.score for s in by_mechanism[name]], unit) if name in by_mechanism else "" for name in mechanisms
+            "" if name not in by_mechanism else f"**{cell(name)}**" if name in proven else cell(name)
+            for name in mechanisms
         ]
-        beside = []
+        some, beside = next(iter(by_mechanism.values())), []
         for name in FLOORS:
             values = [value for s in some if (value := floor(s, name)) is not None]
             beside.append(shown([statistics.mean(values)], unit) if values else "")
         title = task if unit == "%" else f"{task} ({unit})"
-        rows.append([title, f"{length:,}", *cells, *beside])
-    header = ["task", "length", *(f"`{name}`" for name in mechanisms), *(f"*{name}*" for name in FLOORS)]
-    return markdown(header, rows) + "\n\n" + note(found)
+        rows.append([title, f"{length:,}", str(most), *cells, *beside])
+    header = ["task", "length", "seeds", *(f"`{name}`" for name in mechanisms), *(f"*{name}*" for name in FLOORS)]
+    table = markdown(header, rows) + "\n\n" if rows else ""
+    return table + "\n\n".join(filter(None, [left_out(tests), note(found)]))
+
+
+def left_out(tests: dict[Case, dict[str, Evidence | None]]) -> str:
+    """The rows without any evidence in a line, and what their scores fail by."""
+    places: dict[str, list[str]] = {}
+    failed: list[Evidence] = []
+    unknown = 0
+    for (task, _, length), by_mechanism in tests.items():
+        if not stand(by_mechanism):
+            places.setdefault(task, []).append(f"{length:,}")
+            failed += [each for each in by_mechanism.values() if each is not None]
+            unknown += sum(each is None for each in by_mechanism.values())
+    if not places:
+        return ""
+    where = "; ".join(f"{task} at {', '.join(lengths)}" for task, lengths in places.items())
+    why = [
+        f"{sum(each.other > LEVEL for each in failed)} are no better than with another stream's memory",
+        f"{sum(not each.over or (each.above or 0) > LEVEL for each in failed)} no better than the best floor",
+        *[f"of {unknown} the outcomes of single questions are not known"] * bool(unknown),
+    ]
+    count = sum(map(len, places.values()))
+    return (
+        f"Left out: {count} row{'s' * (count > 1)} without evidence in any cell, {where}. "
+        f"Of {len(failed) + unknown} scores there, {', '.join(why)}."
+    )
 
 
 def note(found: Sequence[Record]) -> str:
-    """Seeds, host, steps and machine."""
+    """What marks mean; seeds, host, steps and machine."""
     seeds = sorted({record.seed for record in found})
     hosts = sorted({record.host for record in found})
     machine = found[0].machine
@@ -147,50 +210,64 @@ def note(found: Sequence[Record]) -> str:
     commands = sorted({record.command for record in found})
     hours = sum(record.seconds["all"] for record in found) / 3600
     return (
-        f"Per cent unless said otherwise; mean and, in brackets, least and most over seeds "
-        f"{', '.join(map(str, seeds))}. Host: {'; '.join(hosts)}. Floors in italics need nothing learned. {len(found)} "
-        f"runs, {hours:.1f} process-hours on {where}. Made by {', '.join(f'`{command}`' for command in commands)}."
+        f"Bold is evidence of a memory: better than with another stream's memory, and above the best floor that needs "
+        f"no memory or knows the values that were told and not whose they are, each at {100 * LEVEL:.0f} %. Per cent "
+        f"unless said otherwise; mean and, in brackets, least and most over seeds {', '.join(map(str, seeds))}, of "
+        f"which *seeds* says how many. Host: {'; '.join(hosts)}. Floors in italics need nothing learned. {len(found)} "
+        f"runs, {hours:.1f} process-hours on {where}. {provenance(found)} "
+        f"Made by {', '.join(f'`{command}`' for command in commands)}."
     )
 
 
-def controls(found: Sequence[Record]) -> str:
-    """A memory's score beside the same model with another stream's, a zeroed, a fresh and no memory."""
+def tests(found: Sequence[Record]) -> str:
+    """What both tests say of every score: how probable it is without use of the own memory, and at the best floor."""
     found = [record for record in found if record.mechanism != NONE]
     if not found:
         return missing("this suite")
-    rows, metric = [], metrics(found)
-    for (task, _, length), by_mechanism in by_case(found).items():
-        for name in mechanisms_of(found):
-            if name not in by_mechanism:
-                continue
-            seeds = by_mechanism[name]
-            rows.append(
-                [task, f"{length:,}", f"`{name}`", f"**{shown([s.score for s in seeds], metric[task])}**"]
-                + [shown([s.controls[control] for s in seeds], metric[task]) for control in CONTROLS]
-            )
-    return markdown(["task", "length", "mechanism", "own memory", *CONTROLS], rows)
+    mechanisms, rows, metric = mechanisms_of(found), [], metrics(found)
+    for (task, _, length), by_mechanism in weighed(found).items():
+        known = [each for each in by_mechanism.values() if each is not None]
+        best = f"{known[0].floor}, {shown([known[0].share], metric[task])}" if known else ""
+        cells = [_cell(by_mechanism[name]) if name in by_mechanism else "" for name in mechanisms]
+        rows.append([task, f"{length:,}", best, *cells])
+    table = markdown(["task", "length", "best floor", *(f"`{name}`" for name in mechanisms)], rows)
+    return (
+        f"{table}\n\nOf each score two probabilities: of as many streams, or more, that are answered better with their "
+        f"own memory than with another stream's, if that made no difference; and of the score, or a higher one, at the "
+        f"best floor. Bold: both at most {LEVEL}. A dash: not a share, so compared with the floor as it is."
+    )
+
+
+def _cell(tested: Evidence | None) -> str:
+    if tested is None:
+        return "not known"
+    said = f"{chance(tested.other)}; {'-' if tested.above is None else chance(tested.above)}"
+    return f"**{said}**" if tested.stands else said
 
 
 def cost(found: Sequence[Record]) -> str:
-    """Steps, wall time, parameters, bytes and time a token."""
+    """Steps, wall time, parameters, bytes and time a token of every mechanism: medians over tasks, least and most."""
     if not found:
         return missing("this suite")
     rows = []
-    groups: dict[tuple[str, str, str], list[Record]] = {}
-    for record in found:
-        groups.setdefault((record.task, settings_of(record), record.mechanism), []).append(record)
-    for (task, _, name), same in sorted(groups.items(), key=lambda item: (item[0][:2], item[0][2] != NONE, item[0][2])):
+    for name in mechanisms_of(found):
+        mine = [record for record in found if record.mechanism == name]
         rows.append(
             [
-                task,
                 f"`{name}`",
-                f"{same[0].config['recipe']['steps']:,}",
-                spread([record.seconds.get("training", 0) for record in same], 1, 0),
-                f"{same[0].measures['parameters']:,}",
-                f"{max(record.state_bytes or 0 for record in same):,}",
-                f"{statistics.median(r.measures['cost']['microseconds a token'] for r in same):.1f}",
-                f"{statistics.median(r.measures['cost']['with memory / base'] for r in same):.2f}",
+                _range([record.config["recipe"]["steps"] for record in mine]),
+                _range([record.seconds.get("training", 0) for record in mine]),
+                _range([record.measures["parameters"] for record in mine]),
+                _range([record.state_bytes or 0 for record in mine]),
+                _range([record.measures["cost"]["microseconds a token"] for record in mine], 1),
+                _range([record.measures["cost"]["with memory / base"] for record in mine], 2),
             ]
         )
-    header = ["task", "mechanism", "steps", "training, s", "memory's parameters", "bytes a stream"]
-    return markdown([*header, "microseconds a token", "with memory / base"], rows)
+    header = ["mechanism", "steps", "training, s", "memory's parameters", "bytes a stream"]
+    table = markdown([*header, "microseconds a token", "with memory / base"], rows)
+    return table + "\n\nMedians over tasks and seeds; in brackets least and most."
+
+
+def _range(values: Sequence[float], digits: int = 0) -> str:
+    middle, least, most = (f"{each:,.{digits}f}" for each in (statistics.median(values), min(values), max(values)))
+    return middle if least == most else f"{middle} ({least}-{most})"

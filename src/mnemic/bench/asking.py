@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mnemic.attachment import Attachment, memory_cache
 from mnemic.bench.experiments import Reporter, Silent
-from mnemic.bench.results import Score
+from mnemic.bench.results import Score, digest_of
 from mnemic.controls import CONDITIONS, CONTROLS, apart, changed, others, parts
 from mnemic.host.arguments import with_cache
 from mnemic.tasks.base import Examples, Task
@@ -133,6 +133,8 @@ def evaluate(
         ceiling=1.0 if task.solvable else None,
         details=details,
         outcomes={name: _outcomes(task, tokens[name], nats[name], test) for name in names},
+        streams=rows,
+        questions=digest_of(test.input_ids, test.labels),
     )
 
 

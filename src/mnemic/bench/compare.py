@@ -26,7 +26,8 @@ from mnemic.attachment import Attachment, attach
 from mnemic.bench.asking import cost, evaluate
 from mnemic.bench.experiments import Reporter, Silent
 from mnemic.bench.hosts import Host, make_room
-from mnemic.bench.results import Record
+from mnemic.bench.results import Record, joined
+from mnemic.host.anatomy import fingerprint
 from mnemic.memories import CONFIGS
 from mnemic.memories.emt import EMTConfig
 from mnemic.memory import MemoryConfig
@@ -165,6 +166,7 @@ class Run:
         task, tests = self.make_task(), self.tests()
         config = self.config(task.segment_length)
         model, alone = self.make_host(max(test.vocabulary for _, test in tests), reporter, checkpoint)
+        first = fingerprint(model)
         torch.manual_seed(self.seed)
         if config is not None:
             with torch.device("meta"):
@@ -175,6 +177,7 @@ class Run:
         attachment = attach(model, config or switched_off, freeze=self.frozen)
         without = attachment.disabled() if config is None else contextlib.nullcontext()
         record = Record(self.task, self.mechanism, self.host.title, self.seed, self.described())
+        record.digests["model"] = first
         with without:
             if config is not None or not self.frozen:
                 record.seconds["training"] = self._train(attachment, reporter, checkpoint)
@@ -188,6 +191,7 @@ class Run:
                 reporter.score(score)
             record.seconds["evaluation"] = time.monotonic() - asking
             record.measures["cost"] = cost(attachment, task)
+        record.digests["texts"] = joined(record.scores)
         record.measures["alone"] = alone
         record.measures["title"] = TASKS[self.task].card.title
         record.measures["axis"] = TASKS[self.task].axis

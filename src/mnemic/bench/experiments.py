@@ -16,7 +16,8 @@ from torch import nn
 from mnemic.attachment import Attachment, attach
 from mnemic.bench.hosts import tiny_gpt2
 from mnemic.bench.recall import Places, evaluate
-from mnemic.bench.results import Record, Score
+from mnemic.bench.results import Record, Score, joined
+from mnemic.host.anatomy import fingerprint
 from mnemic.memory import MemoryConfig
 from mnemic.tasks.base import below, generator
 from mnemic.tasks.facts import Episode, LanguageRecall, RecallTask, SymbolRecall, anywhere
@@ -219,6 +220,7 @@ class Experiment:
             seed=self.seed,
             config={"memory": self.config.to_dict(), "recipe": asdict(self.recipe)},
             seconds={"training": seconds},
+            digests={"model": fingerprint(model)},
         )
         begun = time.monotonic()
         reporter.phase("ask", self.rows * sum(places.total for places in self.places))
@@ -237,6 +239,7 @@ class Experiment:
             record.state_bytes = int(scores[0].details["state_bytes"])
             for score in scores:
                 reporter.score(score)
+        record.digests["texts"] = joined(record.scores)
         record.seconds["evaluation"] = time.monotonic() - begun
         return attachment, record
 

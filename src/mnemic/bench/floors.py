@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from mnemic.bench.results import Record, Score
-from mnemic.tasks.base import Task
+from mnemic.tasks.base import TASKS, Task
 
 
 def measure(
@@ -45,3 +47,26 @@ def _length(task: Task, tokens: int) -> int:
     """Where the task stands on its axis, its tokens where that is no whole number."""
     along = getattr(task, task.axis)
     return along if isinstance(along, int) else tokens
+
+
+def unbound(record: Record, place: int) -> dict[str, float]:
+    """The best guess without binding for a suite's score, by number, from the settings in the record: for records from
+    before tasks had that floor. Nothing where the task has none, or cannot be made from its settings alone.
+    """
+    config, kind = record.config, TASKS.get(record.task)
+    if kind is None or not {"task", "lengths"} <= config.keys():
+        return {}
+    settings = dict(config["task"])
+    if config["lengths"]:
+        settings[kind.axis] = config["lengths"][place]
+    return _unbound(record.task, json.dumps(settings, sort_keys=True))
+
+
+@cache
+def _unbound(name: str, settings: str) -> dict[str, float]:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(settings).items()}
+    try:
+        task = TASKS[name](**values)
+    except (TypeError, ValueError, OSError, AttributeError):
+        return {}  # with texts or a tokenizer that are elsewhere
+    return task.unbound()

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Generator, Tensor
 
 from mnemic.attachment import Attachment, memory_cache
-from mnemic.bench.results import Score
+from mnemic.bench.results import Score, digest_of
 from mnemic.controls import CONDITIONS, conditions, others, parts
 from mnemic.host.arguments import with_cache
 from mnemic.host.release import GENERATE_CACHE
@@ -310,6 +310,8 @@ def _score_of(task: RecallTask, places: Places, answers: list[_Answers], asked: 
         ceiling=best,
         details=details,
         outcomes={name: "".join(str(int(each)) for each in right.tolist()) for name, right in scores.items()},
+        streams=sum(len(answer.episode.keys) for answer in answers),
+        questions=digest_of(*(each for a in answers for each in (a.episode.told, a.episode.keys, a.episode.values))),
     )
 
 

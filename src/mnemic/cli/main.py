@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mnemic.cli.chat import chat
+from mnemic.cli.compare import compare
 from mnemic.cli.fetch import fetch
 from mnemic.cli.inspect import inspect, look_inside
 from mnemic.cli.show import Show, console, listing, need
@@ -27,6 +28,7 @@ RESEARCH = "Research"
 
 app.command("bench", rich_help_panel=RESEARCH)(suite)
 app.add_typer(tasks_app, name="tasks", rich_help_panel=RESEARCH)
+app.command(rich_help_panel=RESEARCH)(compare)
 app.add_typer(store_app, name="store")
 app.command()(chat)
 app.command()(train)
@@ -37,6 +39,9 @@ app.command()(inspect)
 @app.callback()
 def main(
     threads: Annotated[int, typer.Option(min=1, help="Threads for PyTorch; small models run fastest with one.")] = 1,
+    dirty: Annotated[
+        bool, typer.Option("--dirty", help="Allow result files of sources with uncommitted changes in results/.")
+    ] = False,
     files: Annotated[
         list[Path] | None, typer.Option("--import", metavar="FILE.py", help="A mechanism of your own; repeat it.")
     ] = None,
@@ -47,6 +52,8 @@ def main(
         sys.modules["torch"].set_num_threads(threads)
     else:  # it asks for these when it is imported, by commands that need it
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    if dirty:
+        os.environ["MNEMIC_DIRTY"] = "1"  # for the processes that work for this one, too
     for file in files or ():
         from mnemic.memories.registry import import_file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,13 @@ def print_results(folder: Path) -> None:
 
 
 def table(record: Record) -> Table:
-    """Lengths in columns; in rows the score, every control, floor and the ceiling, which fit a narrow terminal so."""
+    """Lengths in columns; in rows the score, which is bold where it is evidence, the controls, those that are equal as
+    one, floors, the ceiling, and what the tests say. They fit a narrow terminal so.
+    """
+    from mnemic.analysis.markdown import chance, merged
+    from mnemic.analysis.suite_tables import complete
+    from mnemic.bench.significance import evidence
+
     metric = record.measures.get("metric", {"drift": "perplexity", "copying": "nats"}.get(record.task, "%"))
     title = f"{record.task}, {record.mechanism} on {record.host}, seed {record.seed}, {metric}"
     made = Table(title=title, title_justify="left", title_style="bold")
@@ -48,12 +55,25 @@ def table(record: Record) -> Table:
     for score in record.scores:
         made.add_column(f"{score.length:,}", justify="right")
     controls = dict.fromkeys(name for score in record.scores for name in score.controls)
+    [record] = complete([record])
     floors = dict.fromkeys(name for score in record.scores for name in score.floors)
-    rows = {"memory": [score.score for score in record.scores]}
-    rows |= {name: [score.controls.get(name) for score in record.scores] for name in controls}
-    rows |= {f"floor: {name}": [score.floors.get(name) for score in record.scores] for name in floors}
-    rows["ceiling"] = [score.ceiling for score in record.scores]
-    for name, values in rows.items():
-        cells = ("-" if v is None else f"{100 * v:.1f}" if metric == "%" else f"{v:.4f}" for v in values)
-        made.add_row(name, *cells, style="bold" if name == "memory" else "")
+
+    def cells(values: Iterable[float | None]) -> list[str]:
+        return ["-" if v is None else f"{100 * v:.1f}" if metric == "%" else f"{v:.4f}" for v in values]
+
+    tested = [evidence([score]) for score in record.scores]
+    own = zip(cells(score.score for score in record.scores), tested, strict=True)
+    made.add_row(
+        "memory", *(f"[bold]{cell}[/bold]" if test is not None and test.stands else cell for cell, test in own)
+    )
+    beside = merged({name: cells(score.controls.get(name) for score in record.scores) for name in controls})
+    beside |= {f"floor: {name}": cells(score.floors.get(name) for score in record.scores) for name in floors}
+    beside["ceiling"] = cells(score.ceiling for score in record.scores)
+    for name, values in beside.items():
+        made.add_row(name, *values)
+    if any(tested):
+        made.add_row("p, other stream", *("-" if test is None else chance(test.other) for test in tested))
+        above = (None if test is None else test.above for test in tested)
+        made.add_row("p, best floor", *("-" if each is None else chance(each) for each in above))
+        made.caption = "bold: evidence of a memory, both p at most 0.01"
     return made

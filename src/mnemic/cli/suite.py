@@ -47,7 +47,7 @@ def suite(
     from dataclasses import replace
 
     from mnemic.bench.compare import match_bytes, most_bytes
-    from mnemic.bench.results import command
+    from mnemic.bench.results import command, refuse_changes
     from mnemic.bench.suite import limited, load
     from mnemic.bench.workers import perform
 
@@ -57,11 +57,12 @@ def suite(
         runs = chosen.runs([word for word in memory.split(",") if word], seeds, model)
         if match:
             runs = matched(runs, match, most_bytes, match_bytes)
+        folder = out / (f"suite-{chosen.name}" + (f"-{model.title}" if host else "") + ("-bytes" if match else ""))
+        refuse_changes(folder)
         for run in runs:
             run.described()  # wrong settings are told before anything runs
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
-    folder = out / (f"suite-{chosen.name}" + (f"-{model.title}" if host else "") + ("-bytes" if match else ""))
     with Board(f"{chosen.title}: %, mean over finished seeds", runs) as board:
         perform(runs, folder, command(), workers or os.cpu_count() or 1, board.take)
     console.print(board.table())
@@ -154,11 +155,12 @@ class Board:
             console.print(f"  {description} {event.done} of {event.total}  {note}", highlight=False)
 
     def table(self) -> Table:
-        """Scores by task and length, one column a mechanism, and the floors."""
-        from mnemic.analysis.suite_tables import FLOORS, by_case, floor, metrics
+        """Scores by task and length, one column a mechanism, and the floors; what is evidence is bold."""
+        from mnemic.analysis.suite_tables import FLOORS, by_case, floor, metrics, stand, weighed
 
         mechanisms = list(dict.fromkeys(run.mechanism for run in self.runs))
-        table = Table(title=self.title, title_justify="left", title_style="bold")
+        caption = "bold: evidence of a memory"
+        table = Table(title=self.title, title_justify="left", title_style="bold", caption=caption)
         table.add_column("task")
         table.add_column("length", justify="right")
         for name in mechanisms:
@@ -166,8 +168,10 @@ class Board:
         for name in FLOORS:
             table.add_column(name, justify="right", style="dim")
         found = list(self.records.values())
-        units = metrics(found)
-        for (task, _, length), by_mechanism in by_case(found).items():
+        units, tests = metrics(found), weighed(found)
+        for case, by_mechanism in by_case(found).items():
+            task, _, length = case
+            proven = stand(tests[case])
 
             def cell(value: float | None, unit: str = units[task]) -> str:
                 return "" if value is None else f"{100 * value:.1f}" if unit == "%" else f"{value:.3f}"
@@ -175,6 +179,9 @@ class Board:
             means = [
                 cell(statistics.mean(score.score for score in by_mechanism[name])) if name in by_mechanism else ""
                 for name in mechanisms
+            ]
+            means = [
+                f"[bold]{mean}[/bold]" if name in proven else mean for name, mean in zip(mechanisms, means, strict=True)
             ]
             some = next(iter(by_mechanism.values()))[0]
             title = task if units[task] == "%" else f"{task}, {units[task]}"

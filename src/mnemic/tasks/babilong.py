@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mnemic.tasks.babi import (
     ASKS,
@@ -56,8 +57,8 @@ from mnemic.tasks.babi import (
     babi,
     micro_story,
 )
-from mnemic.tasks.base import Examples, Task, TaskCard, below, generator, seed_of
-from mnemic.tasks.haystack import Book, Drawn, trimmed, woven
+from mnemic.tasks.base import Candidates, Examples, Task, TaskCard, below, generator, seed_of
+from mnemic.tasks.haystack import Book, Drawn, shortest, trimmed, woven
 from mnemic.tasks.text import (
     Encoder,
     Question,
@@ -367,6 +368,20 @@ class BabilongTask(Task):
         choices = [answer for answer in self.answers if answer not in named] or self.answers
         return choices[below(len(choices), generator)]
 
+    def candidates(self, examples: Examples) -> Candidates | None:
+        """The places that anybody went to; the newest that is the answer is the one that is asked for."""
+        if self.question not in ("qa1", "qa2", "qa3"):
+            return None
+        spelling, values, asked = {each.lower(): number for number, each in enumerate(self.answers)}, [], []
+        for row, wanted in zip(examples.input_ids.tolist(), examples.asked.tolist(), strict=True):
+            for begin, end in runs(wanted):
+                text = readable(self._encoder, row[:begin], [True] * begin)
+                moves = [spelling[place] for _, place in EVENTS["move"].findall(text) if place in spelling][::-1]
+                answer = spelling[decoded(self._encoder, row[begin:end]).strip().lower()]
+                values.append(torch.tensor(moves))
+                asked.append(moves.index(answer))
+        return Candidates(pad_sequence(values, batch_first=True, padding_value=-1), torch.tensor(asked))
+
     def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
         """ "last place told": the place in the newest fact, whoever and whatever it is about. It is what a memory
         reaches that keeps places and not whose they are.
@@ -381,6 +396,10 @@ class BabilongTask(Task):
 
         said = self._solved(hidden, examples.asked, everything, luck, newest)
         return {"last place told": self.score(said, examples)}
+
+    def unbound(self, most: int = 2**16) -> dict[str, float]:
+        """As for every task, but in our own world alone, and counted over short streams, which are told as much."""
+        return {} if self.data is not None else Task.unbound(shortest(self), most)
 
     def majority(self, examples: Examples, rows: int = 500) -> float:
         """Score of always giving the answer that is most frequent in training, or in the test where bAbI has no

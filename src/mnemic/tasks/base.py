@@ -36,6 +36,10 @@ FIRST_SEED = {"train": 0, "validation": TEST_SEEDS // 2, "test": TEST_SEEDS}
 """Where each split's seeds begin."""
 
 
+UNBOUND = "best guess without binding"
+"""The floor of somebody who knows which values were told, and not whose they are."""
+
+
 def seed_of(split: str, number: int) -> int:
     """The seed of batch `number` of a split: "train", "validation" or "test". Half a billion seeds each.
 
@@ -121,6 +125,35 @@ class Examples(Batch):
             facts=self.facts[rows],
             extra=extra,
         )
+
+
+@dataclass
+class Candidates:
+    """What each of `n` answers could be for somebody who does not know whose a value is, in the order of `Task.right`:
+    the `values [n, k]` that the stream told before, as numbers, the newest first, -1 where there is no more or where it
+    is known not to be meant; and which of them, `asked [n]`, is the right one.
+    """
+
+    values: Int[Tensor, "n k"]
+    asked: Int[Tensor, " n"]
+
+    def ages(self) -> Float[Tensor, " k"]:
+        """How often the value of each age is the one that is asked for."""
+        return self.asked.bincount(minlength=self.values.shape[1]).double() / max(len(self.asked), 1)
+
+    def guessed(self, ages: Float[Tensor, " j"]) -> Float[Tensor, " n"]:
+        """The chance that the best guess is right: the value with the highest sum of chances `ages` over the places at
+        which it was told, any of those with equally high ones.
+        """
+        known = self.values >= 0
+        weight = F.pad(ages, (0, max(0, self.values.shape[1] - len(ages))))[: self.values.shape[1]]
+        # the sum for each place; what is not there is below all
+        same = (self.values[:, :, None] == self.values[:, None]) & known[:, None]
+        votes = (same * weight).sum(2).masked_fill(~known, -1)
+        first = known & ~(same.tril(-1).any(2))
+        best = first & (votes >= votes.amax(1, keepdim=True) - 1e-9)
+        right = self.values == self.values.gather(1, self.asked[:, None])
+        return (best & right).double().sum(1) / best.sum(1).clamp(min=1)
 
 
 class Task(ABC):
@@ -262,12 +295,34 @@ class Task(ABC):
         }
         scored = {name: self.score(self.answered(examples, view), examples) for name, view in views.items()}
         scored |= self.more_floors(examples, generator(seed_of("test", number) + 2))
+        scored |= self.unbound()
         scored |= {"oracle": self.score(self.solve(examples), examples)} if self.solvable else {}
         return {"uniform": self.uniform, "majority": self.majority(examples), **scored}
 
     def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
         """What else is reached without a memory, or by one that lacks something, by name: floors of this task alone."""
         return {}
+
+    def candidates(self, examples: Examples) -> Candidates | None:
+        """The values among which an answer is, where a stream tells several; None where there is nothing to bind."""
+        return None
+
+    def unbound(self, most: int = 2**18) -> dict[str, float]:
+        """The floor `UNBOUND`: the best guess of somebody who knows all values that were told and when, and not whose
+        they are. Nothing where there is nothing to bind.
+
+        It is the value with the most votes, where a told value counts as often as that of its age is asked for in
+        training streams: the most frequent value where all are asked alike, the most recent one where that is asked
+        for. What it is worth is counted over validation streams, of `most` tokens together, so that it is the same for
+        all seeds of a test.
+        """
+        if type(self).candidates is Task.candidates:
+            return {}
+        rows = max(16, min(4096, most // self.examples(1).input_ids.shape[1]))
+        train, counted = (self.candidates(self.examples(rows, split)) for split in ("train", "validation"))
+        if train is None or counted is None:
+            return {}
+        return {UNBOUND: counted.guessed(train.ages()).mean().item()}
 
     def asking(self, examples: Examples) -> Iterator[tuple[slice, Examples]]:
         """Each segment that asks in any row: where it stands, and the streams up to its end with its labels alone."""

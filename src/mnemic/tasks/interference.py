@@ -39,7 +39,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard, below
+from mnemic.tasks.base import UNBOUND, Examples, Task, TaskCard, below
 from mnemic.tasks.text import Encoder, Question, Story, assemble, behind, encoder, runs, write
 
 NOUNS = (
@@ -425,6 +425,10 @@ class InterferenceTask(Task):
     def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
         """Memories of all values without their order, in closed form: any value of the key, or of all keys."""
         return {"a value of the key": 1 / self.updates, "a told value": 1 / (self.updates * self.n_keys)}
+
+    def unbound(self, most: int = 0) -> dict[str, float]:
+        """Here a value tells whose it is, and what has to be bound is when it was told: any value of the key."""
+        return {UNBOUND: 1 / self.updates} if self.updates > 1 else {}
 
     # --- what was said instead ---------------------------------------------------------------------------------------
 

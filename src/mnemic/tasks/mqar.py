@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard
+from mnemic.tasks.base import Candidates, Examples, Task, TaskCard
 from mnemic.unrolling import IGNORED
 
 PUBLISHED: dict[str, tuple[tuple[int, int], ...]] = {
@@ -213,6 +213,18 @@ class MQAR(Task):
         lucky = torch.searchsorted(order, luck).clamp(max=self.values - 1)
         said = torch.where(found >= 0, value.gather(1, found.clamp(min=0)), lucky) + self.alphabet // 2
         return torch.where(asked, said.repeat_interleave(self.width, 1), ids)
+
+    def candidates(self, examples: Examples) -> Candidates | None:
+        """The values of all pairs but those that earlier questions of the stream have shown: each is asked for once."""
+        if self.bindings == 1:
+            return None
+        values = examples.input_ids[:, : self.bindings * self.width].unflatten(1, (self.bindings, self.width))[..., -1]
+        latest = examples.evidence[..., 0] // self.width
+        before = torch.ones(self.pairs, self.pairs, dtype=torch.bool).tril(-1)
+        # [b, question, pair]: whether the pair's value was the answer to an earlier question
+        answered = ((latest[:, :, None] == torch.arange(self.bindings))[:, None] & before[:, :, None]).any(2)
+        left = values[:, None].expand_as(answered).masked_fill(answered, -1)
+        return Candidates(left.flip(2).flatten(0, 1), self.bindings - 1 - latest.flatten())
 
     def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
         """ "a told value at random": a memory that has all the values of a stream and not whose they are."""

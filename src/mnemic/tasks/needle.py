@@ -30,8 +30,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from mnemic.tasks.base import Examples, Task, TaskCard, below
+from mnemic.tasks.base import Candidates, Examples, Task, TaskCard, below
 from mnemic.tasks.haystack import (
     NOISE,
     Book,
@@ -340,6 +341,25 @@ class NeedleTask(Task):
                 value = values[which] if 0 <= which < len(values) else self._value(generator)
                 write(said[row], (begin, end), self._needle("", value)[1])
         return said
+
+    def candidates(self, examples: Examples) -> Candidates | None:
+        """The values of all keys but those that earlier questions of the stream have shown."""
+        if self.keys * self.per_key == 1 and self.haystack != "needles":
+            return None
+        pattern, values, asked = MARKOV_NEEDLE if self.haystack == "markov" else TOLD, [], []
+        for row, wanted in zip(examples.input_ids.tolist(), examples.asked.tolist(), strict=True):
+            context = row[: -self.segment_length]
+            read = pattern.findall(readable(self._encoder, context, [True] * len(context)))
+            told = [found[-1].replace(" ", "") for found in read][::-1]
+            known = {value: number for number, value in enumerate(dict.fromkeys(told))}
+            left = torch.tensor([known[value] for value in told])
+            for begin, end in runs(wanted):
+                value = decoded(self._encoder, row[begin:end]).lower().replace(" ", "")
+                # values of several keys may be equal: the newest of those left stands for all
+                values.append(left.clone())
+                asked.append(int((left == known[value]).long().argmax()))
+                left[asked[-1]] = -1
+        return Candidates(pad_sequence(values, batch_first=True, padding_value=-1), torch.tensor(asked))
 
     def measures(self, predicted: Int[Tensor, "b t"], examples: Examples) -> dict[str, float]:
         """Share of answers that are the value of another key ("another needle"), and of streams with all values right

@@ -10,7 +10,7 @@ import copy
 import itertools
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard, generator
+from mnemic.tasks.base import Candidates, Examples, Task, TaskCard, generator
 from mnemic.tasks.facts import NAMES, THINGS, Episode, LanguageRecall, RecallTask, SymbolRecall
 from mnemic.tasks.text import Encoder, encoder
 from mnemic.unrolling import IGNORED
@@ -78,6 +78,10 @@ class RecallStreams(Task):
             facts=torch.full((rows,), self.pairs),
         )
 
+    def unbound(self, most: int = 2**18) -> dict[str, float]:
+        """As for every task, but counted over streams without filler: what is told does not depend on it."""
+        return Task.unbound(replace(self, fillers=0), most)
+
     def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
         """One of the stored values at random: the binding of key and value is lost."""
         return {"a stored value at random": 1 / self.pairs + (1 - 1 / self.pairs) * self.uniform}
@@ -123,6 +127,15 @@ class SymbolStreams(RecallStreams):
         kinds = ((first_noise, "."), (first_value, "v"), (first_key, "k"), (0, "?"))
         named = (next((kind, token - first) for first, kind in kinds if token >= first) for token in ids)
         return [kind if kind in ".?" else f"{kind}{number}" for kind, number in named]
+
+    def candidates(self, examples: Examples) -> Candidates | None:
+        """The values of all pairs."""
+        if self.pairs == 1:
+            return None
+        first = examples.input_ids[:, : self.segment_length]
+        value = (first >= SymbolRecall.first_value) & (first < SymbolRecall.first_noise)
+        behind = (value & (torch.arange(self.segment_length) > examples.evidence[:, 0] + 1)).sum(1)
+        return Candidates(first[value].view(len(first), self.pairs).flip(1), behind)
 
     def guess(
         self,
@@ -221,6 +234,22 @@ class SentenceStreams(RecallStreams):
     def text(self, ids: Sequence[int]) -> list[str]:
         """What the tokenizer calls each."""
         return self._encoder.pieces(ids)
+
+    def candidates(self, examples: Examples) -> Candidates | None:
+        """The things of all sentences."""
+        if self.pairs == 1:
+            return None
+        first = examples.input_ids[:, : self.segment_length]
+        found: list[tuple[int, int, int]] = []
+        for question in self._whole.questions:
+            starts = (first.unfold(1, len(question), 1) == torch.tensor(question)).all(2)
+            for row, start in starts.nonzero().tolist():
+                behind = first[row, start + len(question) :].tolist()
+                things = enumerate(self._whole.candidates)
+                found.append((row, -start, next(value for value, said in things if behind[: len(said)] == said)))
+        # the newest of each row first
+        _, place, value = torch.tensor(sorted(found)).view(len(first), self.pairs, 3).unbind(2)
+        return Candidates(value, (-place == examples.evidence[:, 0]).long().argmax(1))
 
     def guess(
         self,

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard
+from mnemic.tasks.base import Candidates, Examples, Task, TaskCard
 from mnemic.unrolling import IGNORED
 
 DIGITS = 10
@@ -137,6 +137,13 @@ class Retrieval(Task):
         same = told & (letter == ids.gather(1, queried)) & seen.gather(1, queried)
         found = digit.gather(1, same.long().argmax(1, keepdim=True))
         return torch.where(asked & same.any(1, keepdim=True), found, predicted)
+
+    def candidates(self, examples: Examples) -> Candidates | None:
+        """The digits of all pairs."""
+        if self.pairs == 1:
+            return None
+        digits = examples.input_ids[:, 1 : 2 * self.pairs : 2]
+        return Candidates(digits.flip(1), self.pairs - 1 - examples.evidence[:, 0, 0] // 2)
 
     def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
         """ "a told digit at random": a memory that has the digits and not whose they are."""

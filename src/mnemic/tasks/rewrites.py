@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from mnemic.tasks.base import Examples, Task, TaskCard
+from mnemic.tasks.base import Candidates, Examples, Task, TaskCard
 from mnemic.unrolling import IGNORED
 
 CURRICULUM = (1, 2, 3, 5, 10, 20, 30, 40, 50)
@@ -66,6 +66,11 @@ def spelt(numbers: Int[Tensor, "*n"], length: int, base: int) -> Int[Tensor, "*n
     """Digits of numbers, the highest first."""
     power = base ** torch.arange(length - 1, -1, -1)
     return numbers[..., None] // power % base
+
+
+def numbers(digits: Int[Tensor, "*n length"], base: int) -> Int[Tensor, "*n"]:
+    """Numbers from their digits, the highest first."""
+    return (digits * base ** torch.arange(digits.shape[-1] - 1, -1, -1)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -205,6 +210,13 @@ class RewritesTask(Task):
         here = slice(ids.shape[1] - self.value_length - 1, ids.shape[1] - 1)
         said[:, here] = torch.where(visible & (which >= 0)[:, None], value, said[:, here])
         return said
+
+    def candidates(self, examples: Examples) -> Candidates | None:
+        """The values of all pairs."""
+        if self.pairs == 1:
+            return None
+        segments = examples.input_ids.unflatten(1, (-1, self.segment_length))[:, :-1, self.key_length + 1 : -1]
+        return Candidates(numbers(segments, SYMBOLS).flip(1), examples.extra["age"][:, 0] - 1)
 
     def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
         """Memories that lack one thing: which value belongs to the key ("a told value"), and with `rewrite` that the
@@ -437,6 +449,19 @@ class EmbeddedTask(Task):
         told = seen.gather(1, value) & found.any(1, keepdim=True)
         said[:, here] = torch.where(told, ids.gather(1, value), said[:, here])
         return said
+
+    def candidates(self, examples: Examples) -> Candidates | None:
+        """The values of all pairs."""
+        if self.pairs == 1:
+            return None
+        context = examples.input_ids[:, : -self.segment_length]
+        begins = (context[:, : -self._size] == BANG) & (
+            context[:, self.key_length + 1 : -self.value_length - 2] == COLON
+        )
+        place = begins.nonzero()[:, 1].view(len(context), self.pairs).flip(1)
+        where = place[:, :, None] + self.key_length + 2 + torch.arange(self.value_length)
+        values = context.gather(1, where.flatten(1)).view_as(where)
+        return Candidates(numbers(values, len(CHARACTERS)), (place == examples.evidence[:, 0]).long().argmax(1))
 
     def more_floors(self, examples: Examples, luck: Generator) -> dict[str, float]:
         """A memory that knows which values were told but not whose they are, in closed form."""

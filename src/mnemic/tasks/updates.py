@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from mnemic.tasks.base import Examples, Task, TaskCard, below
+from mnemic.tasks.base import Candidates, Examples, Task, TaskCard, below
 from mnemic.tasks.text import UNSEEN, Encoder, Question, Story, assemble, behind, encoder, runs, string, write
 
 SUBJECTS = (
@@ -259,6 +260,23 @@ class UpdatesTask(Task):
             write(first[row], places[row], objects[told[0]])
             write(some[row], places[row], objects[told[below(len(told), luck)]])
         return {"first object told": self.score(first, examples), "any object told": self.score(some, examples)}
+
+    def candidates(self, examples: Examples) -> Candidates:
+        """The objects that were told of anybody in the relation that is asked for: an object tells its relation."""
+        ids, asked = examples.input_ids[:, : -self.segment_length], examples.evidence[:, 0, 0].tolist()
+        values, right = [], []
+        for row, relation, evidence in zip(ids.tolist(), self._relations(examples), asked, strict=True):
+            text, things, found = string(row), self.world.strings[relation], []
+            for pair in self.world.about[relation]:
+                question, at = string(self.world.questions[pair]), -1
+                while (at := text.find(question, at + 1)) >= 0:
+                    said = text[at + len(question) : at + len(question) + self.world.longest]
+                    thing = said[: said.find(string(self.world.stop))]
+                    found += [(at, things[thing])] if thing in things else []
+            found.sort(reverse=True)
+            values.append(torch.tensor([value for _, value in found]))
+            right.append([place for place, _ in found].index(evidence))
+        return Candidates(pad_sequence(values, batch_first=True, padding_value=-1), torch.tensor(right))
 
     def majority(self, examples: Examples, rows: int = 500) -> float:
         """Score of always giving the object that a relation's queries have most often in training.
