@@ -84,6 +84,8 @@ def _unusual(config: dict[str, Any]) -> list[str]:
     found += [config[name].removeprefix("torch.") for name in ("stored", "dtype") if name in config]
     if config["memory"].get("search") == "candidates":
         found.append("candidates" if config["memory"]["wider"] == 4 else "fewer candidates")
+    # what was measured before there was a least had none
+    found += [] if config["memory"].get("least", 0.0) else ["least 0"]
     return found + (["in files"] if "ram" in config else [])
 
 

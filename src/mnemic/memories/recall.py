@@ -188,9 +188,8 @@ class Recall(Memory):
             start_ktu = self._chosen(asked) if asked.chosen_ktc is None else asked.chosen_ktc
             some_ktu, keep_ktm = seen_once(start_ktu, config.unit)
             keys, values = (bank.runs(name, asked.place, some_ktu, config.unit) for name in ("keys", "values"))
-            if (there_ktm := bank.there(some_ktu, config.unit)) is not None:
-                keep_ktm = there_ktm if keep_ktm is None else keep_ktm & there_ktm
-            chosen = keep_ktm, start_ktu
+            there_ktm = bank.there(some_ktu, config.unit)
+            chosen = keep_ktm if there_ktm is None else keep_ktm & there_ktm, start_ktu
         if chosen and config.layout == "capped":  # at one distance from each token
             turned = asked.turn(keys.transpose(1, 2), asked.position_t - asked.window).transpose(1, 2)
         else:
@@ -218,8 +217,7 @@ class Recall(Memory):
     def _among_all(self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]) -> Int[Tensor, "k t u"]:
         """The blocks that some tokens choose."""
         worth_knu = SCORES[self.config.choice](query_kgts.flatten(1, 2), asked.bank, asked.place, self.config.unit)
-        worth_ktu = self._voted(worth_knu.unflatten(1, query_kgts.shape[1:3]))
-        return self._enough(worth_ktu, self._best(worth_ktu, 1))
+        return self._best(self._voted(worth_knu.unflatten(1, query_kgts.shape[1:3])), least=True)
 
     def _among_candidates(self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]) -> Int[Tensor, "k t u"]:
         """The same, where few keys are looked at."""
@@ -233,24 +231,23 @@ class Recall(Memory):
         product_ktgn = query_kgts.transpose(1, 2) @ keys_ktns.float().transpose(-1, -2)
         if (there_ktn := bank.there(block_ktc * unit, unit)) is not None:
             product_ktgn = product_ktgn.masked_fill(~there_ktn[:, :, None], -torch.inf)
-        share_ktc = self._voted(product_ktgn.softmax(-1).unflatten(-1, (-1, unit)).sum(-1).transpose(1, 2))
-        return block_ktc.gather(-1, self._enough(share_ktc, self._best(share_ktc, 1)))
+        share_ktgc = product_ktgn.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
+        return block_ktc.gather(-1, self._best(self._voted(share_ktgc.transpose(1, 2)), least=True))
 
-    def _best(self, worth_ktu: Float[Tensor, "k t u"], times: int, more: int = 0) -> Int[Tensor, "k t m"]:
-        """In order of time the first blocks of the stream, and the best others: `times` the budget and `more`."""
-        first = self.config.sinks // self.config.unit
+    def _best(
+        self, worth_ktu: Float[Tensor, "k t u"], times: int = 1, more: int = 0, least: bool = False
+    ) -> Int[Tensor, "k t m"]:
+        """In order of time the first blocks of the stream, and the best others: `times` the budget and `more`. Where
+        `least` counts, the first of all stands in place of those that do not get as much.
+        """
+        first, total = self.config.sinks // self.config.unit, worth_ktu.shape[-1]
         worth_ktu[..., :first] = torch.inf
-        count = first + times * self.config.budget // self.config.unit + more
-        return worth_ktu.topk(min(count, worth_ktu.shape[-1])).indices.sort(-1).values
-
-    def _enough(self, worth_ktu: Float[Tensor, "k t u"], block_ktm: Int[Tensor, "k t m"]) -> Int[Tensor, "k t m"]:
-        """These blocks, the first of those that get `least` in place of those that do not."""
-        if self.config.choice != "mass":
-            return block_ktm
-        worth_ktm = worth_ktu.gather(-1, block_ktm)
-        little_ktm = worth_ktm < worth_ktm.amax(-1, keepdim=True).clamp(max=self.config.least)
-        first_kt1 = block_ktm.masked_fill(little_ktm, worth_ktu.shape[-1]).amin(-1, keepdim=True)
-        return torch.where(little_ktm, first_kt1, block_ktm).sort(-1).values
+        worth_ktm, block_ktm = worth_ktu.topk(min(first + times * self.config.budget // self.config.unit + more, total))
+        if least and self.config.choice == "mass":
+            little_ktm = worth_ktm < worth_ktm[..., :1].clamp(max=self.config.least)
+            first_kt1 = block_ktm.masked_fill(little_ktm, total).amin(-1, keepdim=True)
+            block_ktm = torch.where(little_ktm, first_kt1, block_ktm)
+        return block_ktm.sort(-1).values
 
     def _voted(self, worth_kgtu: Float[Tensor, "k g t u"]) -> Float[Tensor, "k t u"]:
         """Of all heads of queries together: InfLLM adds up products; of probabilities the greatest counts."""
@@ -264,12 +261,12 @@ class Recall(Memory):
         return asked.turn(asked.turned_hts, asked.window - asked.position_t)
 
 
-def seen_once(start_ktu: Int[Tensor, "k t u"], unit: int) -> tuple[Int[Tensor, "k t u"], Bool[Tensor, "k t m"] | None]:
-    """The blocks that any head and token sees, and which tokens are no repetition; None for all of them."""
+def seen_once(start_ktu: Int[Tensor, "k t u"], unit: int) -> tuple[Int[Tensor, "k t u"], Bool[Tensor, "k t m"]]:
+    """The blocks that any head and token sees, and which of their tokens are no repetition."""
     once_ktu = F.pad(start_ktu[..., 1:] != start_ktu[..., :-1], (0, 1), value=True)
     most = int(once_ktu.sum(-1).max()) if once_ktu.numel() else 0
     start_ktu, once_ktu = start_ktu[..., -most:], once_ktu[..., -most:]
-    return start_ktu, None if once_ktu.all() else once_ktu.repeat_interleave(unit, -1)
+    return start_ktu, once_ktu.repeat_interleave(unit, -1)
 
 
 def by_mass(query_kns: Float[Tensor, "k n s"], bank: Bank, place: int, unit: int) -> Float[Tensor, "k n u"]:
