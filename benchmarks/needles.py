@@ -71,6 +71,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "256": {"budget": 256},
     "128": {"budget": 128},
     "64": {"budget": 64},
+    "32": {"budget": 32},
+    "least-0": {"least": 0.0},
+    "least-0.003": {"least": 0.003},
+    "least-0.03": {"least": 0.03},
+    "least-0.1": {"least": 0.1},
     "candidates": {"search": "candidates"},
     "fewer-candidates": {"search": "candidates", "wider": 2},
     "refresh-4": {"refresh": 4},
@@ -570,6 +575,7 @@ def main(
     settings: Annotated[str, typer.Option(help="Of recall, by commas; the first is the score.")] = "default",
     blocks: Annotated[str, typer.Option(help="Those that recall, by commas; all by default.")] = "",
     stored: Annotated[str, typer.Option(help="How recall keeps numbers: base, int8 or fp8.")] = "base",
+    tuning: Annotated[bool, typer.Option(help="Novels to choose settings on, in place of those to test.")] = False,
     spill: Annotated[Path | None, typer.Option(help="A folder for what takes more RAM than --ram.")] = None,
     ram: Annotated[int, typer.Option(min=0, help="Bytes of keys and values in RAM with --spill.")] = 2**30,
     bf16: Annotated[bool, typer.Option(help="The base in bfloat16.")] = False,
@@ -587,7 +593,8 @@ def main(
     for wanted, known in ((kinds, KINDS), (named, SETTINGS)):
         if unknown := sorted(set(wanted) - known.keys()):
             raise typer.BadParameter(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    _, held = hold_out(novels(data), 0.3)
+    others, held = hold_out(novels(data), 0.3)
+    texts = others if tuning else held
     layers = [int(block) for block in blocks.split(",")] if blocks else None
     bench = prepared(folder_of(model), named, {"read_layers": layers, "stored": stored}, bf16)
     bench.spill, bench.ram = spill, ram
@@ -595,17 +602,22 @@ def main(
     for kind in kinds:
         with Show(kind) as show:
             found = run(
-                kind, bench, held, counts, depths, documents, seed, Path(model).name, Path("runs/needles"), show
+                kind, bench, texts, counts, depths, documents, seed, Path(model).name, Path("runs/needles"), show
             )
         found.command = (
             f"python benchmarks/needles.py {kind} --data {data.name} --model {Path(model).name} --lengths {lengths} "
             f"--depths {depths} --documents {documents} --settings {settings} --seed {seed}"
             f"{f' --blocks {blocks}' if blocks else ''}{f' --stored {stored}' if stored != 'base' else ''}"
-            f"{f' --spill FOLDER --ram {ram}' if spill else ''}{' --bf16' * bf16}"
+            f"{f' --spill FOLDER --ram {ram}' if spill else ''}{' --bf16' * bf16}{' --tuning' * tuning}"
         )
         console.print(table(found))
         of = ("" if model == "smollm2" else f"-{Path(model).name}") + ("-blocks" if blocks else "")
-        of += (f"-{stored}" if stored != "base" else "") + "-spilled" * (spill is not None) + "-bf16" * bf16
+        of += (
+            "-tuning" * tuning
+            + (f"-{stored}" if stored != "base" else "")
+            + "-spilled" * (spill is not None)
+            + "-bf16" * bf16
+        )
         console.print(found.save(out, f"needles-{kind}{of}{f'-seed{seed}' if seed else ''}.json"))
 
 
@@ -657,6 +669,8 @@ def _unusual(config: dict[str, Any]) -> list[str]:
     found += [config[name].removeprefix("torch.") for name in ("stored", "dtype") if name in config]
     if config["memory"].get("search") == "candidates":
         found.append("candidates" if config["memory"]["wider"] == 4 else "fewer candidates")
+    # what was measured before there was a least had none
+    found += [] if config["memory"].get("least", 0.0) else ["least 0"]
     return found + (["in files"] if "ram" in config else [])
 
 

@@ -49,6 +49,23 @@ def asked_of(
 
 
 @pytest.mark.parametrize("kept", [40, 41, 47])
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("by", ["head", "layer"])
+@pytest.mark.parametrize("search", ["exact", "candidates"])
+@pytest.mark.parametrize("least", [0.0, 0.15, 0.9])
+def test_least_equals_naive(least, search, by, sinks, kept, monkeypatch):
+    monkeypatch.setattr("mnemic.bank.LEAST", 8)
+    settings = {**SMALL, "sinks": sinks, "budget": 12, "by": by, "search": search, "least": least}
+    memory, asked = RecallConfig(**settings).build(64, 1), asked_of(kept)
+    assert_equals_naive(memory, asked)
+    seen = memory.further(Site(0, "attention"), asked).keys_ktms.shape[2]
+    assert seen == {0.0: sinks + 12, 0.9: sinks or 4}.get(least, seen)
+    # 0.15 leaves out some, and not the same everywhere
+    lengths = {len(seen) for row in naive(memory, asked) for seen in row}
+    assert least != 0.15 or len(lengths) > 1 or by == "layer"
+
+
+@pytest.mark.parametrize("kept", [40, 41, 47])
 @pytest.mark.parametrize("by", ["head", "layer"])
 @pytest.mark.parametrize("wider", [1, 2])
 def test_candidates_equal_naive(wider, by, kept, monkeypatch):
@@ -89,6 +106,7 @@ def assert_equals_naive(memory, asked):
             there = slice(None) if more.keep_ktm is None else more.keep_ktm[head, t]
             assert_near(more.keys_ktms[head, t][there], torch.stack([key for _, key, _ in seen]), 1e-5)
             assert_near(more.values_ktmv[head, t][there], torch.stack([value for *_, value in seen]), 1e-6)
+            assert more.keys_ktms[head, t][there].shape[0] == len(seen)
 
 
 def test_what_is_chosen_holds_the_sinks_and_the_budget():

@@ -9,7 +9,8 @@ tokens, R the rotation by positions and D a distance of `window` tokens,
 
     p_h,i = softmax_i(s R_D q_h . k_i)          over all that is kept
     m_B   = max_h  sum_{i in B} p_h,i           the mass that a block gets
-    chosen: the first `sinks` tokens, and the blocks of the greatest m, `budget` tokens of them, in order of time
+    chosen: the first `sinks` tokens, and the blocks of the greatest m, `budget` tokens of them at most and none whose m
+            is below `least`, in order of time
 
 and the chosen keys stand in line before the window, whose first key stands at f: the last of M at f - 1, the first at
 f - M. Every token chooses for itself, or every `refresh`-th of a segment for those that follow it, from what was kept
@@ -22,6 +23,8 @@ which mean keys find; these are made once, of whole `LEAST` tokens, and are not 
     C      = the first `sinks` tokens, the blocks of the greatest c, `wider x budget` tokens of them, and those so new
              that they have no mean yet
     p_h,i  = softmax_i(s R_D q_h . k_i)                         over C
+
+The more is chosen, the more draws attention away from what was asked for: what hardly anybody attends to is left out.
 
 Where we depart. InfLLM's blocks have a few keys each that stand for them, a block's score is the mean of its products,
 one choice serves all heads and a chunk of 512 queries (tokens early in a chunk choose by later ones), and all that is
@@ -62,8 +65,9 @@ SCORES_AT_ONCE = 2**24
 class RecallConfig(MemoryConfig):
     """Settings of recall.
 
-    `budget` is how many kept tokens a token attends to, beside the first `sinks` of the stream; `unit` how many of them
-    stand or fall together. `choice` says how blocks are scored: by probability "mass", by the product with the "mean"
+    `budget` is how many kept tokens a token attends to at most, beside the first `sinks` of the stream, `unit` how many
+    of them stand or fall together, and `least` the share of the attention to all that is kept that a block must get to
+    be among them. `choice` says how blocks are scored: by probability "mass", by the product with the "mean"
     key, or by "bounds" of its channels; `by` whether each "head" of keys chooses for itself or a "layer" as one. In
     `layout` "line" chosen keys stand one behind another before the window; "capped", all at the distance of the window.
     `recall_in_reading` lets a session retrieve while it reads, too. `search` says whose mass is known: that of all that
@@ -90,6 +94,7 @@ class RecallConfig(MemoryConfig):
     budget: int = 512
     sinks: int = 16
     unit: int = 16
+    least: float = 0.01
     choice: Literal["mass", "mean", "bounds"] = "mass"
     by: Literal["head", "layer"] = "head"
     layout: Literal["line", "capped"] = "line"
@@ -107,6 +112,8 @@ class RecallConfig(MemoryConfig):
         for name in ("budget", "sinks"):
             if (value := getattr(self, name)) < 0 or value % self.unit:
                 raise ValueError(f"{name} is {value}; use a multiple of unit={self.unit}, or 0")
+        if not 0 <= self.least < 1:
+            raise ValueError(f"least is {self.least}; use a share of the attention from 0 to less than 1")
         if self.wider < 1:
             raise ValueError(f"wider is {self.wider}; use 1 or more")
         if not 1 <= self.refresh <= self.segment_length:
@@ -119,15 +126,17 @@ class RecallConfig(MemoryConfig):
     def unused(self) -> dict[str, str]:
         """How candidates are found, where none are."""
         if self.choice != "mass":
-            return dict.fromkeys(("search", "wider"), "set choice='mass'")
+            return dict.fromkeys(("search", "wider", "least"), "set choice='mass'")
         return {"wider": "set search='candidates'"} if self.search == "exact" else {}
 
     @classmethod
     def tiny(cls) -> list[MemoryConfig]:
-        """Two blocks of 4 and 4 sinks, in reading, too; InfLLM's choices; a choice for 5 tokens; one block reads."""
+        """Two blocks of 4 and 4 sinks, in reading, too; InfLLM's choices; a choice for 5 tokens, of what gets a fifth;
+        one block reads.
+        """
         small = cls(segment_length=8, window=16, budget=8, sinks=4, unit=4, recall_in_reading=True)
         infllm = small.replace(choice="mean", by="layer", layout="capped")
-        return [small, infllm, small.replace(refresh=5), small.replace(read_layers=[0])]
+        return [small, infllm, small.replace(refresh=5, least=0.2), small.replace(read_layers=[0])]
 
     @classmethod
     def small(cls, segment_length: int, width: int, size: int | None = None) -> RecallConfig:
@@ -177,8 +186,10 @@ class Recall(Memory):
             keys, values = (part[:, None] for part in bank.first(asked.place, count))
         else:
             start_ktu = self._chosen(asked) if asked.chosen_ktc is None else asked.chosen_ktc
-            keys, values = (bank.runs(name, asked.place, start_ktu, config.unit) for name in ("keys", "values"))
-            chosen = bank.there(start_ktu, config.unit), start_ktu
+            some_ktu, keep_ktm = seen_once(start_ktu, config.unit)
+            keys, values = (bank.runs(name, asked.place, some_ktu, config.unit) for name in ("keys", "values"))
+            there_ktm = bank.there(some_ktu, config.unit)
+            chosen = keep_ktm if there_ktm is None else keep_ktm & there_ktm, start_ktu
         if chosen and config.layout == "capped":  # at one distance from each token
             turned = asked.turn(keys.transpose(1, 2), asked.position_t - asked.window).transpose(1, 2)
         else:
@@ -194,7 +205,7 @@ class Recall(Memory):
 
     @torch.no_grad()
     def _chosen(self, asked: Asked) -> Int[Tensor, "k t u"]:
-        """Where the chosen blocks begin, in order of time."""
+        """Where the chosen blocks begin, in order of time; what is left out repeats the first of them."""
         config, bank = self.config, asked.bank
         query_kgts = self._far(asked).unflatten(0, (bank.heads, -1)) * asked.scale
         choose, at_once = self._among_all, len(asked.turned_hts) * bank.length
@@ -206,7 +217,7 @@ class Recall(Memory):
     def _among_all(self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]) -> Int[Tensor, "k t u"]:
         """The blocks that some tokens choose."""
         worth_knu = SCORES[self.config.choice](query_kgts.flatten(1, 2), asked.bank, asked.place, self.config.unit)
-        return self._best(self._voted(worth_knu.unflatten(1, query_kgts.shape[1:3])), 1)
+        return self._best(self._voted(worth_knu.unflatten(1, query_kgts.shape[1:3])), least=True)
 
     def _among_candidates(self, asked: Asked, query_kgts: Float[Tensor, "k g t s"]) -> Int[Tensor, "k t u"]:
         """The same, where few keys are looked at."""
@@ -221,14 +232,22 @@ class Recall(Memory):
         if (there_ktn := bank.there(block_ktc * unit, unit)) is not None:
             product_ktgn = product_ktgn.masked_fill(~there_ktn[:, :, None], -torch.inf)
         share_ktgc = product_ktgn.softmax(-1).unflatten(-1, (-1, unit)).sum(-1)
-        return block_ktc.gather(-1, self._best(self._voted(share_ktgc.transpose(1, 2)), 1))
+        return block_ktc.gather(-1, self._best(self._voted(share_ktgc.transpose(1, 2)), least=True))
 
-    def _best(self, worth_ktu: Float[Tensor, "k t u"], times: int, more: int = 0) -> Int[Tensor, "k t m"]:
-        """In order of time the first blocks of the stream, and the best others: `times` the budget and `more`."""
-        first = self.config.sinks // self.config.unit
+    def _best(
+        self, worth_ktu: Float[Tensor, "k t u"], times: int = 1, more: int = 0, least: bool = False
+    ) -> Int[Tensor, "k t m"]:
+        """In order of time the first blocks of the stream, and the best others: `times` the budget and `more`. Where
+        `least` counts, the first of all stands in place of those that do not get as much.
+        """
+        first, total = self.config.sinks // self.config.unit, worth_ktu.shape[-1]
         worth_ktu[..., :first] = torch.inf
-        count = first + times * self.config.budget // self.config.unit + more
-        return worth_ktu.topk(min(count, worth_ktu.shape[-1])).indices.sort(-1).values
+        worth_ktm, block_ktm = worth_ktu.topk(min(first + times * self.config.budget // self.config.unit + more, total))
+        if least and self.config.choice == "mass":
+            little_ktm = worth_ktm < worth_ktm[..., :1].clamp(max=self.config.least)
+            first_kt1 = block_ktm.masked_fill(little_ktm, total).amin(-1, keepdim=True)
+            block_ktm = torch.where(little_ktm, first_kt1, block_ktm)
+        return block_ktm.sort(-1).values
 
     def _voted(self, worth_kgtu: Float[Tensor, "k g t u"]) -> Float[Tensor, "k t u"]:
         """Of all heads of queries together: InfLLM adds up products; of probabilities the greatest counts."""
@@ -240,6 +259,14 @@ class Recall(Memory):
         """R_D q: queries as they meet keys without positions."""
         # by the difference, as some kinds of scaling make what is turned longer, and keys would be turned to 0
         return asked.turn(asked.turned_hts, asked.window - asked.position_t)
+
+
+def seen_once(start_ktu: Int[Tensor, "k t u"], unit: int) -> tuple[Int[Tensor, "k t u"], Bool[Tensor, "k t m"]]:
+    """The blocks that any head and token sees, and which of their tokens are no repetition."""
+    once_ktu = F.pad(start_ktu[..., 1:] != start_ktu[..., :-1], (0, 1), value=True)
+    most = int(once_ktu.sum(-1).max()) if once_ktu.numel() else 0
+    start_ktu, once_ktu = start_ktu[..., -most:], once_ktu[..., -most:]
+    return start_ktu, once_ktu.repeat_interleave(unit, -1)
 
 
 def by_mass(query_kns: Float[Tensor, "k n s"], bank: Bank, place: int, unit: int) -> Float[Tensor, "k n u"]:

@@ -40,6 +40,10 @@ def naive(memory: Recall, asked: Asked) -> list[list[list[Seen]]]:
             rows.append([_worth(config, scale, query, keys[h // group], block, tokens) for block in its])
         for head, row in enumerate(_voted(config, group, rows)):
             chosen = _best(among[head], row, always, take)
+            if config.choice == "mass":
+                share = dict(zip(among[head], row, strict=True))
+                least = config.least if always else min(config.least, max(share[u] for u in chosen))
+                chosen = [u for u in chosen if u < always or share[u] >= least]
             first, found = asked.first - len(chosen) * unit, []
             for place, i in enumerate(i for u in chosen for i in blocks[u]):
                 stands = first + place if config.layout == "line" else position - window
