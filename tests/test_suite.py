@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from mnemic.attachment import attach
-from mnemic.bench import asking, compare
+from mnemic.bench import asking, compare, workers
 from mnemic.bench.asking import CONDITIONS, predict
 from mnemic.bench.compare import NONE, Recipe, Run, match_bytes, most_bytes
 from mnemic.bench.hosts import Host, tiny_gpt2
@@ -347,10 +350,10 @@ def test_a_killed_run_goes_on(tmp_path, mechanism):
     assert again.scores[0].details["nats a labelled token"] == whole.scores[0].details["nats a labelled token"]
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_a_run_that_fails_says_so_and_the_others_go_on(tmp_path, workers):
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_run_that_fails_says_so_and_the_others_go_on(tmp_path, count):
     wrong, events = replace(REVERSE, recipe=replace(QUICK, learning_rate=1e30)), []
-    perform([wrong, replace(REVERSE, seed=1)], tmp_path, "mnemic bench", workers, events.append)
+    perform([wrong, replace(REVERSE, seed=1)], tmp_path, "mnemic bench", count, events.append)
     errors = {event.number: event.error for event in events if event.error}
     assert set(errors) == {0}
     assert "NaN" in errors[0]
@@ -359,6 +362,46 @@ def test_a_run_that_fails_says_so_and_the_others_go_on(tmp_path, workers):
     phases = {event.phase for event in events if event.number == 1 and not event.record}
     assert phases == {"train", "ask at count 12"}
     assert isinstance(next(event.record for event in events if event.record), Record)
+
+
+def test_runs_of_a_killed_process_go_on_alone(tmp_path, monkeypatch):
+    """Of three runs the second is finished when a process dies; of the two others one had begun, and dies again."""
+    groups, events = [], []
+    answers = iter([([0], [2]), ([0], []), ([], [])])
+
+    def pooled(runs, *rest):
+        groups.append(list(runs))
+        return next(answers)
+
+    monkeypatch.setattr(workers, "_pooled", pooled)
+    perform([replace(REVERSE, seed=seed) for seed in range(3)], tmp_path, "mnemic bench", 2, events.append)
+    assert groups == [[0, 1, 2], [0], [2]]
+    assert [(event.number, event.error.split(",")[0]) for event in events] == [(0, "its process was killed")]
+
+
+@pytest.mark.long
+def test_a_killed_process_loses_nothing(tmp_path, monkeypatch):
+    """One of two workers is killed while it trains: both runs come to what they come to in one process. Workers are
+    forked here, which spares them the imports.
+    """
+    forking = multiprocessing.get_context("fork")
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda kind: forking)
+    runs = [replace(REVERSE, seed=seed, recipe=replace(QUICK, steps=20)) for seed in (0, 1)]
+    whole = [run.run().scores[0].outcomes for run in runs]
+    events = []
+
+    def tell(event):
+        events.append(event)
+        if event.phase == "train" and event.done >= 3 and not killed:
+            children = [each for each in multiprocessing.active_children() if "Manager" not in each.name]
+            killed.append(children[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    killed = []
+    perform(runs, tmp_path, "mnemic bench", 2, tell)
+    assert killed
+    assert [event.error for event in events if event.error] == []
+    assert [finished(run, tmp_path).scores[0].outcomes for run in runs] == whole
 
 
 def test_refusals_of_the_command(tmp_path):

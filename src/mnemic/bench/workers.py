@@ -6,10 +6,12 @@ import contextlib
 import multiprocessing
 import queue
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,7 +87,9 @@ def _said(error: BaseException) -> str:
 def perform(
     runs: Sequence[Run], folder: Path, command: str, workers: int, tell: Callable[[Event], None] = lambda event: None
 ) -> None:
-    """Does all runs that are not finished in `folder`, telling how it goes. A run that fails does not stop the others.
+    """Does all runs that are not finished in `folder`, telling how it goes. A run that fails does not stop the others,
+    and neither does one whose process is killed: those that were running then go on from their checkpoints, each alone,
+    and one that is killed again has failed.
 
     What is interrupted goes on from its checkpoint the next time.
 
@@ -107,23 +111,57 @@ def perform(
             except Exception as error:
                 tell(Event(number, error=_said(error)))
         return
+    with multiprocessing.get_context("spawn").Manager() as manager:
+        events, groups = manager.Queue(), [left]
+        while groups:
+            group = groups.pop(0)
+            begun, others = _pooled({number: runs[number] for number in group}, folder, command, workers, events, tell)
+            if len(group) == 1 and begun:
+                tell(Event(group[0], error="its process was killed, alone too: for want of memory, if nobody did it"))
+                continue
+            groups += [*([number] for number in begun), *([others] if others else [])]
+
+
+def _pooled(
+    runs: Mapping[int, Run], folder: Path, command: str, workers: int, events: Any, tell: Callable[[Event], None]
+) -> tuple[list[int], list[int]]:
+    """Does runs, by their numbers, in a pool of processes. Where one of these is killed the pool ends: returns which
+    runs that are left had begun, and which had not.
+    """
+    begun: set[int] = set()
+    lost: list[int] = []
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        events = manager.Queue()
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_import_all, initargs=(imported_files(),))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_import_all, initargs=(imported_files(),))
+
+    def hear() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                event = events.get_nowait()
+                begun.add(event.number)
+                tell(event)
+
+    try:
+        waiting: dict[Future[Record], int] = {}
         try:
-            waiting: dict[Future[Record], int] = {
-                pool.submit(_one, number, runs[number], folder, command, events.put): number for number in left
-            }
-            while waiting:
-                over, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        tell(events.get_nowait())
-                for future in over:
-                    number, error = waiting.pop(future), future.exception()
+            for number, run in runs.items():
+                waiting[pool.submit(_one, number, run, folder, command, events.put)] = number
+        except BrokenProcessPool:
+            lost += [number for number in runs if number not in waiting.values()]
+        while waiting:
+            over, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            hear()
+            for future in over:
+                number, error = waiting.pop(future), future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    lost.append(number)
+                else:
                     tell(Event(number, error=_said(error)) if error else Event(number, record=future.result()))
-        finally:
-            for process in (pool._processes or {}).values():
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
+    finally:
+        for process in (pool._processes or {}).values():
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+    hear()
+    # that nothing was heard of any says nothing: a process may be killed before it tells
+    if not begun.intersection(lost):
+        begun.update(lost)
+    return [number for number in lost if number in begun], [number for number in lost if number not in begun]
