@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import typer.core
 from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
@@ -197,13 +196,3 @@ def outcome(event: Event) -> str:
     scale, digits = (100, 1) if unit == "%" else (1, 3)
     scores = ", ".join(f"{scale * score.score:.{digits}f}" for score in event.record.scores)
     return f"{scores} {unit} in {event.record.seconds['all']:.0f} s"
-
-
-class SuiteGroup(typer.core.TyperGroup):
-    """Takes a word that is no command for a suite: `mnemic bench smoke`."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command of that name, else `suite` with all words."""
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            args = ["suite", *args]
-        return super().resolve_command(ctx, args)
