@@ -21,6 +21,7 @@ from mnemic.cli.chat import chat
 from mnemic.cli.fetch import fetch
 from mnemic.cli.inspect import inspect, look_inside
 from mnemic.cli.peers import peers
+from mnemic.cli.serve import keys, serve
 from mnemic.cli.show import Show, console, listing, need
 from mnemic.cli.store import bench_mutated_files, bench_store, store_app
 from mnemic.cli.tasks import tasks_app
@@ -41,6 +42,8 @@ app.add_typer(analyse, name="analyse", rich_help_panel=RESEARCH)
 app.add_typer(tasks_app, name="tasks", rich_help_panel=RESEARCH)
 app.add_typer(store_app, name="store")
 app.command()(chat)
+app.command()(serve)
+app.command()(keys)
 app.command()(train)
 app.command()(fetch)
 app.command()(inspect)

@@ -1,0 +1,167 @@
+"""One request's answer, in a task of its own: it holds the session, has the engine continue a fork of it, and puts that
+into the store when the answer is whole. A task that is cancelled before leaves the session as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mnemic.serve.engine import Answer, Engine
+from mnemic.serve.errors import Refused
+from mnemic.serve.metrics import Metrics
+from mnemic.serve.said import Said
+from mnemic.serve.sessions import Sessions
+from mnemic.serve.settings import Settings
+from mnemic.session import Session
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Asked:
+    """What the engine is to continue: the session's own fork, what it is to read, and how it answers.
+
+    `heard` gives the session its notes when the answer is whole.
+    """
+
+    session: Session
+    prompt: Any
+    ways: dict[str, Any]
+    stop: list[str]
+    closing: Callable[[list[int]], Any] = lambda _: None
+    heard: Callable[[str], None] = lambda _: None
+    seed: int | None = None
+
+
+class Turns:
+    """Makes turns, of which there are `rows + queue` at most."""
+
+    def __init__(self, engine: Engine, sessions: Sessions, settings: Settings, metrics: Metrics) -> None:
+        self.engine, self.sessions, self.settings, self.metrics = engine, sessions, settings, metrics
+        self.running = 0
+        metrics.watch("mnemic_steps", "Forward passes of the batch.", lambda: engine.steps)
+        metrics.watch("mnemic_turns_running", "Answers on their way or waiting.", lambda: self.running)
+
+    def begin(self, tenant: str, hold: str | None, keep: str | None, prepare: Callable[[], Asked]) -> Turn:
+        """A turn whose session is held while it runs (`hold`), and kept under a name (`keep`); `prepare` waits for the
+        database, in a thread.
+
+        Raises:
+            Refused: there is no room for another one.
+        """
+        if self.running >= self.settings.rows + self.settings.queue:
+            raise Refused(429, "queue_full", "too many requests are waiting; send it again later", retry=1)
+        self.running += 1
+        return Turn(self, tenant, hold, keep, prepare)
+
+
+class Turn:
+    """`started` raises what refuses it; `pieces` gives text as it comes, and raises what goes wrong then. When they end
+    the answer is whole (`answer`, `end`) and its session is kept (`version`).
+    """
+
+    def __init__(
+        self, turns: Turns, whose: str, hold: str | None, keep: str | None, prepare: Callable[[], Asked]
+    ) -> None:
+        self._turns, self._whose, self._hold, self._keep, self._prepare = turns, whose, hold, keep, prepare
+        self._loop = asyncio.get_running_loop()
+        self._begun, self._pieces = asyncio.Event(), asyncio.Queue[str | None]()
+        self.answer: Answer | None = None
+        self.version: int | None = None
+        self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(self._ended)
+
+    @property
+    def end(self) -> str:
+        """How the answer ended, in the words of this API."""
+        return "length" if self.answer is not None and self.answer.cut else "stop"
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Tokens that were read of the request, and said."""
+        return (self.answer.prompt.shape[1], len(self.answer.tokens)) if self.answer is not None else (0, 0)
+
+    async def started(self) -> None:
+        """Returns when the request has its place with the engine."""
+        begun = asyncio.ensure_future(self._begun.wait())
+        await asyncio.wait([begun, self._task], return_when=asyncio.FIRST_COMPLETED)
+        begun.cancel()
+        if self._task.done():
+            self._task.result()
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The answer, and its end."""
+        while (piece := await self._pieces.get()) is not None:
+            yield piece
+        await self._task
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more. What is being kept is kept."""
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            if self._hold is not None:
+                await stack.enter_async_context(self._turns.sessions.hold(self._hold))
+            asked = await to_the_end(asyncio.to_thread(self._prepare))
+            async with asyncio.timeout(self._turns.settings.timeout):
+                await self._answered(asked)
+            if self._keep is not None:
+                keep = asyncio.to_thread(self._turns.sessions.keep, self._keep, asked.session)
+                self.version = await to_the_end(keep)
+
+    async def _answered(self, asked: Asked) -> None:
+        begun, done = time.monotonic(), asyncio.Event()
+
+        def told(piece: str | None) -> None:
+            if piece is None:
+                done.set()
+            else:
+                if self._pieces.empty() and answer.said.text == piece:
+                    self._turns.metrics.first.observe(time.monotonic() - begun)
+                self._pieces.put_nowait(piece)
+
+        def tell(piece: str | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is gone
+                self._loop.call_soon_threadsafe(told, piece)
+
+        said = Said(self._turns.sessions.tokenizer, asked.stop)
+        answer = self.answer = Answer(
+            asked.session, asked.prompt, asked.ways, said, tell, asked.closing, asked.seed, self._whose
+        )
+        self._turns.engine.begin(answer)
+        self._begun.set()
+        try:
+            await done.wait()
+        except asyncio.CancelledError:
+            answer.cancelled = True
+            raise
+        if answer.error is not None:
+            raise answer.error
+        asked.heard(said.text)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._turns.running -= 1
+        read, said = self.counts
+        metrics = self._turns.metrics
+        metrics.read.inc(read)
+        metrics.said.inc(said)
+        failed = task.cancelled() or task.exception() is not None
+        metrics.turns.labels("cancelled" if task.cancelled() else "failed" if failed else "whole").inc()
+        self._pieces.put_nowait(None)
+
+
+async def to_the_end(work: Coroutine[Any, Any, Result]) -> Result:
+    """What `work` returns; where its caller is cancelled it is not, and its caller goes when it has ended."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        task.exception()  # or asyncio says that nobody asked for it
+        raise
