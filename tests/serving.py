@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,3 +60,11 @@ def serving(model: Any, store: mnemic.SessionStore, keys: Keys | None = None, **
     finally:
         server.should_exit = True
         thread.join(30)
+
+
+def idle(service: Service) -> None:
+    """Returns when no turn runs any more."""
+    until = time.monotonic() + 20
+    while service.parts.turns.running:
+        assert time.monotonic() < until
+        time.sleep(0.01)

@@ -16,7 +16,7 @@ import pytest
 import mnemic
 from mnemic.serve.keys import Keys, new_key
 from mnemic.state import StateError
-from serving import TOKENIZER, model_of, serving
+from serving import TOKENIZER, idle, model_of, serving
 from test_serve import alone, say, user
 
 FOREVER = {"max_tokens": 4000, "extra_body": {"frequency_penalty": 2}}
@@ -31,13 +31,6 @@ def model():
 def service(model, file_store):
     with serving(model, file_store, rows=2, queue=1, wait=0.2, body=5000, prompt_tokens=300) as found:
         yield found
-
-
-def idle(service):
-    until = time.monotonic() + 20
-    while service.parts.turns.running:
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def begin(client, text, **more):

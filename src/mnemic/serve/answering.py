@@ -11,7 +11,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mnemic.serve.errors import told
+from mnemic.serve.errors import Refused, told
 from mnemic.serve.turn import Turn
 
 
@@ -98,9 +98,10 @@ async def _whole(turn: Turn, request: Request) -> str:
     try:
         await asyncio.wait([text, gone], return_when=asyncio.FIRST_COMPLETED)
         if not text.done():
-            turn.cancel()
+            raise Refused(499, "client_closed_request", "the client left")  # as others count it; nobody is told
         return await text
     finally:
+        text.cancel()
         gone.cancel()
 
 
