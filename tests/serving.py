@@ -59,12 +59,12 @@ def serving(model: Any, store: mnemic.SessionStore, keys: Keys | None = None, **
         yield Service(app, server)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(60)
 
 
 def idle(service: Service) -> None:
     """Returns when no turn runs any more."""
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while service.parts.turns.running:
         assert time.monotonic() < until
         time.sleep(0.01)

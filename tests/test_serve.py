@@ -62,8 +62,7 @@ def test_without_a_session_a_request_is_stateless(service, model):
     assert completed.choices[0].text == TOKENIZER.decode(raw[0], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("resends", [False, True])
+@pytest.mark.parametrize(("stream", "resends"), [(False, True), (True, False)])
 def test_a_session_goes_on_whether_its_client_resends_the_history_or_not(service, model, stream, resends):
     client = service.openai(**{"X-Session-Id": f"s-{stream}-{resends}"})
     expected, session = alone(

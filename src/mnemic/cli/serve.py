@@ -41,6 +41,7 @@ def serve(
     body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 4 * 2**20,
     session_bytes: Annotated[int | None, typer.Option(min=1, help="Most bytes of a session in the store.")] = None,
     store_bytes: Annotated[int | None, typer.Option(min=1, help="Most bytes of all that is in the store.")] = None,
+    warm: Annotated[int, typer.Option(min=0, help="Sessions that stay in RAM.")] = 64,
     ttl: Annotated[float | None, typer.Option(help="Seconds that a session lives after its last turn.")] = None,
     drain: Annotated[int, typer.Option(min=0, help="Seconds that answers have to end after SIGTERM.")] = 60,
     keep_text: Annotated[
@@ -71,6 +72,7 @@ def serve(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             body=body_bytes,
+            warm=warm,
             keep_text=keep_text,
         )
         opened = mnemic.SessionStore(store, ttl=ttl, size_limit=session_bytes, total_limit=store_bytes)

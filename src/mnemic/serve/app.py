@@ -47,6 +47,7 @@ def make_app(
         purging = asyncio.create_task(_purge(store))
         yield
         purging.cancel()
+        await turns.end()
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="mnemic", lifespan=living, docs_url=None, redoc_url=None, openapi_url=None)

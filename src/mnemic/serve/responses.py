@@ -13,9 +13,9 @@ from fastapi import APIRouter, Path, Request, Response
 
 from mnemic.serve import asking
 from mnemic.serve.answering import answered, event
-from mnemic.serve.errors import missing, told
+from mnemic.serve.errors import Refused, missing, told
 from mnemic.serve.schemas import ResponseRequest
-from mnemic.serve.state import Tenant, TheServer, stored
+from mnemic.serve.state import Named, Tenant, TheServer, stored
 from mnemic.serve.turn import Asked, Turn, to_the_end
 from mnemic.session import Session
 
@@ -112,9 +112,13 @@ class Events:
 
 
 @router.post("")
-async def respond(asked: ResponseRequest, request: Request, server: TheServer, tenant: Tenant) -> Response:
+async def respond(
+    asked: ResponseRequest, request: Request, server: TheServer, tenant: Tenant, named: Named = None
+) -> Response:
     """Answers, from where a response before it ended."""
     server.check_model(asked.model)
+    if named is not None:
+        raise Refused(400, "invalid_session", "a response goes on from previous_response_id, not from X-Session-Id")
     settings, sessions, name = server.settings, server.sessions, f"resp_{secrets.token_hex(16)}"
     keep = stored(tenant, "response", name) if asked.store else None
     previous = asked.previous_response_id

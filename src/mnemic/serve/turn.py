@@ -43,7 +43,7 @@ class Turns:
 
     def __init__(self, engine: Engine, sessions: Sessions, settings: Settings, metrics: Metrics) -> None:
         self.engine, self.sessions, self.settings, self.metrics = engine, sessions, settings, metrics
-        self.running = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         metrics.watch("mnemic_steps", "Forward passes of the batch.", lambda: engine.steps)
         metrics.watch("mnemic_turns_running", "Answers on their way or waiting.", lambda: self.running)
 
@@ -54,10 +54,22 @@ class Turns:
         Raises:
             Refused: there is no room for another one.
         """
-        if self.running >= self.settings.rows + self.settings.queue:
+        if len(self._tasks) >= self.settings.rows + self.settings.queue:
             raise Refused(429, "queue_full", "too many requests are waiting; send it again later", retry=1)
-        self.running += 1
-        return Turn(self, tenant, hold, keep, prepare)
+        turn = Turn(self, tenant, hold, keep, prepare)
+        self._tasks.add(turn.task)
+        turn.task.add_done_callback(self._tasks.discard)
+        return turn
+
+    @property
+    def running(self) -> int:
+        """Turns that have not ended."""
+        return len(self._tasks)
+
+    async def end(self) -> None:
+        """Returns when all have ended."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
 
 class Turn:
@@ -73,8 +85,8 @@ class Turn:
         self._begun, self._pieces = asyncio.Event(), asyncio.Queue[str | None]()
         self.answer: Answer | None = None
         self.version: int | None = None
-        self._task = asyncio.create_task(self._run())
-        self._task.add_done_callback(self._ended)
+        self.task = asyncio.create_task(self._run())
+        self.task.add_done_callback(self._ended)
 
     @property
     def end(self) -> str:
@@ -89,20 +101,20 @@ class Turn:
     async def started(self) -> None:
         """Returns when the request has its place with the engine."""
         begun = asyncio.ensure_future(self._begun.wait())
-        await asyncio.wait([begun, self._task], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([begun, self.task], return_when=asyncio.FIRST_COMPLETED)
         begun.cancel()
-        if self._task.done():
-            self._task.result()
+        if self.task.done():
+            self.task.result()
 
     async def pieces(self) -> AsyncIterator[str]:
         """The answer, and its end."""
         while (piece := await self._pieces.get()) is not None:
             yield piece
-        await self._task
+        await self.task
 
     def cancel(self) -> None:
         """Nobody waits for it any more. What is being kept is kept."""
-        self._task.cancel()
+        self.task.cancel()
 
     async def _run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -146,7 +158,6 @@ class Turn:
         asked.heard(said.text)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._turns.running -= 1
         read, said = self.counts
         metrics = self._turns.metrics
         metrics.read.inc(read)
