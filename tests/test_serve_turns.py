@@ -133,6 +133,27 @@ def test_two_servers_on_one_store(model, file_store):
         assert file_store.entry("local/session/s").version == 4
 
 
+def test_a_request_that_is_sent_again_is_answered_as_it_was_and_read_once(model, file_store):
+    with serving(model, file_store) as one, serving(model, file_store) as two:
+        keys = [{"Idempotency-Key": key} for key in ("first", "second")]
+        client, other = (each.openai(**{"X-Session-Id": "s"}) for each in (one, two))
+        answer = say(client, user("who?"), extra_headers=keys[0], max_tokens=9)
+        for again in (client, other):  # the other server knows of it, too
+            same = say(again, user("who?"), extra_headers=keys[0], max_tokens=9)
+            assert (same.choices, same.usage, same.session) == (answer.choices, answer.usage, answer.session)
+        chunks = list(say(client, user("who?"), extra_headers=keys[0], max_tokens=9, stream=True))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert (text, chunks[-1].session["version"]) == (answer.choices[0].message.content, 1)
+        with pytest.raises(openai.UnprocessableEntityError, match="another request had this key"):
+            say(client, user("what?"), extra_headers=keys[0], max_tokens=9)
+        assert say(client, user("who?"), extra_headers=keys[1], max_tokens=9).session["version"] == 2
+        assert say(client, user("who?"), max_tokens=9).session["version"] == 3
+        assert "request" not in file_store.get("local/session/s", model, TOKENIZER).notes
+        text = client.completions.create(model="tiny", prompt="a", extra_headers=keys[0], max_tokens=2)
+        same = client.completions.create(model="tiny", prompt="a", extra_headers=keys[0], max_tokens=2)
+        assert (same.choices, same.session) == (text.choices, text.session)
+
+
 def test_limits(service):
     with service.http() as client:
         body = {"model": "tiny", "messages": [user("a" * 400)]}

@@ -359,7 +359,7 @@ def test_notes_go_where_the_session_goes(tmp_path, file_store):
     assert session.notes == {}
 
 
-@pytest.mark.parametrize("notes", [{"a": float("nan")}, {"a": {1}}, {1: 2}, ["a"], {"a": (1,)}, {"a": "b" * 70_000}])
+@pytest.mark.parametrize("notes", [{"a": float("nan")}, {"a": {1}}, {1: 2}, ["a"], {"a": (1,)}, {"a": "b" * 2**20}])
 def test_notes_that_no_file_could_hold_are_refused(notes, file_store):
     session = mnemic.Session(host("llama", CONFIGS["emt-0"]))
     session.notes = notes

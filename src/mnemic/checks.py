@@ -28,7 +28,7 @@ from mnemic.packing import CODES, parts
 from mnemic.state import State, StateError, check_range, is_finite
 from mnemic.stream import waiting_width
 
-NOTES = 65_536
+NOTES = 2**20
 """Most bytes of an owner's notes, as JSON."""
 MOST = 2**62
 """Beyond any number of tokens that were read."""

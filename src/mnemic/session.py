@@ -77,7 +77,7 @@ class Session:
     made again from the text when the session is loaded: as many tokens are read then as the window holds, and what
     comes next is not the same to the bit (`mnemic.rereading`). A window that cannot be read again is kept as keys.
 
-    `notes` are the owner's: a dictionary of plain values (JSON, 64 KiB at most) that is kept with the session, in its
+    `notes` are the owner's: a dictionary of plain values (JSON, 1 MiB at most) that is kept with the session, in its
     file and in a store. What a service must know of exactly that version of a session has its place there.
 
     A text is a string, token ids, or what a tokenizer returns for one text, also as `read(**tokenizer(text))`. Ids are

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from mnemic.serve.again import NOTE, Given, Once
 from mnemic.serve.errors import Refused
 from mnemic.serve.heard import Heard, Message
 from mnemic.serve.schemas import Old, Sampling
@@ -34,9 +35,17 @@ class Penalties(LogitsProcessor):
         return scores - self.frequency * counts - self.presence * (counts > 0)
 
 
-def chat(load: Callable[[], Session], messages: Sequence[Message], asked: Sampling, settings: Settings) -> Asked:
+def chat(
+    load: Callable[[], Session],
+    messages: Sequence[Message],
+    asked: Sampling,
+    settings: Settings,
+    once: Once | None = None,
+) -> Asked:
     """A session that goes on with what is new of these messages."""
     session = load()
+    if once is not None and (given := once.given(session.notes)) is not None:
+        return Asked(session, given=given)
     heard, turns = Heard.of(session.notes), Turns(session.tokenizer)
     new = heard.new(messages)
     if turns.template:
@@ -46,17 +55,24 @@ def chat(load: Callable[[], Session], messages: Sequence[Message], asked: Sampli
     else:
         raise ValueError("the model has no chat template: send one message of the user, or use /v1/completions")
 
-    def noted(answer: str) -> None:
-        session.notes = {**session.notes, **heard.after(new, answer).note()}
+    found = completion(lambda: session, prompt, asked, settings, once)
+    noted = found.heard
 
-    found = completion(lambda: session, prompt, asked, settings)
-    found.closing, found.heard = turns.closing, noted
+    def heard_too(given: Given) -> None:
+        noted(given)
+        session.notes |= heard.after(new, given.text).note()
+
+    found.closing, found.heard = turns.closing, heard_too
     return found
 
 
-def completion(load: Callable[[], Session], prompt: Any, asked: Sampling, settings: Settings) -> Asked:
+def completion(
+    load: Callable[[], Session], prompt: Any, asked: Sampling, settings: Settings, once: Once | None = None
+) -> Asked:
     """A session that goes on with a text, or with token ids."""
     session = load()
+    if once is not None and (given := once.given(session.notes)) is not None:
+        return Asked(session, given=given)
     if not isinstance(prompt, str | Tensor):
         prompt = torch.tensor([prompt])
     ids = session.ids(prompt)
@@ -67,7 +83,12 @@ def completion(load: Callable[[], Session], prompt: Any, asked: Sampling, settin
             f"the request has {ids.shape[1]:,} new tokens, and this server reads 1 to {settings.prompt_tokens:,}",
         )
     stop = asked.stops if isinstance(asked, Old) else []
-    return Asked(session, ids, _ways(session, asked, settings, ids.shape[1]), stop, seed=asked.seed)
+
+    def noted(given: Given) -> None:
+        session.notes.pop(NOTE, None)
+        session.notes |= {} if once is None else once.note(given)
+
+    return Asked(session, ids, _ways(session, asked, settings, ids.shape[1]), stop, heard=noted, seed=asked.seed)
 
 
 def _ways(session: Session, asked: Sampling, settings: Settings, prompt: int) -> dict[str, Any]:

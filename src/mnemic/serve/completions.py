@@ -10,9 +10,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from mnemic.serve import asking
+from mnemic.serve.again import Once
 from mnemic.serve.answering import answered, event
 from mnemic.serve.schemas import ChatRequest, CompletionRequest, Old
-from mnemic.serve.state import Named, Server, Tenant, TheServer, session_of, stored
+from mnemic.serve.state import Key, Named, Server, Tenant, TheServer, session_of, stored
 from mnemic.serve.turn import Asked, Turn
 
 router = APIRouter()
@@ -33,7 +34,7 @@ class Choices:
     def whole(self, turn: Turn, text: str) -> dict[str, Any]:
         """The whole answer."""
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": turn.end}
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": turn.given.end}
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": kind, "choices": [choice], "usage": counted(turn), **self._session(turn)}
 
@@ -47,7 +48,7 @@ class Choices:
 
     def ended(self, turn: Turn) -> list[str]:
         """Why it ended, what it took, and the mark of the end."""
-        chunks = [self._chunk({} if self.chat else "", turn.end, **self._session(turn))]
+        chunks = [self._chunk({} if self.chat else "", turn.given.end, **self._session(turn))]
         if self.usage:
             chunks.append(event({**self.head, "object": self._kind, "choices": [], "usage": counted(turn)}))
         return [*chunks, event("[DONE]")]
@@ -70,26 +71,30 @@ class Choices:
 
 def counted(turn: Turn) -> dict[str, int]:
     """The tokens that were read of the request, of which none were read before, and those of the answer."""
-    read, said = turn.counts
+    read, said = turn.given.read, turn.given.said
     return {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
 
 
 @router.post("/v1/chat/completions")
 async def chat(
-    asked: ChatRequest, request: Request, server: TheServer, tenant: Tenant, named: Named = None
+    asked: ChatRequest, request: Request, server: TheServer, tenant: Tenant, named: Named = None, key: Key = None
 ) -> Response:
     """Answers in the words of the model's chat template."""
     messages = [each.plain() for each in asked.messages]
-    prepare = functools.partial(asking.chat, messages=messages, asked=asked, settings=server.settings)
+    prepare = functools.partial(
+        asking.chat, messages=messages, asked=asked, settings=server.settings, once=Once.of(key, asked)
+    )
     return await _answered(asked, prepare, request, server, tenant, named)
 
 
 @router.post("/v1/completions")
 async def complete(
-    asked: CompletionRequest, request: Request, server: TheServer, tenant: Tenant, named: Named = None
+    asked: CompletionRequest, request: Request, server: TheServer, tenant: Tenant, named: Named = None, key: Key = None
 ) -> Response:
     """Goes on with a text."""
-    prepare = functools.partial(asking.completion, prompt=asked.prompt, asked=asked, settings=server.settings)
+    prepare = functools.partial(
+        asking.completion, prompt=asked.prompt, asked=asked, settings=server.settings, once=Once.of(key, asked)
+    )
     return await _answered(asked, prepare, request, server, tenant, named)
 
 

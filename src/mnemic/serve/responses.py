@@ -31,8 +31,8 @@ class Events:
 
     def whole(self, turn: Turn, text: str) -> dict[str, Any]:
         """The whole answer."""
-        read, said = turn.counts
-        cut = turn.end == "length"
+        read, said = turn.given.read, turn.given.said
+        cut = turn.given.end == "length"
         usage = {"input_tokens": read, "output_tokens": said, "total_tokens": read + said}
         usage |= {"input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}}
         usage |= {"output_tokens_details": {"reasoning_tokens": 0}}

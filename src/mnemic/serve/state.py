@@ -55,6 +55,7 @@ def tenant_of(request: Request, server: TheServer, authorization: Annotated[str 
 
 Tenant = Annotated[str, Depends(tenant_of)]
 Named = Annotated[str | None, Header(alias="X-Session-Id")]
+Key = Annotated[str | None, Header(alias="Idempotency-Key")]
 
 
 def stored(tenant: str, kind: str, name: str) -> str:

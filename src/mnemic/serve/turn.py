@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from mnemic.serve.again import Given
 from mnemic.serve.engine import Answer, Engine
 from mnemic.serve.errors import Refused
 from mnemic.serve.metrics import Metrics
@@ -24,18 +25,20 @@ Result = TypeVar("Result")
 
 @dataclass
 class Asked:
-    """What the engine is to continue: the session's own fork, what it is to read, and how it answers.
+    """What the engine is to continue: the session's own fork, what it is to read, and how it answers; or the answer
+    that the same request has got before (`given`).
 
     `heard` gives the session its notes when the answer is whole.
     """
 
     session: Session
-    prompt: Any
-    ways: dict[str, Any]
-    stop: list[str]
+    prompt: Any = None
+    ways: dict[str, Any] = field(default_factory=dict)
+    stop: list[str] = field(default_factory=list)
     closing: Callable[[list[int]], Any] = lambda _: None
-    heard: Callable[[str], None] = lambda _: None
+    heard: Callable[[Given], None] = lambda _: None
     seed: int | None = None
+    given: Given | None = None
 
 
 class Turns:
@@ -74,7 +77,7 @@ class Turns:
 
 class Turn:
     """`started` raises what refuses it; `pieces` gives text as it comes, and raises what goes wrong then. When they end
-    the answer is whole (`answer`, `end`) and its session is kept (`version`).
+    the answer is whole (`given`) and its session is kept (`version`).
     """
 
     def __init__(
@@ -83,20 +86,17 @@ class Turn:
         self._turns, self._whose, self._hold, self._keep, self._prepare = turns, whose, hold, keep, prepare
         self._loop = asyncio.get_running_loop()
         self._begun, self._pieces = asyncio.Event(), asyncio.Queue[str | None]()
-        self.answer: Answer | None = None
+        self._answer: Answer | None = None
+        self._given: Given | None = None
         self.version: int | None = None
         self.task = asyncio.create_task(self._run())
         self.task.add_done_callback(self._ended)
 
     @property
-    def end(self) -> str:
-        """How the answer ended, in the words of this API."""
-        return "length" if self.answer is not None and self.answer.cut else "stop"
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Tokens that were read of the request, and said."""
-        return (self.answer.prompt.shape[1], len(self.answer.tokens)) if self.answer is not None else (0, 0)
+    def given(self) -> Given:
+        """The answer, when it is whole."""
+        assert self._given is not None
+        return self._given
 
     async def started(self) -> None:
         """Returns when the request has its place with the engine."""
@@ -121,21 +121,30 @@ class Turn:
             if self._hold is not None:
                 await stack.enter_async_context(self._turns.sessions.hold(self._hold))
             asked = await to_the_end(asyncio.to_thread(self._prepare))
+            if asked.given is not None and asked.session.stored is not None:
+                self._given, self.version = asked.given, asked.session.stored.version
+                self._pieces.put_nowait(asked.given.text)
+                self._begun.set()
+                return
             async with asyncio.timeout(self._turns.settings.timeout):
-                await self._answered(asked)
+                self._given = await self._answered(asked)
+            asked.heard(self._given)
             if self._keep is not None:
                 keep = asyncio.to_thread(self._turns.sessions.keep, self._keep, asked.session)
                 self.version = await to_the_end(keep)
 
-    async def _answered(self, asked: Asked) -> None:
-        begun, done = time.monotonic(), asyncio.Event()
+    async def _answered(self, asked: Asked) -> Given:
+        begun: float | None = time.monotonic()
+        done = asyncio.Event()
 
         def told(piece: str | None) -> None:
+            nonlocal begun
             if piece is None:
                 done.set()
             else:
-                if self._pieces.empty() and answer.said.text == piece:
+                if begun is not None:
                     self._turns.metrics.first.observe(time.monotonic() - begun)
+                begun = None
                 self._pieces.put_nowait(piece)
 
         def tell(piece: str | None) -> None:
@@ -143,7 +152,7 @@ class Turn:
                 self._loop.call_soon_threadsafe(told, piece)
 
         said = Said(self._turns.sessions.tokenizer, asked.stop)
-        answer = self.answer = Answer(
+        answer = self._answer = Answer(
             asked.session, asked.prompt, asked.ways, said, tell, asked.closing, asked.seed, self._whose
         )
         self._turns.engine.begin(answer)
@@ -155,13 +164,13 @@ class Turn:
             raise
         if answer.error is not None:
             raise answer.error
-        asked.heard(said.text)
+        return Given(said.text, "length" if answer.cut else "stop", answer.prompt.shape[1], len(answer.tokens))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        read, said = self.counts
         metrics = self._turns.metrics
-        metrics.read.inc(read)
-        metrics.said.inc(said)
+        if self._answer is not None:
+            metrics.read.inc(self._answer.prompt.shape[1])
+            metrics.said.inc(len(self._answer.tokens))
         failed = task.cancelled() or task.exception() is not None
         metrics.turns.labels("cancelled" if task.cancelled() else "failed" if failed else "whole").inc()
         self._pieces.put_nowait(None)
