@@ -76,11 +76,11 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) -e '.[plot,train,docs,test]'
+	$(PIP) -e '.[plot,train,serve,docs,test]'
 	@touch $@
 
 $(VENV)/.small: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[plot,train,test]'
+	$(PIP) -e '.[plot,train,serve,test]'
 	@touch $@
 
 .venv-floor.txt: pyproject.toml .ci/floors

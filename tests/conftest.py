@@ -25,6 +25,7 @@ transformers.logging.disable_progress_bar()
 
 def pytest_addoption(parser):
     parser.addoption("--mechanism", metavar="FILE.py", help="a mechanism outside of the package, which the tests join")
+    parser.addoption("--hostile", type=int, default=150, metavar="N", help="hostile requests that a server is sent")
 
 
 def pytest_configure(config):

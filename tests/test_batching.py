@@ -22,6 +22,7 @@ from helpers import (
     refusal,
     tokens,
 )
+from mnemic.batching import Rows
 from mnemic.host.release import GENERATE_CACHE as CACHE
 from ordered import ordered
 
@@ -354,3 +355,40 @@ def test_the_others_were_told_something_else():
     assert_near(first.logits, second.logits, 1e-5)
     first, second = batch.forward([tokens(1, 5), other(tokens(1, 5))])
     assert_differ(first.logits, second.logits)
+
+
+# --- joining ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["recall", "memoria"])
+def test_rows_that_join_and_leave_between_tokens_equal_each_alone(kind):
+    """Bit by bit where sums are taken in order: a row knows nothing of when others came and went."""
+    config = FIRST_FORMS[kind]
+    model = host("llama", config)
+    window = config.window or 2 * SEGMENT
+    together, alone = sessions_of(model, window, (5, 19, 3)), sessions_of(model, window, (5, 19, 3))
+    said = [tokens(1, 12, seed) for seed in (7, 8, 9)]
+    with ordered(), torch.no_grad():
+        rows, heard = Rows(together[:1]), [[], [], []]
+
+        def step(*sessions):
+            parts = [[said[each][:, len(heard[each]) : len(heard[each]) + 1]] for each in sessions]
+            logits = rows.call(model, parts)[0].logits[:, -1]
+            for row, each in enumerate(sessions):
+                heard[each].append(logits[row])
+
+        for _ in range(3):
+            step(0)
+        rows.join(Rows(together[1:2]))
+        for _ in range(4):
+            step(0, 1)
+        rows.part_with([0])
+        rows.join(Rows(together[2:]))
+        for _ in range(5):
+            step(1, 2)
+        rows.give_back()
+        for session, ids, found in zip(alone, said, heard, strict=True):
+            expected = [session.forward(ids[:, at : at + 1]).logits[0, -1] for at in range(len(found))]
+            assert torch.equal(torch.stack(found), torch.stack(expected))
+        assert [len(found) for found in heard] == [7, 9, 5]
+    assert_same_sessions(together, alone)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
-import string
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 import mnemic
@@ -21,30 +20,9 @@ from families import make
 from helpers import CONFIGS, assert_equal_stream, shake
 from mnemic.cli import app
 from mnemic.turns import Turns
+from talkers import TEMPLATE, tokenizer_of
 
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|turn|>' + message['role'] + '\n' + message['content'] + '<|end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
-)
 CONFIG = CONFIGS["emt-0"].replace(window=24)
-
-
-def tokenizer_of(template=None):
-    """A token a character, and three for a template."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "<|end|>": 2, "<|turn|>": 3}
-    vocabulary |= {letter: number for number, letter in enumerate(string.printable[:97], 4)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in list(vocabulary)[:4]])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="<|end|>",
-        pad_token="<pad>",
-        additional_special_tokens=["<|turn|>"],
-        chat_template=template,
-    )
 
 
 @pytest.fixture(scope="module")

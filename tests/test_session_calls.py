@@ -336,3 +336,35 @@ def test_a_call_has_gradients_and_the_session_none(name, batched):
         if name == "llama":
             carried += [tensor for layer in session.cache.layers[:-1] for tensor in (layer.keys, layer.values)]
         assert not any(tensor is not None and tensor.requires_grad for tensor in carried)
+
+
+# --- notes -----------------------------------------------------------------------------------------------------------
+
+
+def test_notes_go_where_the_session_goes(tmp_path, file_store):
+    model = host("llama", CONFIGS["emt-0"])
+    session = mnemic.Session(model)
+    session.read(tokens(1, 5))
+    session.notes = {"said": ["a", "ü"], "count": 2}
+    fork = session.fork()
+    fork.notes["said"].append("b")
+    assert session.notes == {"said": ["a", "ü"], "count": 2}
+    session.save(tmp_path / "a")
+    session.save(f"{tmp_path}/b/")
+    file_store.put("me", session)
+    again = mnemic.Session.load(tmp_path / "a", model), mnemic.Session.load(f"{tmp_path}/b/", model)
+    for other in (*again, file_store.get("me", model), mnemic.Session.from_bytes(session.to_bytes(), model)):
+        assert other.notes == session.notes
+    session.reset()
+    assert session.notes == {}
+
+
+@pytest.mark.parametrize("notes", [{"a": float("nan")}, {"a": {1}}, {1: 2}, ["a"], {"a": (1,)}, {"a": "b" * 2**20}])
+def test_notes_that_no_file_could_hold_are_refused(notes, file_store):
+    session = mnemic.Session(host("llama", CONFIGS["emt-0"]))
+    session.notes = notes
+    with pytest.raises(mnemic.StateError, match="notes is"):
+        session.to_bytes()
+    with pytest.raises(mnemic.StateError, match="notes is"):
+        file_store.put("me", session)
+    assert file_store.stored("me") is None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mnemic.memory import Memory, MemoryConfig, Site
     from mnemic.session import Session
     from mnemic.state import State, StateError
-    from mnemic.store import Conflict, NotStored, SessionStore, StoreError
+    from mnemic.store import Conflict, NoRoom, NotStored, SessionStore, StoreError
     from mnemic.trainer import SegmentCurriculum, Trainer
     from mnemic.training import Batch, calibrate, train
     from mnemic.unrolling import read_segments, unroll
@@ -59,6 +59,7 @@ __all__ = [
     "MemoryCache",
     "MemoryConfig",
     "MemoryPromptConfig",
+    "NoRoom",
     "NotStored",
     "PersistentConfig",
     "RMTConfig",
@@ -101,7 +102,7 @@ _HOMES = {
     "memories": ("CONFIGS", "Memory", "Site", *(name for name in __all__ if name.endswith("Config"))),
     "session": ("Session",),
     "state": ("State", "StateError"),
-    "store": ("Conflict", "NotStored", "SessionStore", "StoreError"),
+    "store": ("Conflict", "NoRoom", "NotStored", "SessionStore", "StoreError"),
     "trainer": ("SegmentCurriculum", "Trainer"),
     "training": ("Batch", "calibrate", "train"),
     "unrolling": ("read_segments", "unroll"),

@@ -199,9 +199,9 @@ def _each(texts: Any) -> Any:
 
 
 class Rows:
-    """Some sessions as the rows of one batch while a call is under way. The sessions themselves change in `give_back`.
+    """Some sessions as the rows of one batch while a call is under way. A session itself changes when its row leaves.
 
-    `places[row]` is the session of a row; sessions that are through have no row any more.
+    `places[row]` is the session of a row; sessions that are through have no row any more. Others may join.
     """
 
     def __init__(self, sessions: Sequence[Session]) -> None:
@@ -213,7 +213,6 @@ class Rows:
             self.cache = MemoryCache.concatenate([session.cache for session in sessions], self.router.device)
         self.layer = MemoryLayer() if self.cache is None else self.cache.memory
         self.layer.stream = Stream.concatenate([session._begun() for session in sessions])
-        self._apart = {}
         self._least = self.router.new_stream(1).state
         self._pad = self.model.config.get_text_config().pad_token_id or 0  # pyright: ignore
 
@@ -259,11 +258,15 @@ class Rows:
         return output, keep
 
     def part_with(self, places: Sequence[int]) -> None:
-        """These sessions are through: their rows leave the batch."""
+        """These sessions are through: each gets its row, as it would be without the others."""
         if not places:
             return
         for place in places:
-            self._apart[place] = self._row(self.places.index(place))
+            cache, stream = self._row(self.places.index(place))
+            session = self.sessions[place]
+            if cache is not None:
+                session._adopt(cache)
+            session._layer.stream = stream
         stay = [row for row, place in enumerate(self.places) if place not in places]
         self.places = [self.places[row] for row in stay]
         index = torch.tensor(stay, dtype=torch.long, device=self.router.device)
@@ -277,15 +280,24 @@ class Rows:
             self.layer.batch_select_indices(index)
 
     def give_back(self) -> None:
-        """Every session gets its row, as it would be without the others."""
+        """All that are left are through."""
         if torch.is_grad_enabled():
             (self.layer if self.cache is None else self.cache).detach()
         self.part_with(self.places)
-        for place, (cache, stream) in self._apart.items():
-            session = self.sessions[place]
-            if cache is not None:
-                session._adopt(cache)
-            session._layer.stream = stream
+
+    def join(self, others: Rows) -> None:
+        """Rows of decoders that have read something, as have these, come behind these and are through with where they
+        were. Sessions have new places: those that are through are dropped.
+        """
+        assert self.cache is not None
+        assert others.cache is not None
+        both = (self, others)
+        stream = Stream.concatenate([rows.stream for rows in both])
+        self.sessions = [rows.sessions[place] for rows in both for place in rows.places]
+        self.places = list(range(len(self.sessions)))
+        self.cache = MemoryCache.concatenate([self.cache, others.cache], self.router.device)
+        self.layer = self.cache.memory
+        self.layer.stream = stream
 
     def _row(self, row: int) -> tuple[MemoryCache | None, Stream | None]:
         cache = self.cache.row(row) if self.cache is not None else None

@@ -7,6 +7,7 @@ written must pass the same checks, so that no good version is replaced by one th
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ from mnemic.packing import CODES, parts
 from mnemic.state import State, StateError, check_range, is_finite
 from mnemic.stream import waiting_width
 
+NOTES = 2**20
+"""Most bytes of an owner's notes, as JSON."""
 MOST = 2**62
 """Beyond any number of tokens that were read."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,12 +55,15 @@ def check_description(meta: Mapping[str, Any], source: object) -> None:
         "keep_text": type(meta.get("keep_text", False)) is bool,
         "keep_keys": meta.get("keep_keys", True) is True
         or (meta["keep_keys"] is False and meta.get("keep_text") is True),
+        "notes": _are_notes(meta.get("notes", {})),
         "base_fingerprint": isinstance(meta.get("base_fingerprint"), str),
         "base_model": meta.get("base_model") is None or isinstance(meta["base_model"], str),
         "stream": meta.get("stream") is None or _ledger(meta["stream"], STREAM),
         "running": meta.get("running") is None or _ledger(meta["running"], WINDOW),
     }
-    if missing := sorted(fields.keys() - meta.keys() - {"sinks", "keep_text", "keep_keys", "stream", "running"}):
+    if missing := sorted(
+        fields.keys() - meta.keys() - {"sinks", "keep_text", "keep_keys", "notes", "stream", "running"}
+    ):
         raise StateError(
             f"{source} does not say {', '.join(missing)}, which every session does; restore it from a copy"
         )
@@ -265,6 +271,15 @@ def _has_place(name: str, meta: Mapping[str, Any]) -> bool:
         return meta.get("running") is not None
     of_stream = name in ("waiting", "ids") or name in BANK or name.startswith("state.")
     return name in HISTORY or (meta.get("stream") is not None and of_stream)
+
+
+def _are_notes(value: object) -> bool:
+    """Whether it is a dictionary that is the same when it was written as JSON and read again, and not too large."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+        return isinstance(value, dict) and len(text) <= NOTES and json.loads(text) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _count(value: object) -> bool:

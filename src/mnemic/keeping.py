@@ -122,6 +122,7 @@ def restored(
         session = cls(model, tokenizer, window=meta["window"], sinks=meta.get("sinks", 0), **settings)
     except ValueError as error:
         raise StateError(f"{source} has a window that this model cannot have: {error}") from error
+    session.notes = meta.get("notes", {})
     tensors = brought_up(tensors, meta, router)
     check_contents(tensors, meta, model, source, chunks)
     fill(session, tensors, meta, chunks)
@@ -283,6 +284,7 @@ def _description(session: Session) -> dict[str, Any]:
         **({"sinks": session.sinks} if session.sinks else {}),
         "keep_text": session.keep_text,
         **({} if session.keep_keys else {"keep_keys": False}),  # a file with keys is as it ever was
+        **({"notes": session.notes} if session.notes else {}),
         "memory": router.config.to_dict(),
         "memory_fingerprint": fingerprint_of(router),
         "base_fingerprint": fingerprint(session.model),

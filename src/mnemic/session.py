@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,6 +74,9 @@ class Session:
     made again from the text when the session is loaded: as many tokens are read then as the window holds, and what
     comes next is not the same to the bit (`mnemic.rereading`). A window that cannot be read again is kept as keys.
 
+    `notes` are the owner's: a dictionary of plain values (JSON, 1 MiB at most) that is kept with the session, in its
+    file and in a store. What a service must know of exactly that version of a session has its place there.
+
     A text is a string, token ids, or what a tokenizer returns for one text, also as `read(**tokenizer(text))`. Ids are
     taken as they are. The first string of a new session begins as its tokenizer begins texts ("<s>"), later ones go on
     where the stream stands, and none gets an end. An encoder sees every text by itself, so there each gets both.
@@ -113,6 +117,8 @@ class Session:
         self._bank: Bank | None = None
         """What a new stream's begins with, where it is not the usual one."""
         self.stored: Stored | None = None
+        self.notes: dict[str, Any] = {}
+        """Plain values of the owner's that go where the session goes: into its file, a store and its forks."""
         self.lock = Lock()
         self._before: int | None = 0
         """Tokens that the stream had when the window was made here; None where the text lacks some of the window's."""
@@ -404,7 +410,7 @@ class Session:
         if self._cache is not None:
             self._cache.reset()
         self._layer.reset()
-        self._before = 0
+        self._before, self.notes = 0, {}
 
     @alone
     def fork(self) -> Session:
@@ -415,7 +421,7 @@ class Session:
         if self._cache is not None:
             other._adopt(self._cache.fork())
         other._layer.stream = self._layer.stream
-        other.stored, other._before = self.stored, self._before
+        other.stored, other._before, other.notes = self.stored, self._before, copy.deepcopy(self.notes)
         return other
 
     # --- keeping it --------------------------------------------------------------------------------------------------

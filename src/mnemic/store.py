@@ -63,6 +63,10 @@ class StoreError(RuntimeError):
     """A store that cannot do what was asked, and has changed nothing."""
 
 
+class NoRoom(StoreError):
+    """A session that would have more bytes than a store takes, or the store with it."""
+
+
 class NotStored(StoreError, LookupError):
     """There is no session of that name, or it has expired."""
 
@@ -161,7 +165,7 @@ class SessionStore:
         Raises:
             Conflict: another version is there. Nothing was written; the session in hand is as it was.
             StateError: a session that `get` would refuse, such as one whose state is not finite.
-            StoreError: more bytes than `size_limit` or `total_limit`, or a database that cannot be reached.
+            StoreError: more bytes than `size_limit` or `total_limit` (`NoRoom`), or a database that cannot be reached.
             ValueError: a name that is empty, too long, or no text that can be stored.
         """
         with session.lock.use():  # of two threads that put it, the second would find the first one's version
@@ -197,6 +201,13 @@ class SessionStore:
         if row is None:
             raise NotStored(f"there is no session {name!r} in {self.url}")
         return Entry.of(row)
+
+    def stored(self, name: str) -> Stored | None:
+        """Which version of a session is there now, None for none: a session in hand that has it is the newest."""
+        _check_name(name)
+        with self.transaction() as connection:
+            row = connection.execute(_STANDING, {"named": name, "now": _now()}).first()
+        return None if row is None else Stored(self._id, name, row.birth, row.version)
 
     def export(self, name: str, path: str | os.PathLike[str]) -> None:
         """Writes a session as `Session.save` would, as a file or as a folder; raises `NotStored`."""
@@ -290,7 +301,7 @@ class SessionStore:
         _check_name(name)
         size = len(data) + sum(units.size(place, place + 1) for place in range(len(units.known)))
         if self.size_limit is not None and size > self.size_limit:
-            raise StoreError(
+            raise NoRoom(
                 f"session {name!r} has {size:,} bytes, this store takes {self.size_limit:,}; flush() it, give it "
                 "a shorter window=, or set size_limit="
             )
@@ -320,8 +331,8 @@ class SessionStore:
 
         def taken() -> None:
             """Somebody else may have made it since we looked."""
-            if stored is None and not overwrite and (found := self._version(name)):
-                raise Conflict(name, 0, found)
+            if stored is None and not overwrite and (found := self.stored(name)):
+                raise Conflict(name, 0, found.version)
 
         return self._tried(f"session {name!r} cannot be put into", write, taken)
 
@@ -332,7 +343,7 @@ class SessionStore:
         if not self._sqlite:  # one at a time: of two that fit alone one may have to go
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK + 1})")
         if (total := tables.total(connection)) > self.total_limit:
-            raise StoreError(
+            raise NoRoom(
                 f"with session {name!r} this store would have {total:,} bytes, it takes {self.total_limit:,}; delete() "
                 "or purge() others, or set total_limit="
             )
@@ -351,12 +362,6 @@ class SessionStore:
             sql.insert(tables.sessions), {"name": name, "birth": birth, "version": 1, "created": now, **values}
         )
         return Stored(self._id, name, birth, 1)
-
-    def _version(self, name: str) -> int:
-        """The version that is there, 0 for none."""
-        with self.transaction() as connection:
-            row = connection.execute(_STANDING, {"named": name, "now": _now()}).first()
-        return 0 if row is None else row.version
 
     # --- the database ------------------------------------------------------------------------------------------------
 

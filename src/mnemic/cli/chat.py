@@ -65,13 +65,11 @@ def chat(
             raise typer.Exit(1)
 
 
-def load(name: str, memory: Path | None) -> tuple[nn.Module, Any]:
-    """The model with its memory, with recall, or with a memory that changes nothing; and its tokenizer."""
+def load_base(name: str) -> tuple[nn.Module, Any]:
+    """The model and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
-
-    from mnemic.host.anatomy import trained_positions
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # reminders of the model's length, which does not bound a session, amid an answer
@@ -79,6 +77,16 @@ def load(name: str, memory: Path | None) -> tuple[nn.Module, Any]:
     model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
     if torch.cuda.is_available():
         model = model.to("cuda")  # pyright: ignore[reportArgumentType]
+    return model, tokenizer
+
+
+def load(name: str, memory: Path | None) -> tuple[nn.Module, Any]:
+    """The model with its memory, with recall, or with a memory that changes nothing; and its tokenizer."""
+    import torch
+
+    from mnemic.host.anatomy import trained_positions
+
+    model, tokenizer = load_base(name)
     if memory is not None and memory.name == RECALL and not memory.is_dir():
         window = min(1024, trained_positions(model) or 1024)
         mnemic.attach(model, mnemic.RecallConfig(segment_length=max(1, window // 4), window=window))

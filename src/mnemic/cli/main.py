@@ -14,6 +14,7 @@ from mnemic.cli.chat import chat
 from mnemic.cli.compare import compare
 from mnemic.cli.fetch import fetch
 from mnemic.cli.inspect import inspect, look_inside
+from mnemic.cli.serve import keys, serve
 from mnemic.cli.show import Show, console, listing, need
 from mnemic.cli.store import store_app
 from mnemic.cli.suite import suite
@@ -31,6 +32,8 @@ app.add_typer(tasks_app, name="tasks", rich_help_panel=RESEARCH)
 app.command(rich_help_panel=RESEARCH)(compare)
 app.add_typer(store_app, name="store")
 app.command()(chat)
+app.command()(serve)
+app.command()(keys)
 app.command()(train)
 app.command()(fetch)
 app.command()(inspect)

@@ -425,8 +425,8 @@ class MemoryCache(DynamicCache):
 
     @staticmethod
     def concatenate(caches: Sequence[MemoryCache], device: torch.device) -> MemoryCache:
-        """Windows and keys of several caches with one row each as one batch. Their streams are for the caller to join:
-        a cache without one says nothing of how a new one begins.
+        """Windows and keys of several caches as one batch; one that was not used yet has one row. Their streams are for
+        the caller to join: a cache without one says nothing of how a new one begins.
         """
         first = caches[0]
         joined = first._new()

@@ -134,10 +134,14 @@ class Choosing:
         """What was chosen so far."""
         return self.ids[:, self._prompt :]
 
-    def choose(self, logits: Float[Tensor, "1 v"]) -> Int[Tensor, "1 1"]:
-        """The next token, from what the model put out at the last one. Samples from the global generator."""
+    def choose(self, logits: Float[Tensor, "1 v"], generator: torch.Generator | None = None) -> Int[Tensor, "1 1"]:
+        """The next token, from what the model put out at the last one. Samples from `generator`, or the global one."""
         scores = self._processors(self.ids, logits.to(dtype=torch.float32, device=self.ids.device, copy=True))
-        token = torch.multinomial(scores.softmax(-1), 1) if self._samples else scores.argmax(-1, keepdim=True)
+        token = (
+            torch.multinomial(scores.softmax(-1), 1, generator=generator)
+            if self._samples
+            else scores.argmax(-1, keepdim=True)
+        )
         self.ids = torch.cat([self.ids, token], 1)
         self.done = bool(self._criteria(self.ids, None).all())
         return token
