@@ -636,41 +636,54 @@ def prepared(folder: str, settings: Sequence[str], more: dict[str, Any], bf16: b
     return bench
 
 
+CONTROLS = (NOTHING, OTHER, ZEROED, SINKS, WINDOW)
+"""What stands in place of the memory."""
+
+
 def page(found: Sequence[Record]) -> str:
-    """Numbers found again, over all depths: a row for each kind of needle and length, a column for each condition."""
+    """Numbers found again, over all depths: a row for each kind of needle and length, beside what a user would do
+    instead, the greatest of all controls, and what other settings find in the same sessions.
+    """
     if not found:
         return missing("needles")
     rows, commands = [], []
-    names = list(dict.fromkeys(name for record in found for score in record.scores for name in score.controls))
+    beside = (EVERYTHING, "BM25", "MiniLM")
     for record in sorted(found, key=lambda record: (record.host, record.measures["kind"], "blocks" in record.config)):
         for length in dict.fromkeys(score.length for score in record.scores):
             scores = [score for score in record.scores if score.length == length]
-            told = {name: "".join(score.outcomes.get(name, "") for score in scores) for name in ("memory", *names)}
-            cells = [f"{100 * each.count('1') / len(each):.1f}" if each else "-" for each in told.values()]
-            size = max(score.details["session bytes"] for score in scores) / 2**20
+            names = dict.fromkeys(name for score in scores for name in score.outcomes)
+            right = {name: "".join(score.outcomes.get(name, "") for score in scores) for name in names}
+            share = {name: 100 * each.count("1") / len(each) for name, each in right.items()}
+            other = (name for name in share if name.startswith("recall, "))
             shown = [
                 record.config["model"],
-                ", ".join([record.measures["kind"], *_unusual(record.config)]),
+                ", ".join([record.measures["kind"], *_unusual(record)]),
                 f"{length:,}",
-                len(told["memory"]),
-                *cells,
-                f"{size:,.0f}",
+                str(len(right["memory"])),
+                f"{share['memory']:.1f}",
+                *(f"{share[name]:.1f}" if name in share else "-" for name in beside),
+                f"{max(share[name] for name in CONTROLS if name in share):.1f}",
+                ", ".join(f"{name.removeprefix('recall, ')} {share[name]:.1f}" for name in other),
+                f"{max(score.details['session bytes'] for score in scores) / 2**20:,.0f}",
             ]
-            rows.append([str(cell) for cell in shown])
+            rows.append(shown)
         commands.append(f"`{record.command}`")
-    header = ["model", "needle", "tokens", "questions", "own", *names, "MiB"]
-    note = "Per cent of numbers answered by untrained models, needles at even distances from the start on. Made by "
+    header = ["model", "needle", "tokens", "questions", "own", *beside, "best control", "own, other settings", "MiB"]
+    note = "Per cent of numbers answered by untrained models, needles at even distances from the start on. Controls: "
+    note += f"{', '.join(CONTROLS)}. Made by "
     return f"{markdown(header, rows)}\n\n{note}{', '.join(dict.fromkeys(commands))}."
 
 
-def _unusual(config: dict[str, Any]) -> list[str]:
+def _unusual(record: Record) -> list[str]:
     """What decided a needle's answers beside the defaults."""
+    config = record.config
     found = [f"{len(few)} blocks"] if (few := config.get("blocks")) else []
     found += [config[name].removeprefix("torch.") for name in ("stored", "dtype") if name in config]
     if config["memory"].get("search") == "candidates":
         found.append("candidates" if config["memory"]["wider"] == 4 else "fewer candidates")
     # what was measured before there was a least had none
     found += [] if config["memory"].get("least", 0.0) else ["least 0"]
+    found += ["novels to choose settings on"] if "--tuning" in record.command else []
     return found + (["in files"] if "ram" in config else [])
 
 
