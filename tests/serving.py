@@ -22,9 +22,12 @@ from talkers import TEMPLATE, tokenizer_of
 TOKENIZER = tokenizer_of(TEMPLATE)
 
 
-def model_of(kind: str = "emt-0", window: int = 24) -> Any:
+def model_of(kind: str = "emt-0", window: int = 24, endless: bool = False) -> Any:
+    """A model with a memory; one that is `endless` never chooses to end an answer."""
     model = make("llama", vocab_size=101)
     model.generation_config.eos_token_id = 2
+    if endless:  # the greatest of 100 others is above 0
+        model.lm_head.weight.data[2] = 0
     trained(model, CONFIGS[kind].replace(window=window))
     return model
 

@@ -19,12 +19,12 @@ from mnemic.state import StateError
 from serving import TOKENIZER, idle, model_of, serving
 from test_serve import alone, say, user
 
-FOREVER = {"max_tokens": 4000, "extra_body": {"frequency_penalty": 2}}
+FOREVER = {"max_tokens": 4000, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return model_of()
+    return model_of(endless=True)
 
 
 @pytest.fixture
