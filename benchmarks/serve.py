@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,8 @@ import typer
 import uvicorn
 
 import mnemic
-from mnemic.bench.results import Record
+from mnemic.analysis.markdown import markdown, missing
+from mnemic.bench.results import Record, records
 from mnemic.memories import MemoryConfig
 from mnemic.serve import Settings, make_app
 from real_model import opened, timed
@@ -80,8 +81,8 @@ def measured(
     said, measures = sessions * tokens, {}
     for way, its in found.items():
         rates = {clock: said / statistics.median(its[clock]) for clock in ("clock", "processor")}
-        waits = {f"{name} piece, s": quantiles(its[name]) for name in ("first", "next")}
-        measures[way] = {"tokens a second": rates, **waits, "seconds": {clock: its[clock] for clock in rates}}
+        pieces = {f"{name} piece, s": quantiles(its[name]) for name in ("first", "next")}
+        measures[way] = {"tokens a second": rates, **pieces, "seconds": {clock: its[clock] for clock in rates}}
     for clock in ("clock", "processor"):
         pairs = zip(found["in turn"][clock], found["at once"][clock], strict=True)
         measures[f"at once / in turn, {clock}"] = statistics.median(alone / shared for alone, shared in pairs)
@@ -144,6 +145,29 @@ def ask(port: int, session: str, tokens: int) -> list[float]:
     if said != tokens:
         raise RuntimeError(f"session {session} said {said} tokens, and {tokens} were asked for")
     return waits
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"serve": table(records(results, "serve"))}
+
+
+def table(found: Sequence[Record]) -> str:
+    """Sessions at once beside the same in turn, a row for each length of an answer."""
+    if not found:
+        return missing("serving")
+    rows = []
+    for record in sorted(found, key=lambda record: record.config["tokens"]):
+        turn, once = record.measures["in turn"], record.measures["at once"]
+        waits = [f"{way['first piece, s'][part]:.2f}" for way in (turn, once) for part in ("p50", "p95")]
+        ratios = [f"{record.measures[f'at once / in turn, {clock}']:.2f}" for clock in ("clock", "processor")]
+        rows.append([f"{record.config['sessions']}", f"{record.config['tokens']}", *ratios, *waits])
+    header = ["sessions", "tokens an answer", "tokens a second at once / in turn", "by processor time"]
+    header += [f"first piece {way}, s, {part}" for way in ("in turn", "at once") for part in ("p50", "p95")]
+    first = found[0]
+    note = f"{first.host}, {first.mechanism}, {first.config['threads']} thread, rounds: {first.config['rounds']}; the "
+    note += f"machine did other things, too. Made by {', '.join(f'`{each.command}`' for each in found)}."
+    return f"{markdown(header, rows)}\n\n{note}"
 
 
 if __name__ == "__main__":

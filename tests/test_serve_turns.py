@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -209,10 +210,12 @@ def test_the_command_serves_and_ends_when_every_answer_is_kept(tmp_path, model):
     TOKENIZER.save_pretrained(tmp_path / "model")
     mnemic.attached(model).save_pretrained(tmp_path / "memory")
     command = [sys.executable, "-c", "from mnemic.cli import app; app()", "serve", str(tmp_path / "model"), "--name"]
-    command += ["tiny", "--memory", str(tmp_path / "memory"), "--store", str(tmp_path / "m.db"), "--port", "18237"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command += ["tiny", "--memory", str(tmp_path / "memory"), "--store", str(tmp_path / "m.db"), "--port", str(port)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        client = httpx.Client(base_url="http://127.0.0.1:18237", timeout=60, trust_env=False)
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False)
         until = time.monotonic() + 300
         while True:
             try:
