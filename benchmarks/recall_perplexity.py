@@ -32,9 +32,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import mnemic
+from mnemic.analysis.markdown import markdown, missing
 from mnemic.bench.drift import called, hold_out
 from mnemic.bench.experiments import Reporter
-from mnemic.bench.results import Record, Score
+from mnemic.bench.results import Record, Score, records
 from mnemic.checkpoints import folder_of
 from mnemic.cli.show import Show, Table, console
 from mnemic.host.arguments import with_cache
@@ -256,6 +257,29 @@ def main(
     console.print(table(record))
     of = ("" if model == "smollm2" else f"-{called_by}") + "-bf16" * bf16
     console.print(record.save(out, f"recall-perplexity{of}{f'-seed{seed}' if seed else ''}.json"))
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The table of the page, by name."""
+    return {"recall-perplexity": page(records(results, "recall-perplexity"))}
+
+
+def page(found: Sequence[Record]) -> str:
+    """Perplexity under each condition, a row for each length, and the nats above recall with their interval."""
+    if not found:
+        return missing("the perplexity of novels with recall")
+    rows = []
+    for record in found:
+        own = f"recall, {next(iter(record.config['settings']))}"
+        for score in record.scores:
+            above = record.measures["nats above recall"][str(score.length)]
+            for name in (own, *above):
+                shown = "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**above[name]) if name in above else ""
+                rows.append([f"{score.length:,}", name, f"{score.details[f'perplexity, {name}']:.2f}", shown])
+    config = found[0].config
+    note = f"{found[0].host}, {config.get('dtype', 'float32')}, a window of {config['window']:,}; novels of a length: "
+    note += f"{config['documents']}. In brackets the interval of 95 %. Made by `{found[0].command}`."
+    return f"{markdown(['tokens', 'read with', 'perplexity', 'nats a token above recall'], rows)}\n\n{note}"
 
 
 if __name__ == "__main__":
