@@ -16,7 +16,7 @@ from mnemic.mapping import map_file
 from mnemic.memories.recall import RecallConfig
 from mnemic.state import APART, from_bytes
 from test_packing import assert_same
-from test_recall import SMALL
+from test_recall_choice import SMALL
 
 QUESTION = tokens(1, 5, 3)
 

@@ -15,7 +15,7 @@ from mnemic.bank import Bank
 from mnemic.memories.recall import RecallConfig
 from mnemic.memory import Site
 from mnemic.packing import pack, products, unpack
-from test_recall import SMALL, asked_of, assert_equals_naive
+from test_recall_choice import SMALL, asked_of, assert_equals_naive
 
 PACKED = ["int8", "fp8"]
 every_packing = pytest.mark.parametrize("stored", PACKED)

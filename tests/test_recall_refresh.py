@@ -13,7 +13,8 @@ from mnemic.host.further import in_parts
 from mnemic.memories.recall import Recall, RecallConfig
 from mnemic.memories.recall_naive import naive
 from mnemic.memory import Site
-from test_recall import SMALL, asked_of, recalling
+from test_recall import recalling
+from test_recall_choice import SMALL, asked_of
 
 SETTINGS = [{}, {"search": "candidates", "wider": 1}, {"by": "layer"}, {"choice": "mean"}, {"choice": "bounds"}]
 every_choice = pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -415,7 +415,7 @@ def test_a_server_that_is_not_there():
 
 
 def test_a_writer_that_does_not_end_is_told_of(tmp_path, monkeypatch, model):
-    monkeypatch.setattr("mnemic.store.SECONDS_BUSY", 0.2)
+    monkeypatch.setattr("mnemic.databases.SECONDS_BUSY", 0.2)
     path = tmp_path / "store.db"
     with SessionStore(f"sqlite:///{path}") as store:
         other = sqlite3.connect(path, isolation_level=None)

@@ -10,24 +10,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import secrets
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import sqlalchemy as sql
-from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from torch import nn
 
 from mnemic import folders, tables
 from mnemic.checks import check_bytes, check_kept
 from mnemic.chunks import Lying, Units, Unread, cut_file, joined, read_unit, take_units
-from mnemic.connections import SECONDS_BUSY, Connections
+from mnemic.connections import Connections
+from mnemic.databases import StoreError, engine_of, prepare_file, url_of
 from mnemic.keeping import restored
 from mnemic.session import Session, Stored
 from mnemic.state import State, StateError, from_bytes, to_bytes, write_bytes
@@ -39,8 +36,6 @@ ATTEMPTS = 20
 """How often a session is put or removed, if others do so with it, or with its chunks, at the same time."""
 AGAIN = ("40001", "40P01")
 """What PostgreSQL calls transactions that it ended for another's sake: to be tried again."""
-LOG = 64 * 2**20
-"""Bytes that SQLite's log keeps when it has been moved into the file."""
 LONGEST_TTL = 100 * 365 * 24 * 3600
 """A hundred years, in seconds."""
 LOCK = 6024313
@@ -57,10 +52,6 @@ _REPLACE = sql.update(tables.sessions).where(
     tables.sessions.c.birth == sql.bindparam("born"),
     tables.sessions.c.version == sql.bindparam("replaced"),
 )
-
-
-class StoreError(RuntimeError):
-    """A store that cannot do what was asked, and has changed nothing."""
 
 
 class NoRoom(StoreError):
@@ -120,19 +111,19 @@ class SessionStore:
         total_limit: int | None = None,
         create: bool = True,
     ) -> None:
-        self._url = _url(url)
+        self._url = url_of(url)
         self.url = self._url.render_as_string(hide_password=True)
         self.ttl, self.size_limit, self.total_limit = _ttl(ttl), size_limit, total_limit
         self._sqlite = self._url.get_backend_name() == "sqlite"
         if self._sqlite:
-            _prepare_file(self._url.database, create)
+            prepare_file(self._url.database, create)
             # the same file wherever the process goes
             self._url = self._url.set(database=os.path.abspath(self._url.database or ""))
         elif self._url.drivername != "postgresql+psycopg":
             raise ValueError(
                 f"{self.url} names {self._url.drivername}; use sqlite:///file.db or postgresql+psycopg://..."
             )
-        self._connections = Connections(functools.partial(_engine, self._url))
+        self._connections = Connections(functools.partial(engine_of, self._url))
         self._id = self._open()
 
     # --- sessions ----------------------------------------------------------------------------------------------------
@@ -447,67 +438,6 @@ def _replace(connection: sql.Connection, stored: Stored, values: dict[str, Any])
     if row is None:
         raise Conflict(stored.name, stored.version, 0)
     raise Conflict(stored.name, stored.version, row.version, row.birth != stored.birth)
-
-
-def _url(url: str | os.PathLike[str]) -> sql.URL:
-    """A database's URL; a path is that of SQLite's file."""
-    text = os.fsdecode(url)
-    try:
-        # what a colon follows is meant as a URL, but for a drive's letter
-        if isinstance(url, str) and (not text or "://" in text or re.match(r"[\w+.-]{2,}:", text)):
-            return sql.make_url(text)
-    except SQLAlchemyError as error:
-        raise ValueError(
-            "url is no database's URL; use a path such as memories.db, sqlite:///memories.db, or "
-            "postgresql+psycopg://..."
-        ) from error
-    return sql.URL.create("sqlite", database=text)
-
-
-def _engine(url: sql.URL) -> sql.Engine:
-    try:
-        if url.get_backend_name() != "sqlite":
-            return sql.create_engine(url, pool_pre_ping=True)
-        engine = sql.create_engine(url, connect_args={"timeout": SECONDS_BUSY})
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("PostgreSQL needs psycopg: pip install 'mnemic[postgres]'") from error
-    event.listen(engine, "connect", _prepare_connection)
-    return engine
-
-
-def _prepare_file(database: str | None, create: bool) -> None:
-    """Makes SQLite's file, for its owner alone: what it holds tells what was read."""
-    if not database or database == ":memory:" or database.startswith("file:"):
-        raise ValueError("a store in SQLite needs a file, as in sqlite:///memories.db")
-    if not create and not Path(database).is_file():
-        raise StoreError(f"there is no store at {database}")
-    try:
-        os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
-    except OSError as error:
-        raise StoreError(f"{database} cannot be opened: {error.strerror}") from error
-
-
-def _prepare_connection(connection: Any, _: object) -> None:
-    """SQLite's log in a file beside its own, so that readers and a writer do not wait for each other; what is deleted
-    is overwritten.
-    """
-    until = time.monotonic() + SECONDS_BUSY
-    while True:
-        try:
-            mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-            break
-        except sqlite3.OperationalError:
-            # to change the mode SQLite does not wait for others who do the same
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.01)
-    if mode != "wal":
-        raise sqlite3.OperationalError(f"SQLite cannot keep its log here (journal mode {mode}); use a local disk")
-    # the log is written before a commit returns, and flushed when it is moved into the file
-    connection.execute("PRAGMA synchronous=NORMAL")
-    connection.execute("PRAGMA secure_delete=ON")
-    connection.execute("PRAGMA foreign_keys=ON")
-    connection.execute(f"PRAGMA journal_size_limit={LOG}")
 
 
 def _now() -> int:
