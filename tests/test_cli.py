@@ -323,3 +323,10 @@ def commands(group, path=()):
     for name, command in getattr(group, "commands", {}).items():
         yield (*path, name), command
         yield from commands(command, (*path, name))
+
+
+def test_a_refused_server_leaves_no_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = mnemic_command("serve", tmp_path / "nowhere", "--memory", "recall")
+    assert result.exit_code == 1, result.output
+    assert list(tmp_path.iterdir()) == []

@@ -75,8 +75,9 @@ def serve(
             warm=warm,
             keep_text=keep_text,
         )
-        opened = mnemic.SessionStore(store, ttl=ttl, size_limit=session_bytes, total_limit=store_bytes)
         base, tokenizer = _load(found(model) or model, memory, setting or [])
+        # behind what may be refused: it makes a file
+        opened = mnemic.SessionStore(store, ttl=ttl, size_limit=session_bytes, total_limit=store_bytes)
         app = make_app(base, tokenizer, opened, settings, keys)
     except (OSError, ValueError, mnemic.StoreError, ImportError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
